@@ -1,0 +1,9 @@
+//! `ballast`: KVM guests under memory limits that hold.
+
+pub mod api;
+pub mod cli;
+pub mod controller;
+pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod worker;

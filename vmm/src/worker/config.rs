@@ -1,0 +1,46 @@
+//! What a worker is told at its start, as JSON in an inherited descriptor (a sealed memfd).
+
+use serde::{Deserialize, Serialize};
+
+/// Descriptor numbers at which a worker finds what it was handed; nothing else is inherited but 0, 1 and 2.
+pub mod fd {
+    /// The configuration, a memfd with the JSON of [`super::WorkerConfig`].
+    pub const CONFIG: i32 = 3;
+    /// The listening `SOCK_SEQPACKET` socket for the controller.
+    pub const LISTEN: i32 = 4;
+    /// `/dev/kvm`, opened read-write.
+    pub const KVM: i32 = 5;
+    /// `/dev/userfaultfd`; present only with [`super::WorkerConfig::accounting`].
+    pub const UFFD_DEV: i32 = 6;
+    /// The console: a stream socket; the worker writes what the guest prints and reads what the user types.
+    pub const CONSOLE: i32 = 7;
+    /// The kernel or payload file.
+    pub const KERNEL: i32 = 8;
+    /// The initial ramdisk; present only with [`super::WorkerConfig::initrd`].
+    pub const INITRD: i32 = 9;
+}
+
+/// One VM as its worker is told to build it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerConfig {
+    /// Name of the VM, for thread names and messages.
+    pub name: String,
+    /// Guest RAM in bytes, a multiple of the page size.
+    pub size_bytes: u64,
+    /// Number of vCPUs, 1 to 64.
+    pub cpus: u32,
+    /// Kernel command line, without what the VMM adds.
+    pub cmdline: String,
+    /// True when [`fd::INITRD`] is there.
+    pub initrd: bool,
+    /// True when memory is charged: a limit is set or `track=on`. Otherwise there is no userfaultfd at all.
+    pub accounting: bool,
+    /// The ports for freestanding payloads are offered.
+    pub debug_port: bool,
+    /// Seconds between two readings of guest statistics; 0 for never.
+    pub stats_interval_s: u32,
+    /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` is offered.
+    pub deflate_on_oom: bool,
+    /// Die with the process that started this one (`run`).
+    pub die_with_parent: bool,
+}

@@ -1,0 +1,4 @@
+//! One VM's process.
+
+pub mod config;
+pub mod protocol;

@@ -1,0 +1,247 @@
+//! The messages between the controller and one worker.
+//!
+//! The socket is `SOCK_SEQPACKET`: one message a packet, at most [`MAX_MESSAGE`] bytes, encoded with postcard and
+//! led by [`VERSION`]. The worker listens on its own socket and the controller connects, so that a later controller
+//! can take a running worker over.
+//!
+//! Amounts are **cumulative totals**, never deltas: a message that is lost or repeated cannot count a page twice.
+//! The worker is not trusted: the controller bounds every field against what it has itself granted.
+//!
+//! ```text
+//!  controller                               worker
+//!      | <------------- Hello ---------------- |   after connect: who it is, where RAM is mapped
+//!      | ------------- Grant ----------------> |   reserve and first stock
+//!      | <------------- Report --------------- |   loaded, vCPUs not yet running
+//!      | ------------- Start ----------------> |
+//!      | <--------- Report (want) ------------ |   ahead of need, or with a fault waiting
+//!      | ------------- Grant ----------------> |
+//!      | ------- Recall / Pause / ... -------> |   each with a `seq`
+//!      | <------- Report (answers seq) ------- |
+//!      | <------------- Exited --------------- |   last words, then the process ends
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol; the two sides are one binary, so anything else is refused.
+pub const VERSION: u8 = 1;
+
+/// Largest encoded message in bytes, the version byte included.
+pub const MAX_MESSAGE: usize = 1024;
+
+/// Largest number of RAM slots a worker has (below and above the 32-bit hole).
+pub const MAX_SLOTS: usize = 2;
+
+/// One slot of guest RAM as mapped in the worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamSlot {
+    /// First guest-physical address in bytes.
+    pub gpa: u64,
+    /// First address in the worker's address space in bytes.
+    pub hva: u64,
+    /// Length in bytes, a multiple of the page size; 0 for an unused entry.
+    pub bytes: u64,
+}
+
+/// What the controller says to a worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// Pages charged to this VM so far. Sent in answer to a want, and unasked when room appears or limits change.
+    Grant {
+        /// Number of this controller's life; totals restart only with a recount (see [`FromWorker::Hello`]).
+        epoch: u32,
+        /// Pages granted since the VM was created, the reserve included.
+        granted_total: u64,
+        /// Pages that the worker may keep as stock from now on; what it has above this it gives back.
+        stock_max: u64,
+        /// Pages that could still be charged before some limit is met; `u64::MAX` without a limit.
+        /// Fault-around is switched off when it is small.
+        room: u64,
+        /// True when a waiting fault could not be charged: the worker holds its vCPUs until a grant covers its debt.
+        refused: bool,
+    },
+    /// Give back all stock at once (the reserve stays) and answer.
+    Recall {
+        /// Echoed in [`Report::answers`].
+        seq: u32,
+    },
+    /// Answer with a [`Report`].
+    Query {
+        /// Echoed in [`Report::answers`].
+        seq: u32,
+    },
+    /// Let the vCPUs run for the first time.
+    Start,
+    /// Stop every vCPU in user space; answered when the last one is out of `KVM_RUN`.
+    Pause {
+        /// Echoed in [`Report::answers`].
+        seq: u32,
+    },
+    /// Undo `Pause`. A hold for lack of memory stays.
+    Resume {
+        /// Echoed in [`Report::answers`].
+        seq: u32,
+    },
+    /// The balloon size that the guest is asked for, in pages.
+    BalloonTarget {
+        /// Pages of 4 KiB.
+        pages: u32,
+    },
+}
+
+/// Why a worker's VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A freestanding payload wrote its status to the exit port.
+    Status(u8),
+    /// The guest stopped with a triple fault.
+    TripleFault,
+    /// KVM or the VMM failed; the message is in [`FromWorker::Failed`].
+    Error,
+}
+
+/// The memory of a VM as its worker sees it, one consistent snapshot. All amounts in pages unless named otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The `seq` that this answers, if any.
+    pub answers: Option<u32>,
+    /// The epoch of the last grant seen.
+    pub epoch: u32,
+    /// The `granted_total` of the last grant seen.
+    pub granted_total: u64,
+    /// Pages given back since the VM was created.
+    pub returned_total: u64,
+    /// Records in ACTIVE or IDLE: resident guest pages.
+    pub guest: u64,
+    /// Charged pages held ahead of need.
+    pub stock: u64,
+    /// Pages left in the reserve.
+    pub reserve: u64,
+    /// Pages missing from the reserve (taken by faults that could not be charged).
+    pub debt: u64,
+    /// Records in state BALLOONED.
+    pub ballooned: u64,
+    /// Pages the worker would like to have granted now.
+    pub want: u64,
+    /// How many of `want` are for faults that happened already: refusing those counts as a failure.
+    pub want_now: u64,
+    /// The balloon size that the guest reports, in pages; never set by the VMM.
+    pub balloon_actual: u32,
+    /// True when the guest's balloon driver has said DRIVER_OK.
+    pub balloon_ready: bool,
+    /// True while every vCPU is out of the guest for want of memory.
+    pub held: bool,
+    /// True when all vCPUs are out because of `Pause`.
+    pub paused: bool,
+    /// Time that vCPUs have been held for lack of memory since the start, in microseconds.
+    pub held_us: u64,
+    /// Counters of the fault path since the start.
+    pub faults: FaultCounts,
+}
+
+/// Counters of the fault path. All since the start of the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultCounts {
+    /// Fault events read from userfaultfd.
+    pub events: u64,
+    /// Events for a page that was there already.
+    pub stale: u64,
+    /// Pages filled because they were touched.
+    pub touched: u64,
+    /// Pages filled around a touched page.
+    pub around: u64,
+    /// Pages granted from the reserve.
+    pub from_reserve: u64,
+    /// Faults in ballooned pages: the guest took a page back without saying so.
+    pub implicit_deflates: u64,
+    /// Faults of the VMM's own threads.
+    pub vmm: u64,
+    /// Pages discarded for the balloon.
+    pub discarded: u64,
+    /// Things a guest claimed that were refused (bad page numbers, bad descriptors).
+    pub guest_errors: u64,
+    /// Longest time from reading an event to answering it, in microseconds.
+    pub worst_answer_us: u64,
+}
+
+/// What a worker says to the controller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// First message on a connection; the controller recounts from it.
+    Hello {
+        /// Process id of the worker in its own namespace.
+        pid: u32,
+        /// Where guest RAM is mapped.
+        ram: [RamSlot; MAX_SLOTS],
+        /// Pages that the reserve needs: 65 a vCPU + 64. 0 when nothing is charged.
+        reserve_target: u64,
+    },
+    /// The state of its memory.
+    Report(Report),
+    /// The kernel is loaded; the vCPUs wait for `Start`. `plan` is the number of pages that loading filled.
+    Loaded {
+        /// Distinct pages written by the loader.
+        plan: u64,
+    },
+    /// Guest statistics from the balloon's statistics queue.
+    GuestStats(GuestStats),
+    /// Starting failed or the VM broke; the process ends after this.
+    Failed {
+        /// One sentence for the user, at most 512 bytes.
+        message: String,
+        /// When the reason is that the limit is too small to load the guest: the smallest `max` that would do, in pages.
+        smallest_max: Option<u64>,
+    },
+    /// The guest has ended; the process ends after this.
+    Exited(ExitReason),
+}
+
+/// Guest statistics, in bytes or counts as the virtio specification has them (5.5.6.4); absent when not sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStats {
+    /// Value of each known tag, by tag number (0 `swap_in` .. 15 `direct_reclaim`).
+    pub values: [Option<u64>; 16],
+}
+
+/// A message that could not be decoded.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DecodeError {
+    /// The packet was empty or longer than [`MAX_MESSAGE`].
+    #[error("message of {0} bytes: must be 1 to {MAX_MESSAGE}")]
+    Length(usize),
+    /// The other side speaks another version.
+    #[error("protocol version {0}, this side speaks {VERSION}")]
+    Version(u8),
+    /// The bytes are no message.
+    #[error("malformed message")]
+    Malformed,
+}
+
+/// Encodes `message` into `buf` and returns the bytes to send. Does not allocate.
+///
+/// # Panics
+/// Never for the types of this module as long as free text is at most 512 bytes.
+pub fn encode<'b, M: Serialize>(message: &M, buf: &'b mut [u8; MAX_MESSAGE]) -> &'b [u8] {
+    buf[0] = VERSION;
+    let used = postcard::to_slice(message, &mut buf[1..]).expect("messages are bounded").len();
+    &buf[..used + 1]
+}
+
+/// Decodes one packet.
+///
+/// # Errors
+/// When the packet is not exactly one message of this version.
+pub fn decode<'b, M: Deserialize<'b>>(packet: &'b [u8]) -> Result<M, DecodeError> {
+    match packet {
+        [] => Err(DecodeError::Length(0)),
+        p if p.len() > MAX_MESSAGE => Err(DecodeError::Length(p.len())),
+        [VERSION, rest @ ..] => match postcard::take_from_bytes(rest) {
+            Ok((message, [])) => Ok(message),
+            _ => Err(DecodeError::Malformed),
+        },
+        [version, ..] => Err(DecodeError::Version(*version)),
+    }
+}
