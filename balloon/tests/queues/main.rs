@@ -1,0 +1,6 @@
+//! The balloon's queues, driven from the guest's side.
+
+mod adversarial;
+mod basic;
+mod blocked;
+mod driver;
