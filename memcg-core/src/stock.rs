@@ -1,0 +1,382 @@
+//! The worker's side of the account: pages that were charged before they exist.
+//!
+//! ```text
+//!  controller ──grant──► reserve (filled first) ─┐ prepare_reserve, when the stock is empty
+//!                        stock ──────────────────┼─prepare─► guest pages
+//!      ▲                   ▲                     │                │
+//!      └──── give_back ────┴──────── uncharge ◄──┴────────────────┘ (repays the reserve first)
+//! ```
+//!
+//! At any moment `granted_total - returned_total == guest + stock + reserve`: each page that the controller has charged
+//! is in exactly one place. Totals are cumulative and carry an epoch, so a message that is lost or repeated cannot
+//! count a page twice.
+//!
+//! **The reserve** is charged like everything else, inside `max`. It answers faults that could not be charged in time;
+//! what is missing from it is the *debt*, and the vCPUs are held until the debt is repaid. A grant and an uncharge
+//! both repay the debt before they fill the stock.
+//!
+//! **Epochs.** An epoch is one life of the controller. The first grant of a newer epoch is a recount: the worker's
+//! totals restart at what it holds (`granted_total = guest + stock + reserve`, `returned_total = 0`), and the grant's
+//! total counts from there. The new controller charges what the worker's report says it holds and grants on top of
+//! that. Pages that an old controller granted and that never arrived die with it; pages given back in between are
+//! granted again by the same arithmetic. A grant of an older epoch, and a total below the one known, are errors that
+//! change nothing.
+//!
+//! | semantics row | rule here |
+//! | --- | --- |
+//! | 4, B65, B66 | an uncharge below zero is clamped, counted and stops a debug build |
+//! | 17, 106-108, B13 | [`Stock::prepare`] → fill → [`StockReservation::commit`], or drop = refund |
+//! | 18 | a fill that lost its race commits fewer pages than it prepared |
+//! | 59, 60 | charged ahead of need, drained by [`Stock::recall`]; partial use is possible here |
+//! | 64 | a large want is answered with what there is: a granule falls back to single pages |
+//!
+//! Nothing here allocates: it is on the fault path.
+
+use crate::reclaim::STOCK_CAP;
+use crate::units::Pages;
+
+/// The batch that a fresh stock asks for: one granule of 64 KiB.
+const FIRST_BATCH: u64 = 16;
+
+/// Near a limit a batch is at most one part in so many of the room.
+const ROOM_SHARE: u64 = 8;
+
+/// Why a grant was not taken. Nothing has changed then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StockError {
+    /// A message of a controller that is gone.
+    #[error("grant of epoch {got}, but epoch {known} has begun")]
+    OldEpoch {
+        /// Epoch of the message.
+        got: u32,
+        /// Epoch in force.
+        known: u32,
+    },
+    /// A cumulative total can only grow.
+    #[error("granted total {got} is below {known}, which is already granted")]
+    TotalFell {
+        /// Total of the message.
+        got: u64,
+        /// Total known; after a change of epoch, the pages held.
+        known: u64,
+    },
+}
+
+/// The account of one worker.
+#[derive(Clone, Debug)]
+pub struct Stock {
+    epoch: u32,
+    granted_total: u64,
+    returned_total: u64,
+    guest: Pages,
+    stock: Pages,
+    reserve: Pages,
+    reserve_target: Pages,
+    stock_max: Pages,
+    room: Option<Pages>,
+    /// Pages asked for ahead of need, before the caps.
+    batch: Pages,
+    /// Pages that went from the stock to the guest since the batch was last judged by a grant.
+    used: Pages,
+    /// The same since the last [`Stock::tick`].
+    used_tick: Pages,
+    underflows: u64,
+}
+
+impl Stock {
+    /// An empty account whose reserve is to hold `reserve_target` pages (65 a vCPU + 64; 0 when nothing is charged).
+    /// It starts in debt: nothing is granted yet.
+    pub fn new(reserve_target: Pages) -> Stock {
+        Stock {
+            epoch: 0,
+            granted_total: 0,
+            returned_total: 0,
+            guest: Pages::ZERO,
+            stock: Pages::ZERO,
+            reserve: Pages::ZERO,
+            reserve_target,
+            stock_max: Pages::ZERO,
+            room: None,
+            batch: Pages(FIRST_BATCH),
+            used: Pages::ZERO,
+            used_tick: Pages::ZERO,
+            underflows: 0,
+        }
+    }
+
+    /// Takes a grant: `granted_total` pages in this epoch so far, of which the new ones refill the reserve, then the
+    /// stock. `stock_max` and `room` (`None`: no limit) hold from now on. Returns the pages that are new; a repeated
+    /// message gives zero.
+    ///
+    /// # Errors
+    /// [`StockError`] when the message is of an older epoch or its total went back; nothing has changed then.
+    pub fn grant(
+        &mut self,
+        epoch: u32,
+        granted_total: u64,
+        stock_max: Pages,
+        room: Option<Pages>,
+    ) -> Result<Pages, StockError> {
+        if epoch < self.epoch {
+            return Err(StockError::OldEpoch {
+                got: epoch,
+                known: self.epoch,
+            });
+        }
+        let recount = epoch > self.epoch;
+        let known = if recount {
+            self.held().0
+        } else {
+            self.granted_total
+        };
+        let new = granted_total
+            .checked_sub(known)
+            .ok_or(StockError::TotalFell {
+                got: granted_total,
+                known,
+            })?;
+        if recount {
+            self.epoch = epoch;
+            self.returned_total = 0;
+        }
+        self.granted_total = granted_total;
+        if new > 0 {
+            // By the caps that held while the batch was used, hence before the new ones.
+            self.judge_batch();
+            self.refill(Pages(new));
+        }
+        self.stock_max = stock_max;
+        self.room = room;
+        Ok(Pages(new))
+    }
+
+    /// Doubles the batch when the stock ran (nearly) dry before the grant that was asked for at half of it arrived:
+    /// then faults are faster than the round trip.
+    fn judge_batch(&mut self) {
+        let batch = self.effective_batch();
+        let dry = self.stock.0 * 4 < batch.0 && self.used.0 * 2 >= batch.0;
+        if !batch.is_zero() && (dry || self.used >= batch) {
+            // From what was really in force: a batch that a limit kept small must not grow unseen behind it.
+            self.batch = Pages(batch.0 * 2).min(STOCK_CAP);
+        }
+        self.used = Pages::ZERO;
+    }
+
+    /// A steady beat (about once a second): a beat with less than a quarter of the batch used halves the batch.
+    pub fn tick(&mut self) {
+        if self.used_tick.0 * 4 < self.batch.0 {
+            self.batch = Pages((self.batch.0 / 2).max(1));
+        }
+        self.used_tick = Pages::ZERO;
+    }
+
+    /// Puts free charged pages where they belong: the reserve first.
+    fn refill(&mut self, pages: Pages) {
+        let repaid = pages.min(self.debt());
+        self.reserve += repaid;
+        self.stock += pages.saturating_sub(repaid);
+    }
+
+    /// Takes up to `want` pages from the stock for a fill, `None` when it is empty or `want` is zero. Less than `want`
+    /// means: fill a smaller run.
+    pub fn prepare(&mut self, want: Pages) -> Option<StockReservation<'_>> {
+        let pages = want.min(self.stock);
+        if pages.is_zero() {
+            return None;
+        }
+        self.stock = self.stock.saturating_sub(pages);
+        Some(StockReservation {
+            account: self,
+            pages,
+            source: Source::Stock,
+        })
+    }
+
+    /// Takes exactly one page from the reserve, for a fault that cannot wait; it becomes debt. `None` when the reserve
+    /// is used up, which its size makes impossible for guest faults.
+    pub fn prepare_reserve(&mut self) -> Option<StockReservation<'_>> {
+        self.reserve = self.reserve.checked_sub(Pages::ONE)?;
+        Some(StockReservation {
+            account: self,
+            pages: Pages::ONE,
+            source: Source::Reserve,
+        })
+    }
+
+    /// `pages` guest pages are gone: their charge repays the reserve first, the rest is stock.
+    ///
+    /// More than there are is a bug of the caller: it is clamped, counted in [`Self::underflows`], and stops a debug
+    /// build.
+    pub fn uncharge(&mut self, pages: Pages) {
+        let real = pages.min(self.guest);
+        if real != pages {
+            self.underflows += 1;
+            debug_assert!(false, "uncharge of {pages} with {} charged", self.guest);
+        }
+        self.guest = self.guest.saturating_sub(real);
+        self.refill(real);
+    }
+
+    /// Stock above what the controller allows, to be given back.
+    pub fn surplus(&self) -> Pages {
+        self.stock.saturating_sub(self.stock_max)
+    }
+
+    /// Gives back up to `pages` of the stock; returns how many. They are no longer the worker's once this returns; the
+    /// next report tells the controller.
+    pub fn give_back(&mut self, pages: Pages) -> Pages {
+        let given = pages.min(self.stock);
+        self.stock = self.stock.saturating_sub(given);
+        self.returned_total += given.0;
+        given
+    }
+
+    /// Gives back all stock; the reserve stays. Returns how many pages.
+    pub fn recall(&mut self) -> Pages {
+        self.give_back(self.stock)
+    }
+
+    /// Pages that cannot wait: the debt, and those of the `waiting` faults that the stock does not cover.
+    pub fn want_now(&self, waiting: Pages) -> Pages {
+        self.debt() + waiting.saturating_sub(self.stock)
+    }
+
+    /// Pages to ask for: [`Self::want_now`], and a batch ahead of need as soon as the stock falls under half of it.
+    ///
+    /// The batch adapts: it doubles, up to 8 MiB, while faults empty it faster than grants arrive, is halved by each
+    /// idle [`Self::tick`], and is never more than the controller's `stock_max` or one eighth of the room, but at
+    /// least one page while any stock is allowed.
+    pub fn want(&self, waiting: Pages) -> Pages {
+        let now = self.want_now(waiting);
+        let left = self.stock.saturating_sub(waiting);
+        let batch = self.effective_batch();
+        if left.0 * 2 < batch.0 {
+            now + batch.saturating_sub(left)
+        } else {
+            now
+        }
+    }
+
+    /// The batch with its caps.
+    fn effective_batch(&self) -> Pages {
+        let near = self
+            .room
+            .map_or(STOCK_CAP, |room| Pages((room.0 / ROOM_SHARE).max(1)));
+        self.batch.min(near).min(self.stock_max).min(STOCK_CAP)
+    }
+
+    /// Pages in the guest: filled and charged.
+    pub fn guest(&self) -> Pages {
+        self.guest
+    }
+
+    /// Pages charged ahead of need.
+    pub fn stock(&self) -> Pages {
+        self.stock
+    }
+
+    /// Pages left in the reserve.
+    pub fn reserve(&self) -> Pages {
+        self.reserve
+    }
+
+    /// What the reserve should hold.
+    pub fn reserve_target(&self) -> Pages {
+        self.reserve_target
+    }
+
+    /// Pages missing from the reserve.
+    pub fn debt(&self) -> Pages {
+        self.reserve_target.saturating_sub(self.reserve)
+    }
+
+    /// Everything the controller has charged for this worker: guest + stock + reserve.
+    pub fn held(&self) -> Pages {
+        self.guest + self.stock + self.reserve
+    }
+
+    /// Pages granted in this epoch.
+    pub fn granted_total(&self) -> u64 {
+        self.granted_total
+    }
+
+    /// Pages given back in this epoch.
+    pub fn returned_total(&self) -> u64 {
+        self.returned_total
+    }
+
+    /// Epoch of the last grant, 0 before the first.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The stock that the controller allows.
+    pub fn stock_max(&self) -> Pages {
+        self.stock_max
+    }
+
+    /// Pages that could still be charged when the last grant was sent, `None` without a limit.
+    pub fn room(&self) -> Option<Pages> {
+        self.room
+    }
+
+    /// Uncharges that asked for more than was there. Anything but 0 is a bug.
+    pub fn underflows(&self) -> u64 {
+        self.underflows
+    }
+
+    /// Whether each charged page is in exactly one place.
+    pub fn is_balanced(&self) -> bool {
+        self.granted_total.checked_sub(self.returned_total) == Some(self.held().0)
+            && self.reserve <= self.reserve_target
+    }
+}
+
+/// Where the pages of a reservation came from, and where the unused ones go back to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Stock,
+    Reserve,
+}
+
+/// Charged pages on their way into the guest. Dropped, it puts them back where they came from.
+#[derive(Debug)]
+#[must_use = "dropped, the pages go back at once"]
+pub struct StockReservation<'a> {
+    account: &'a mut Stock,
+    pages: Pages,
+    source: Source,
+}
+
+impl StockReservation<'_> {
+    /// Pages reserved, at least one.
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    /// `used` of the pages are in the guest now; the rest goes back. Cannot fail.
+    ///
+    /// More than was reserved is a bug of the caller: it is clamped, counted as an underflow, and stops a debug build.
+    pub fn commit(mut self, used: Pages) {
+        let real = used.min(self.pages);
+        if real != used {
+            self.account.underflows += 1;
+            debug_assert!(false, "commit of {used} with {} reserved", self.pages);
+        }
+        self.pages = self.pages.saturating_sub(real);
+        self.account.guest += real;
+        if self.source == Source::Stock {
+            self.account.used += real;
+            self.account.used_tick += real;
+        }
+    }
+}
+
+impl Drop for StockReservation<'_> {
+    fn drop(&mut self) {
+        match self.source {
+            Source::Stock => self.account.stock += self.pages,
+            Source::Reserve => self.account.reserve += self.pages,
+        }
+    }
+}

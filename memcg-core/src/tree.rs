@@ -1,0 +1,413 @@
+//! The tree of counters: host, groups, VMs.
+//!
+//! One owner, plain integers: no atomics, no locks, every snapshot consistent. Each node has three counters: memory
+//! (U, everything), vmm (K, overhead, always in U too) and swap (S). A charge walks from the node to the root; it is
+//! checked at every level before the first counter moves, so a refused charge changes nothing but one count of failures
+//! at the level that refused.
+//!
+//! ```text
+//!  /  (the host: max = budget)          usage = own + sum of the children's usage, at every level
+//!  ├── build (group)
+//!  │   ├── vm1                          charge: vm1 → build → /, all or nothing
+//!  │   └── vm2
+//!  └── vm3
+//! ```
+//!
+//! | semantics row | rule here |
+//! | --- | --- |
+//! | 1, 3, B1 | `pages <= limit.saturating_sub(usage)`, all or nothing; limit 0 refuses the first page; 512 pages with room for 511 are refused whole |
+//! | 2, 10, 119 | a new node has usage 0, failcnt 0, no limit; the root exists first, its limit is the host's budget |
+//! | 4, B65 | an uncharge below zero is clamped, counted, and stops a debug build |
+//! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
+//! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
+//! | 13, 20, 79 | a node goes away only without children and charges; until then it may be offline |
+//! | 39, 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
+//! | 57, 81, B51 | overhead charges K first, then U, in one step; a refusal by K touches only K's count |
+//! | 62, 84, 116 | [`Mode`] |
+//! | 63 | [`Refused::level`]: where the limit was met, hence whose subtree may be reclaimed |
+//! | 66 | peak and failcnt can be reset; peak ≥ usage always |
+//! | 69 | writing the limits that are already there changes nothing |
+//! | 71 | lowering `vmm.max` below usage is refused |
+//! | 77, 82, 83 | [`Mode::NoFail`] is counted; what it leaves above a limit is [`NodeSnapshot::overcharge`] |
+//! | 78, B13 | [`Reservation`]: commit or refund |
+//! | 115, B80, B91 | `high` is edge-triggered: `before <= high && after > high`, re-evaluated when it is lowered |
+//! | 120 | peak moves only when the whole charge succeeded |
+
+mod charge;
+mod check;
+mod counter;
+mod limits;
+mod snapshot;
+
+pub use charge::{Charge, Crossed, Kind, Mode, Refused, Reservation};
+pub use check::Violation;
+pub use counter::CounterSnapshot;
+pub use limits::{LimitPatch, Limits, SetLimitError};
+pub use snapshot::NodeSnapshot;
+
+use counter::Counters;
+use limits::PendingMax;
+
+use crate::units::{Limit, Pages};
+
+/// Levels that a tree may have, the root included. A bound, so that a charge needs no allocation.
+pub const MAX_LEVELS: usize = 8;
+
+/// Longest name of a node in bytes.
+pub const MAX_NAME: usize = 64;
+
+/// A node of one tree. Stays unique: an id is never given out again after [`Tree::remove`].
+///
+/// Methods of [`Tree`] that take an id panic when it is of a removed node (or of another tree): the owner of the tree
+/// hands out and forgets ids itself, and going on with the wrong node would corrupt the account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId {
+    index: u32,
+    /// How often the slot has been used before.
+    life: u32,
+}
+
+/// Why a node was not added.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddError {
+    /// Not a name.
+    #[error(
+        "{0:?} is not a name: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', the first a letter or digit"
+    )]
+    BadName(String),
+    /// The parent has a child of that name.
+    #[error("{0:?} exists already: choose another name")]
+    Exists(String),
+    /// More than [`MAX_LEVELS`].
+    #[error("groups can be nested {} deep at most, below the root", MAX_LEVELS - 1)]
+    TooDeep,
+    /// The parent is being removed.
+    #[error("the group {0:?} is being removed")]
+    ParentOffline(String),
+    /// The parent is charged for itself: it is a VM, not a group.
+    #[error("{0:?} is a VM with memory of its own: only groups can have members")]
+    ParentCharged(String),
+}
+
+/// Why a node was not removed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RemoveError {
+    /// The root stays.
+    #[error("the root cannot be removed")]
+    Root,
+    /// It has children.
+    #[error("{name:?} has {children} members: remove or move them first")]
+    HasChildren {
+        /// Name of the node.
+        name: String,
+        /// Number of its children.
+        children: usize,
+    },
+    /// Something is still charged to it.
+    #[error("{name:?} still has {usage} charged")]
+    Charged {
+        /// Name of the node.
+        name: String,
+        /// Memory and swap charged, in pages.
+        usage: Pages,
+    },
+}
+
+/// One node.
+#[derive(Clone, Debug)]
+struct Node {
+    name: String,
+    parent: Option<NodeId>,
+    children: Vec<NodeId>,
+    /// Distance from the root.
+    depth: usize,
+    /// Childless nodes below this one, itself when it has no children: those who share its room.
+    members: u32,
+    online: bool,
+    counters: Counters,
+    limits: Limits,
+    /// A cap on memory while a lower `max` is pending.
+    ceiling: Option<Pages>,
+    pending: Option<PendingMax>,
+    /// Memory above `max`, from a forced change or a charge that could not be refused.
+    overcharge: Pages,
+    max_hits: u64,
+    high_hits: u64,
+    generation: u64,
+}
+
+impl Node {
+    fn new(name: String, parent: Option<NodeId>, depth: usize) -> Node {
+        Node {
+            name,
+            parent,
+            children: Vec::new(),
+            depth,
+            members: 1,
+            online: true,
+            counters: Counters::default(),
+            limits: Limits::default(),
+            ceiling: None,
+            pending: None,
+            overcharge: Pages::ZERO,
+            max_hits: 0,
+            high_hits: 0,
+            generation: 0,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    life: u32,
+    node: Option<Node>,
+}
+
+/// All counters of one host. See the module's documentation.
+#[derive(Clone, Debug)]
+pub struct Tree {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    root: NodeId,
+    /// Number of the next pending change of a limit; never reused.
+    next_ticket: u64,
+}
+
+impl Tree {
+    /// A tree that is only a root, whose `max` is the host's `budget`.
+    pub fn new(budget: Limit) -> Tree {
+        let mut root = Node::new("/".to_owned(), None, 0);
+        root.limits.max = budget;
+        let slots = vec![Slot {
+            life: 0,
+            node: Some(root),
+        }];
+        Tree {
+            slots,
+            free: Vec::new(),
+            root: NodeId { index: 0, life: 0 },
+            next_ticket: 1,
+        }
+    }
+
+    /// The root: the host.
+    pub fn root(&self) -> NodeId {
+        self.root
+    }
+
+    /// Adds a node below `parent`, without limits and charges (`min` and `low` are 0).
+    ///
+    /// # Errors
+    /// [`AddError`]; nothing has changed then.
+    pub fn add(&mut self, parent: NodeId, name: &str) -> Result<NodeId, AddError> {
+        let above = self.node(parent);
+        if !is_name(name) {
+            return Err(AddError::BadName(name.to_owned()));
+        }
+        if !above.online {
+            return Err(AddError::ParentOffline(above.name.clone()));
+        }
+        if above.depth + 1 >= MAX_LEVELS {
+            return Err(AddError::TooDeep);
+        }
+        if self.child(parent, name).is_some() {
+            return Err(AddError::Exists(name.to_owned()));
+        }
+        if parent != self.root && !above.counters.is_free_of_own() {
+            return Err(AddError::ParentCharged(above.name.clone()));
+        }
+        let node = Node::new(name.to_owned(), Some(parent), above.depth + 1);
+        // A parent without children counted as one member itself; the child takes its place.
+        let more = !above.children.is_empty();
+        let id = self.insert(node);
+        self.node_mut(parent).children.push(id);
+        if more {
+            self.walk(parent, |node| node.members += 1);
+        }
+        Ok(id)
+    }
+
+    fn insert(&mut self, node: Node) -> NodeId {
+        match self.free.pop() {
+            Some(index) => {
+                let slot = &mut self.slots[index as usize];
+                slot.node = Some(node);
+                NodeId {
+                    index,
+                    life: slot.life,
+                }
+            }
+            None => {
+                let index = u32::try_from(self.slots.len()).expect("fewer than 2^32 nodes");
+                self.slots.push(Slot {
+                    life: 0,
+                    node: Some(node),
+                });
+                NodeId { index, life: 0 }
+            }
+        }
+    }
+
+    /// Removes a node that has no children and no charges.
+    ///
+    /// # Errors
+    /// [`RemoveError`]; nothing has changed then.
+    pub fn remove(&mut self, id: NodeId) -> Result<(), RemoveError> {
+        let node = self.node(id);
+        let Some(parent) = node.parent else {
+            return Err(RemoveError::Root);
+        };
+        if !node.children.is_empty() {
+            return Err(RemoveError::HasChildren {
+                name: node.name.clone(),
+                children: node.children.len(),
+            });
+        }
+        if !node.counters.is_free() {
+            let usage = node.counters.memory.usage + node.counters.swap.usage;
+            return Err(RemoveError::Charged {
+                name: node.name.clone(),
+                usage,
+            });
+        }
+        let above = self.node_mut(parent);
+        above.children.retain(|child| *child != id);
+        if !above.children.is_empty() {
+            self.walk(parent, |node| node.members -= 1);
+        }
+        let slot = &mut self.slots[id.index as usize];
+        slot.node = None;
+        // A slot that has used up its lives is not used again, so that no id ever means two nodes.
+        if let Some(life) = slot.life.checked_add(1) {
+            slot.life = life;
+            self.free.push(id.index);
+        }
+        Ok(())
+    }
+
+    /// Takes a node's name away while its charges are still returning: the name can be used again, and nothing but
+    /// [`Mode::NoFail`] charges it any more. Offline is for ever; [`Self::remove`] frees the node when it is empty.
+    /// No effect on the root.
+    pub fn set_offline(&mut self, id: NodeId) {
+        if id != self.root {
+            self.node_mut(id).online = false;
+        }
+    }
+
+    /// Offline nodes that [`Self::remove`] would now free, children before their parents are free.
+    pub fn reapable(&self) -> Vec<NodeId> {
+        let free =
+            |node: &Node| !node.online && node.children.is_empty() && node.counters.is_free();
+        self.ids().filter(|id| free(self.node(*id))).collect()
+    }
+
+    /// Whether `id` is a node of this tree that has not been removed.
+    pub fn contains(&self, id: NodeId) -> bool {
+        self.slots
+            .get(id.index as usize)
+            .is_some_and(|slot| slot.life == id.life && slot.node.is_some())
+    }
+
+    /// All nodes, the root first; otherwise in no particular order.
+    pub fn ids(&self) -> impl Iterator<Item = NodeId> + '_ {
+        (0u32..)
+            .zip(&self.slots)
+            .filter(|(_, slot)| slot.node.is_some())
+            .map(|(index, slot)| NodeId {
+                index,
+                life: slot.life,
+            })
+    }
+
+    /// The node above, `None` for the root.
+    pub fn parent(&self, id: NodeId) -> Option<NodeId> {
+        self.node(id).parent
+    }
+
+    /// The nodes directly below, in the order in which they were added; offline ones too.
+    pub fn children(&self, id: NodeId) -> &[NodeId] {
+        &self.node(id).children
+    }
+
+    /// The online child of `parent` with this name.
+    pub fn child(&self, parent: NodeId, name: &str) -> Option<NodeId> {
+        let called = |id: &&NodeId| {
+            let node = self.node(**id);
+            node.online && node.name == name
+        };
+        self.node(parent).children.iter().find(called).copied()
+    }
+
+    /// The online node at a path such as `/build/vm1`; `/` and the empty path are the root.
+    pub fn find(&self, path: &str) -> Option<NodeId> {
+        path.split('/')
+            .filter(|part| !part.is_empty())
+            .try_fold(self.root, |at, name| self.child(at, name))
+    }
+
+    /// Name of the node within its parent, `/` for the root.
+    pub fn name(&self, id: NodeId) -> &str {
+        &self.node(id).name
+    }
+
+    /// Path of the node from the root, such as `/build/vm1`.
+    pub fn path(&self, id: NodeId) -> String {
+        let mut names: Vec<&str> = self.ancestry(id).map(|id| self.name(id)).collect();
+        // The root's own name is the slash in front.
+        names.pop();
+        names.push("");
+        names.reverse();
+        if names.len() == 1 {
+            "/".to_owned()
+        } else {
+            names.join("/")
+        }
+    }
+
+    /// `id` and its ancestors, the root last.
+    pub fn ancestry(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        std::iter::successors(Some(id), |at| self.node(*at).parent)
+    }
+
+    /// Whether `id` is `top` or below it: a limit met at `top` may be relieved only there (rows 48, 63).
+    pub fn is_within(&self, id: NodeId, top: NodeId) -> bool {
+        self.ancestry(id).any(|at| at == top)
+    }
+
+    fn node(&self, id: NodeId) -> &Node {
+        let slot = self
+            .slots
+            .get(id.index as usize)
+            .filter(|slot| slot.life == id.life);
+        slot.and_then(|slot| slot.node.as_ref())
+            .expect("the id is of a node of this tree")
+    }
+
+    fn node_mut(&mut self, id: NodeId) -> &mut Node {
+        let slot = self
+            .slots
+            .get_mut(id.index as usize)
+            .filter(|slot| slot.life == id.life);
+        slot.and_then(|slot| slot.node.as_mut())
+            .expect("the id is of a node of this tree")
+    }
+
+    /// Calls `f` on `id` and its ancestors, upwards.
+    fn walk(&mut self, id: NodeId, mut f: impl FnMut(&mut Node)) {
+        let mut at = Some(id);
+        while let Some(id) = at {
+            let node = self.node_mut(id);
+            f(node);
+            at = node.parent;
+        }
+    }
+}
+
+/// Whether a node may be called `name`.
+fn is_name(name: &str) -> bool {
+    name.len() <= MAX_NAME
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}

@@ -1,0 +1,396 @@
+//! Charging: prepare (may be refused) → commit (cannot fail) or refund.
+
+use super::counter::Which;
+use super::{MAX_LEVELS, Node, NodeId, Tree};
+use crate::reclaim;
+use crate::units::{Limit, Pages};
+
+/// How strict a charge is, and what its refusal counts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// For a guest's fault: refused at the limit, which counts in `failcnt`; the caller then reclaims, waits and tries
+    /// [`Mode::Again`]. Only these may lead to a pause or kill.
+    Wait,
+    /// A [`Mode::Wait`] charge that has been refused before, hence counted: a further refusal counts nothing.
+    Again,
+    /// For device code: refused at the limit, the caller leaves that work for later (`WouldBlock`).
+    NoWait,
+    /// Ahead of need (stock, fault-around): refused at the limit, never a reason to reclaim.
+    NoRetry,
+    /// For teardown and what must not fail: never refused. What it leaves above a limit is reported as overcharge.
+    NoFail,
+}
+
+/// What is charged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Guest pages, and those charged ahead for them: memory.
+    Guest,
+    /// Overhead of the VMM: vmm and memory in one step.
+    Overhead,
+    /// Evicted pages: swap.
+    Swap,
+}
+
+/// Nodes that went above their high limit with one charge. No allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Crossed {
+    ids: [Option<NodeId>; MAX_LEVELS],
+}
+
+impl Crossed {
+    const NONE: Crossed = Crossed {
+        ids: [None; MAX_LEVELS],
+    };
+
+    /// The nodes, the lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.ids.iter().map_while(|id| *id)
+    }
+
+    /// True when no limit was crossed.
+    pub fn is_empty(&self) -> bool {
+        self.ids[0].is_none()
+    }
+
+    fn push(&mut self, id: NodeId) {
+        // There is a place for every level.
+        if let Some(free) = self.ids.iter_mut().find(|slot| slot.is_none()) {
+            *free = Some(id);
+        }
+    }
+}
+
+/// A charge that was granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "says which limits were crossed"]
+pub struct Charge {
+    /// Pages charged.
+    pub pages: Pages,
+    /// Nodes whose memory went above their effective high limit with this charge: wake their reclaim.
+    pub crossed_high: Crossed,
+    /// The lowest level whose limit the charge ignored; only with [`Mode::NoFail`].
+    pub forced_at: Option<NodeId>,
+}
+
+/// A charge that was refused. Nothing has changed but one count of failures at `level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} over the limit", .short_by)]
+pub struct Refused {
+    /// The lowest node without room: reclaim, and the choice of a victim, are its subtree's affair alone.
+    pub level: NodeId,
+    /// Pages that did not fit there.
+    pub short_by: Pages,
+    /// True when it was `vmm.max` that refused: reclaim does not help.
+    pub by_vmm: bool,
+}
+
+/// A charge that is not yet used. Dropped, it refunds; [`Reservation::commit`] keeps it.
+#[derive(Debug)]
+#[must_use = "dropped, the charge is refunded at once"]
+pub struct Reservation<'t> {
+    tree: &'t mut Tree,
+    id: NodeId,
+    charge: Charge,
+    /// What is refunded on drop.
+    open: Pages,
+}
+
+impl Reservation<'_> {
+    /// Pages reserved.
+    pub fn pages(&self) -> Pages {
+        self.open
+    }
+
+    /// Keeps the whole charge. Cannot fail.
+    pub fn commit(mut self) -> Charge {
+        self.open = Pages::ZERO;
+        self.charge
+    }
+
+    /// Keeps `used` pages (at most what was reserved) and refunds the rest. Cannot fail.
+    pub fn commit_part(mut self, used: Pages) -> Charge {
+        let used = used.min(self.open);
+        self.open = self.open.saturating_sub(used);
+        Charge {
+            pages: used,
+            ..self.charge
+        }
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        self.tree.uncharge(self.id, self.open);
+    }
+}
+
+impl Node {
+    /// The effective limit of one counter.
+    fn limit(&self, which: Which) -> Limit {
+        match which {
+            Which::Vmm => self.limits.vmm_max,
+            Which::Memory => self
+                .limits
+                .max
+                .min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
+            Which::Swap => self.limits.swap_max,
+        }
+    }
+
+    /// What could still be charged to one counter here, `None` without a limit.
+    fn room(&self, which: Which) -> Option<Pages> {
+        self.limit(which)
+            .as_pages()
+            .map(|limit| limit.saturating_sub(self.counters.get(which).usage))
+    }
+
+    /// By how much `pages` would not fit. Without a limit only 64 bits are in the way.
+    fn short(&self, which: Which, pages: Pages) -> Option<Pages> {
+        let usage = self.counters.get(which).usage;
+        let room = self
+            .room(which)
+            .unwrap_or(Pages(u64::MAX).saturating_sub(usage));
+        (pages > room).then(|| pages.saturating_sub(room))
+    }
+
+    /// Brings the reported overcharge up to date after usage or limit moved.
+    pub(super) fn settle_overcharge(&mut self) {
+        self.overcharge = match self.limits.max {
+            Limit::Pages(max) => self.counters.memory.usage.saturating_sub(max),
+            Limit::Max => Pages::ZERO,
+        };
+    }
+
+    /// Where background reclaim starts.
+    pub(super) fn high(&self) -> Limit {
+        reclaim::effective_high(self.limits.high, self.limits.max)
+    }
+}
+
+impl Tree {
+    /// Charges `pages` of guest memory to `id` and all its ancestors, or none of them.
+    ///
+    /// # Errors
+    /// [`Refused`] with the lowest level that has no room. [`Mode::NoFail`] is refused only if a counter would leave
+    /// 64 bits.
+    pub fn try_charge(&mut self, id: NodeId, pages: Pages, mode: Mode) -> Result<Charge, Refused> {
+        self.try_charge_as(id, Kind::Guest, pages, mode)
+    }
+
+    /// [`Self::try_charge`] for any kind. Overhead asks vmm at every level before it asks memory at any (row 81).
+    ///
+    /// # Errors
+    /// As [`Self::try_charge`].
+    pub fn try_charge_as(
+        &mut self,
+        id: NodeId,
+        kind: Kind,
+        pages: Pages,
+        mode: Mode,
+    ) -> Result<Charge, Refused> {
+        let mut charge = Charge {
+            pages,
+            crossed_high: Crossed::NONE,
+            forced_at: None,
+        };
+        if pages.is_zero() {
+            return Ok(charge);
+        }
+        if !self.node(id).online && mode != Mode::NoFail {
+            return Err(Refused {
+                level: id,
+                short_by: pages,
+                by_vmm: false,
+            });
+        }
+        for &which in kind.counters() {
+            let Some((level, short_by)) = self.first_short(id, which, pages) else {
+                continue;
+            };
+            let refused = Refused {
+                level,
+                short_by,
+                by_vmm: which == Which::Vmm,
+            };
+            if mode != Mode::NoFail {
+                self.count_refusal(level, which, mode);
+                return Err(refused);
+            }
+            if self.ancestry(id).any(|at| {
+                self.node(at)
+                    .counters
+                    .get(which)
+                    .usage
+                    .checked_add(pages)
+                    .is_none()
+            }) {
+                return Err(refused);
+            }
+            charge.forced_at = charge.forced_at.or(Some(level));
+        }
+        // Nothing can fail from here on.
+        let mut at = Some(id);
+        while let Some(level) = at {
+            let node = self.node_mut(level);
+            for &which in kind.counters() {
+                let over = node.short(which, pages).is_some();
+                let counter = node.counters.get_mut(which);
+                if over {
+                    counter.refuse(Mode::NoFail);
+                }
+                if level == id {
+                    counter.own += pages;
+                }
+                let before = counter.usage;
+                counter.usage += pages;
+                counter.peak = counter.peak.max(counter.usage);
+                let after = counter.usage;
+                if which == Which::Memory
+                    && let Limit::Pages(high) = node.high()
+                    && before <= high
+                    && after > high
+                {
+                    node.high_hits += 1;
+                    charge.crossed_high.push(level);
+                }
+            }
+            node.settle_overcharge();
+            at = node.parent;
+        }
+        Ok(charge)
+    }
+
+    /// Charges as many guest pages as fit, at least `min` and at most `want`: what is wanted ahead of need shrinks, what
+    /// faults wait for does not. With a `min` of zero this always succeeds, if only with zero pages, and getting none
+    /// counts as a batch miss.
+    ///
+    /// # Errors
+    /// [`Refused`] when not even `min` fits, counted by `mode`.
+    pub fn charge_up_to(
+        &mut self,
+        id: NodeId,
+        want: Pages,
+        min: Pages,
+        mode: Mode,
+    ) -> Result<Charge, Refused> {
+        let room = if self.node(id).online {
+            self.margin(id).unwrap_or(want)
+        } else {
+            Pages::ZERO
+        };
+        let pages = want.min(room).max(min);
+        if pages.is_zero()
+            && !want.is_zero()
+            && let Some((level, _)) = self.first_short(id, Which::Memory, Pages::ONE)
+        {
+            self.count_refusal(level, Which::Memory, Mode::NoRetry);
+        }
+        self.try_charge(id, pages, mode)
+    }
+
+    /// [`Self::try_charge`] as a [`Reservation`] that refunds itself unless it is committed.
+    ///
+    /// # Errors
+    /// As [`Self::try_charge`].
+    pub fn reserve(
+        &mut self,
+        id: NodeId,
+        pages: Pages,
+        mode: Mode,
+    ) -> Result<Reservation<'_>, Refused> {
+        let charge = self.try_charge(id, pages, mode)?;
+        Ok(Reservation {
+            tree: self,
+            id,
+            charge,
+            open: pages,
+        })
+    }
+
+    /// Takes `pages` of guest memory off `id` and all its ancestors. Never fails, never blocks.
+    ///
+    /// More than `id` itself is charged is a bug of the caller: it is clamped, counted, and stops a debug build.
+    pub fn uncharge(&mut self, id: NodeId, pages: Pages) {
+        self.uncharge_as(id, Kind::Guest, pages);
+    }
+
+    /// [`Self::uncharge`] for any kind.
+    pub fn uncharge_as(&mut self, id: NodeId, kind: Kind, pages: Pages) {
+        let counters = &mut self.node_mut(id).counters;
+        let mut real = pages;
+        for &which in kind.counters() {
+            real = real.min(counters.get(which).own);
+        }
+        if kind == Kind::Guest {
+            // What is overhead cannot be taken off as guest memory: K <= U.
+            real = real.min(counters.memory.own.saturating_sub(counters.vmm.own));
+        }
+        if real != pages {
+            counters.get_mut(kind.counters()[0]).underflows += 1;
+            debug_assert!(false, "uncharge of {pages} ({kind:?}) with {real} charged");
+        }
+        let mut own = true;
+        self.walk(id, |node| {
+            for &which in kind.counters() {
+                let counter = node.counters.get_mut(which);
+                counter.usage = counter.usage.saturating_sub(real);
+                if own {
+                    counter.own = counter.own.saturating_sub(real);
+                }
+            }
+            own = false;
+            node.settle_overcharge();
+        });
+    }
+
+    /// Takes everything off that is charged to `id` itself: its worker is gone and the memory is back. Returns the
+    /// pages of memory that were charged.
+    pub fn uncharge_all(&mut self, id: NodeId) -> Pages {
+        let counters = &self.node(id).counters;
+        let (memory, vmm, swap) = (counters.memory.own, counters.vmm.own, counters.swap.own);
+        self.uncharge_as(id, Kind::Guest, memory.saturating_sub(vmm));
+        self.uncharge_as(id, Kind::Overhead, vmm);
+        self.uncharge_as(id, Kind::Swap, swap);
+        memory
+    }
+
+    /// Guest memory that could be charged to `id` before the nearest limit of any ancestor is met, a ceiling included;
+    /// `None` when there is no limit at all.
+    pub fn margin(&self, id: NodeId) -> Option<Pages> {
+        self.ancestry(id)
+            .filter_map(|at| self.node(at).room(Which::Memory))
+            .min()
+    }
+
+    /// The stock that the VM `id` may hold: at most 8 MiB, one eighth of its room, and its part of one eighth of each
+    /// group's room ([`reclaim::stock_max`]).
+    pub fn stock_max(&self, id: NodeId) -> Pages {
+        let own = self.node(id).room(Which::Memory);
+        let part = |at: NodeId| {
+            let node = self.node(at);
+            reclaim::stock_max(None, node.room(Which::Memory), node.members)
+        };
+        let groups = self
+            .ancestry(id)
+            .skip(1)
+            .map(part)
+            .min()
+            .unwrap_or(reclaim::STOCK_CAP);
+        reclaim::stock_max(own, None, 1).min(groups)
+    }
+
+    /// The lowest level where `pages` do not fit, and by how much.
+    fn first_short(&self, id: NodeId, which: Which, pages: Pages) -> Option<(NodeId, Pages)> {
+        self.ancestry(id)
+            .find_map(|at| self.node(at).short(which, pages).map(|short| (at, short)))
+    }
+
+    fn count_refusal(&mut self, level: NodeId, which: Which, mode: Mode) {
+        let node = self.node_mut(level);
+        node.counters.get_mut(which).refuse(mode);
+        if which == Which::Memory && mode == Mode::Wait {
+            node.max_hits += 1;
+        }
+    }
+}

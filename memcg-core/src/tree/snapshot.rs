@@ -1,0 +1,89 @@
+//! Looking at a node.
+
+use super::counter::CounterSnapshot;
+use super::{Limits, NodeId, Tree};
+use crate::units::{Limit, Pages};
+
+/// One node at one moment: every number is of the same state of the tree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSnapshot {
+    /// Memory: everything, guest pages and overhead.
+    pub memory: CounterSnapshot,
+    /// Overhead; counted in memory too.
+    pub vmm: CounterSnapshot,
+    /// Evicted pages.
+    pub swap: CounterSnapshot,
+    /// The limits in force.
+    pub limits: Limits,
+    /// `memory.max` that was asked for and is not yet in force.
+    pub max_pending: Option<Limit>,
+    /// The cap on memory while `max_pending` is being reached.
+    pub ceiling: Option<Pages>,
+    /// Where background reclaim starts: `high`, or what `max` implies; of the pending limits if there are any.
+    pub effective_high: Limit,
+    /// Memory above `memory.max`, left by a forced change or a charge that could not be refused. May only fall.
+    pub overcharge: Pages,
+    /// [`super::Mode::Wait`] charges refused by `memory.max` or the ceiling, since the start; never reset.
+    pub max_hits: u64,
+    /// Times that memory went above the effective high limit.
+    pub high_hits: u64,
+    /// Number of changes of this node's limits, pending ones included: for compare-and-set.
+    pub generation: u64,
+    /// VMs that share this node's room: childless nodes below it, or itself.
+    pub members: u32,
+    /// False once its name is taken away ([`Tree::set_offline`]).
+    pub online: bool,
+}
+
+impl Tree {
+    /// Everything about a node.
+    pub fn snapshot(&self, id: NodeId) -> NodeSnapshot {
+        let node = self.node(id);
+        NodeSnapshot {
+            memory: node.counters.memory,
+            vmm: node.counters.vmm,
+            swap: node.counters.swap,
+            limits: node.limits,
+            max_pending: node.pending.as_ref().and_then(|pending| pending.patch.max),
+            ceiling: node.ceiling,
+            effective_high: self.reclaim_high(id),
+            overcharge: node.overcharge,
+            max_hits: node.max_hits,
+            high_hits: node.high_hits,
+            generation: node.generation,
+            members: node.members,
+            online: node.online,
+        }
+    }
+
+    /// Memory charged to `id` and below.
+    pub fn usage(&self, id: NodeId) -> Pages {
+        self.node(id).counters.memory.usage
+    }
+
+    /// The limits of `id` in force.
+    pub fn limits(&self, id: NodeId) -> Limits {
+        self.node(id).limits
+    }
+
+    /// Number of changes of `id`'s limits so far.
+    pub fn generation(&self, id: NodeId) -> u64 {
+        self.node(id).generation
+    }
+
+    /// Forgets the peaks of `id`: they start again from the usage of now.
+    pub fn reset_peak(&mut self, id: NodeId) {
+        let counters = &mut self.node_mut(id).counters;
+        for counter in [&mut counters.memory, &mut counters.vmm, &mut counters.swap] {
+            counter.peak = counter.usage;
+        }
+    }
+
+    /// Sets the failure counts of `id` to zero; `max_hits` stays.
+    pub fn reset_failcnt(&mut self, id: NodeId) {
+        let counters = &mut self.node_mut(id).counters;
+        for counter in [&mut counters.memory, &mut counters.vmm, &mut counters.swap] {
+            counter.failcnt = 0;
+        }
+    }
+}
