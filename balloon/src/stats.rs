@@ -97,6 +97,11 @@ impl GuestStats {
         self.0[tag as usize]
     }
 
+    /// All values by tag number.
+    pub fn values(&self) -> [Option<u64>; StatTag::ALL.len()] {
+        self.0
+    }
+
     /// What the guest sent, in the order of the tags.
     pub fn iter(&self) -> impl Iterator<Item = (StatTag, u64)> + '_ {
         StatTag::ALL
