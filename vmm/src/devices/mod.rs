@@ -1,1 +1,3 @@
-//! devices
+//! Devices.
+
+pub mod mmio;
