@@ -1,3 +1,4 @@
 //! Devices.
 
+pub mod balloon;
 pub mod mmio;
