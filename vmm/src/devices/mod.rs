@@ -1,4 +1,9 @@
-//! Devices.
+//! Devices: the buses that they sit on, the serial port, the ports for payloads, power, and the balloon behind its
+//! virtio-mmio registers.
 
+pub mod bus;
+pub mod debug_port;
+pub mod power;
+pub mod serial;
 pub mod balloon;
 pub mod mmio;
