@@ -13,7 +13,12 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod cpuid;
+pub mod kvm;
 pub mod layout;
+pub mod vcpu;
 
 pub use boot::{BootError, BootPlan, BootRequest};
+pub use kvm::{NewVm, Vm, VmError};
 pub use layout::{LayoutError, RamLayout, RamRange};
+pub use vcpu::{Step, Vcpu};

@@ -148,7 +148,7 @@ pub struct BootRequest<'a> {
     pub virtio_devices: u32,
 }
 
-/// How a vCPU enters the guest.
+/// How a vCPU enters the guest, see [`super::vcpu::Vcpu::setup`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
     /// PVH: 32-bit protected mode without paging, `EBX` = `start_info`.
