@@ -1,1 +1,28 @@
-//! memory
+//! Guest memory: where it is mapped, and how every page of it comes to be charged.
+//!
+//! | file | concern |
+//! | --- | --- |
+//! | `ram` | the mappings; page indices |
+//! | `uffd` | userfaultfd, wrapped |
+//! | `pages` | frame table and stock: what a fault, a grant, a discard change |
+//! | `thread` | the thread that owns them |
+//! | `around` | how many pages one fault fills |
+//! | `client` | how other threads ask |
+//! | `guest` | the accessor of all VMM code |
+//! | `give` | the balloon's pages: claim, discard, uncharge |
+//! | `discard` | vectored discards |
+//! | `place` | where the fault thread runs |
+
+pub mod around;
+pub mod client;
+pub mod discard;
+pub mod give;
+pub mod guest;
+pub mod pages;
+pub mod place;
+pub mod ram;
+pub mod thread;
+pub mod uffd;
+
+pub use guest::GuestMem;
+pub use ram::Ram;

@@ -1,0 +1,137 @@
+//! Fault-around: how many pages one fault fills.
+//!
+//! A fault costs about a hundred times what filling one more page costs, so a guest that walks through memory gets
+//! several pages a fault. A guest that jumps about gets exactly what it touches: every page filled is charged.
+//!
+//! A few *streams* are remembered. A fault that continues one doubles its granule up to [`MAX_GRANULE`]; any other
+//! fault starts a stream with a granule of one page in the place of the one unused for longest.
+
+/// Largest granule in pages (64 KiB).
+pub const MAX_GRANULE: u64 = 16;
+
+/// Streams remembered; more than vCPUs are likely to walk at the same time in a small guest.
+const STREAMS: usize = 8;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Stream {
+    /// The page at which a fault would continue upwards.
+    above: u64,
+    /// The page at which a fault would continue downwards, plus one (0: none).
+    below: u64,
+    granule: u64,
+    used: u64,
+}
+
+/// The pages that a fault should fill: `first..first + pages`, the touched page among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First page.
+    pub first: u64,
+    /// Number of pages, 1 to [`MAX_GRANULE`].
+    pub pages: u64,
+}
+
+/// The streams of one VM.
+#[derive(Debug, Default)]
+pub struct Around {
+    streams: [Stream; STREAMS],
+    clock: u64,
+}
+
+impl Around {
+    /// The window for a fault at `page` when the run of fillable pages around it is `run`, and its stream's number
+    /// for [`Around::filled`].
+    ///
+    /// `run` contains `page`. With `single` the window is the page itself (near a limit).
+    pub fn window(&mut self, page: u64, run: std::ops::Range<u64>, single: bool) -> (Window, usize) {
+        self.clock += 1;
+        let found = self.streams.iter().position(|s| s.granule > 0 && (s.above == page || s.below == page + 1));
+        let slot = found.unwrap_or_else(|| {
+            let oldest = self.streams.iter().enumerate().min_by_key(|(_, s)| s.used).map_or(0, |(i, _)| i);
+            self.streams[oldest] = Stream::default();
+            oldest
+        });
+        let stream = &mut self.streams[slot];
+        stream.used = self.clock;
+        let downwards = found.is_some() && stream.above != page;
+        stream.granule = if found.is_some() { (stream.granule * 2).min(MAX_GRANULE) } else { 1 };
+        let window = if single {
+            Window { first: page, pages: 1 }
+        } else if downwards {
+            let first = (page + 1).saturating_sub(stream.granule).max(run.start);
+            Window { first, pages: page + 1 - first }
+        } else {
+            Window { first: page, pages: stream.granule.min(run.end - page) }
+        };
+        (window, slot)
+    }
+
+    /// Says what was filled for the fault that [`Around::window`] gave `slot` for.
+    pub fn filled(&mut self, slot: usize, window: Window) {
+        let stream = &mut self.streams[slot];
+        stream.above = window.first + window.pages;
+        stream.below = window.first;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(around: &mut Around, page: u64) -> Window {
+        let (window, slot) = around.window(page, 0..1 << 20, false);
+        around.filled(slot, window);
+        window
+    }
+
+    #[test]
+    fn a_sequential_walk_doubles_up_to_sixteen_pages() {
+        let mut around = Around::default();
+        let mut page = 1000;
+        let sizes: Vec<u64> = (0..7)
+            .map(|_| {
+                let w = touch(&mut around, page);
+                page = w.first + w.pages;
+                w.pages
+            })
+            .collect();
+        assert_eq!(sizes, [1, 2, 4, 8, 16, 16, 16]);
+    }
+
+    #[test]
+    fn a_walk_downwards_is_followed_too() {
+        let mut around = Around::default();
+        touch(&mut around, 1000);
+        assert_eq!(touch(&mut around, 999), Window { first: 998, pages: 2 });
+        assert_eq!(touch(&mut around, 997), Window { first: 994, pages: 4 });
+    }
+
+    #[test]
+    fn random_touches_get_one_page_each() {
+        let mut around = Around::default();
+        for i in 0..100 {
+            assert_eq!(touch(&mut around, i * 7919 % 100_000).pages, 1);
+        }
+    }
+
+    #[test]
+    fn interleaved_walks_keep_their_own_granules() {
+        let mut around = Around::default();
+        let (mut a, mut b) = (0, 500_000);
+        for _ in 0..5 {
+            a = { let w = touch(&mut around, a); w.first + w.pages };
+            b = { let w = touch(&mut around, b); w.first + w.pages };
+        }
+        assert_eq!((a, b), (31, 500_031));
+    }
+
+    #[test]
+    fn the_window_stays_inside_the_run() {
+        let mut around = Around::default();
+        for (page, run) in [(10, 10..11), (11, 11..12), (12, 12..14)] {
+            let (w, slot) = around.window(page, run.clone(), false);
+            around.filled(slot, w);
+            assert!(w.first >= run.start && w.first + w.pages <= run.end && (w.first..w.first + w.pages).contains(&page));
+        }
+    }
+}

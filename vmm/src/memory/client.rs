@@ -1,0 +1,112 @@
+//! How other threads of the worker ask the fault thread about pages.
+//!
+//! The fault thread owns frame table and stock; nobody else changes them. A thread that needs pages filled, or wants to
+//! give pages away, sends one [`Request`] and waits for its [`Reply`]. Both channels hold one message and are allocated
+//! once; the ranges travel in a vector that goes back to its owner, so the fault thread allocates nothing.
+//!
+//! Giving pages away takes two requests, because the discard itself is a system call that the fault thread must not make:
+//!
+//! ```text
+//!  device thread                      fault thread
+//!    Claim(runs)  ─────────────────►  ABSENT → BALLOONED; ACTIVE → DISCARDING: a fault there is remembered as `wanted`
+//!    ◄──────────────────────────────  the runs in DISCARDING
+//!    process_madvise(DONTNEED)
+//!    Discarded(runs)  ─────────────►  DISCARDING → BALLOONED, uncharge, serve what was wanted
+//! ```
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::worker::protocol::ExitReason;
+
+/// A run of pages by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First page index.
+    pub first: u64,
+    /// Number of pages, at least 1.
+    pub pages: u64,
+}
+
+/// What a thread asks.
+#[derive(Debug)]
+pub enum Request {
+    /// Charge and fill every absent page of the run.
+    Fill {
+        /// The pages.
+        run: Run,
+        /// Wait for room (the loader); otherwise answer [`Reply::WouldBlock`] at once (devices).
+        wait: bool,
+    },
+    /// Claim pages for a discard; answered with those that are present and have to be discarded.
+    Claim(Vec<Run>),
+    /// The claimed pages have been discarded and belong to the balloon now.
+    Discarded(Vec<Run>),
+    /// The guest takes pages back from the balloon; they become absent.
+    Deflated(Vec<Run>),
+    /// The guest kernel is loaded: this many pages were written.
+    Loaded(u64),
+    /// Starting failed: say this to the controller and end the process.
+    Failed(String, Option<u64>),
+    /// The guest has ended: say this to the controller and end the process.
+    Ended(ExitReason),
+}
+
+/// What the fault thread answers.
+#[derive(Debug)]
+pub enum Reply {
+    /// Done; a vector that came with the request goes back.
+    Done(Vec<Run>),
+    /// No page could be charged now. The thread's retry eventfd is written when it is worth trying again.
+    WouldBlock,
+}
+
+/// One thread's line to the fault thread.
+#[derive(Debug)]
+pub struct Client {
+    requests: SyncSender<(usize, Request)>,
+    bell: EventFd,
+    replies: Receiver<Reply>,
+    id: usize,
+}
+
+/// The fault thread's end of all lines.
+#[derive(Debug)]
+pub struct Desk {
+    /// Requests with the number of the client.
+    pub requests: Receiver<(usize, Request)>,
+    /// Where each client's answers go, by number.
+    pub replies: Vec<SyncSender<Reply>>,
+    /// Readable when requests wait.
+    pub bell: EventFd,
+}
+
+/// Makes `n` clients and the desk that serves them.
+///
+/// # Errors
+/// When the host gives no eventfd.
+pub fn clients(n: usize) -> std::io::Result<(Vec<Client>, Desk)> {
+    let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let (sender, requests) = sync_channel(n);
+    let mut clients = Vec::with_capacity(n);
+    let mut replies = Vec::with_capacity(n);
+    for id in 0..n {
+        let (reply, receiver) = sync_channel(1);
+        replies.push(reply);
+        clients.push(Client { requests: sender.clone(), bell: bell.try_clone()?, replies: receiver, id });
+    }
+    Ok((clients, Desk { requests, replies, bell }))
+}
+
+impl Client {
+    /// Asks, and waits for the answer. The fault thread never waits for user space, so this is short; only a
+    /// [`Request::Fill`] with `wait` takes as long as the controller needs.
+    pub fn ask(&self, request: Request) -> Reply {
+        // The fault thread lives as long as the process: if it is gone, so are we.
+        if self.requests.send((self.id, request)).is_err() || self.bell.write(1).is_err() {
+            std::process::abort();
+        }
+        self.replies.recv().unwrap_or_else(|_| std::process::abort())
+    }
+}

@@ -1,0 +1,505 @@
+//! The owner of a guest's pages: frame table, stock and what waits for them.
+//!
+//! [`Pages`] belongs to the fault thread and is plain data apart from the system calls that fill and wake. Nothing here
+//! waits for user space, allocates, logs or locks. Each fault is answered when it is read:
+//!
+//! ```text
+//!  state of the page     what happens
+//!  ABSENT, BALLOONED     charge from the stock, fill, wake; with an empty stock one page from the reserve
+//!  ACTIVE                somebody was faster: wake
+//!  DISCARDING            remembered as wanted, served when the claim ends (a system call later)
+//! ```
+//!
+//! A page from the reserve is a *debt*. When the controller cannot grant what would repay it, the vCPUs are held until
+//! it can ([`crate::worker::gate`]). The reserve is charged inside `max`, so usage never exceeds the limit.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use memcg_core::frame::{FrameState, FrameTable};
+use memcg_core::stock::Stock;
+use memcg_core::units::Pages as Count;
+
+use super::around::{Around, MAX_GRANULE, Window};
+use super::client::{Reply, Run};
+use super::ram::Ram;
+use super::uffd::{Fill, Uffd};
+use crate::devices::balloon::BalloonHandle;
+use crate::worker::gate::{self, Gate, monotonic_ns};
+use crate::worker::protocol::{FaultCounts, Report};
+
+/// Pages that VMM threads may take from the reserve (ring pages of devices).
+const DEVICE_RESERVE: u64 = 64;
+
+/// Pages that the reserve needs for `cpus` vCPUs: each may have one fault of its own and 64 in KVM's workers, and devices
+/// have [`DEVICE_RESERVE`].
+pub fn reserve_target(cpus: u32) -> u64 {
+    65 * u64::from(cpus) + DEVICE_RESERVE
+}
+
+/// Time between two beats of the stock, in nanoseconds.
+const BEAT_NS: u64 = 1_000_000_000;
+
+/// A run that the loader waits for.
+#[derive(Debug)]
+struct PendingFill {
+    client: usize,
+    left: Range<u64>,
+}
+
+/// What the controller's last word on a want was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// Nothing is asked.
+    No,
+    /// Asked, not answered; the number of pages wanted for faults that happened.
+    Waiting(u64),
+    /// The controller cannot grant it now and will speak when it can.
+    Refused(u64),
+}
+
+/// Frame table, stock and everything that changes with them.
+#[derive(Debug)]
+pub struct Pages {
+    ram: Arc<Ram>,
+    uffd: Uffd,
+    frames: FrameTable,
+    stock: Stock,
+    gate: Arc<Gate>,
+    around: Around,
+    counts: FaultCounts,
+    waiting: Vec<u64>,
+    pending: Option<PendingFill>,
+    /// Changes places with the vector of each claim, so that claims allocate nothing once it has grown.
+    spare_runs: Vec<Run>,
+    asked: Asked,
+    device_taken: u64,
+    device_blocked: bool,
+    balloon: BalloonHandle,
+    held_since: Option<u64>,
+    held_ns: u64,
+    hold_latency_us: u64,
+    beat_ns: u64,
+}
+
+impl Pages {
+    /// The owner of `ram`, which is registered with `uffd`. `balloon` is told when an access
+    /// that was refused is worth trying again.
+    pub fn new(ram: Arc<Ram>, uffd: Uffd, gate: Arc<Gate>, cpus: u32, balloon: BalloonHandle) -> Self {
+        let reserve = reserve_target(cpus);
+        Self {
+            frames: FrameTable::new(ram.pages() as usize),
+            stock: Stock::new(Count(reserve)),
+            around: Around::default(),
+            counts: FaultCounts::default(),
+            // More faults than the reserve has pages cannot wait at once but for claimed pages, one a thread.
+            waiting: Vec::with_capacity(4 * reserve as usize),
+            pending: None,
+            spare_runs: Vec::new(),
+            asked: Asked::No,
+            device_taken: 0,
+            device_blocked: false,
+            balloon,
+            held_since: None,
+            held_ns: 0,
+            hold_latency_us: 0,
+            beat_ns: monotonic_ns(),
+            ram,
+            uffd,
+            gate,
+        }
+    }
+
+    /// The userfaultfd.
+    pub fn uffd(&self) -> &Uffd {
+        &self.uffd
+    }
+
+    /// Reads and answers a batch of faults; returns how many there were.
+    pub fn on_faults(&mut self) -> usize {
+        let mut batch = [0u64; 64];
+        let mut n = 0;
+        self.uffd.read::<64>(|event| {
+            batch[n] = event.address;
+            n += 1;
+        });
+        let read_at = monotonic_ns();
+        for &address in &batch[..n] {
+            self.counts.events += 1;
+            // Only guest RAM is registered: another address means that our own books are wrong.
+            let page = self.ram.index_of_hva(address).unwrap_or_else(|| std::process::abort());
+            self.serve(page);
+        }
+        if n > 0 {
+            let us = (monotonic_ns() - read_at) / 1000;
+            self.counts.worst_answer_us = self.counts.worst_answer_us.max(us);
+        }
+        n
+    }
+
+    /// Answers one fault.
+    fn serve(&mut self, page: u64) {
+        match self.frames.state(page as usize) {
+            FrameState::Active => {
+                self.counts.stale += 1;
+                self.uffd.wake(self.ram.hva(page), 1);
+            }
+            FrameState::Discarding => self.wait_for(page),
+            state @ (FrameState::Absent | FrameState::Ballooned) => {
+                if self.fill_fault(page, state) {
+                    self.hold_if_short();
+                } else {
+                    self.wait_for(page);
+                    self.hold();
+                }
+            }
+            // Nothing makes these states yet; a fault there would mean lost content.
+            FrameState::Idle | FrameState::Swapped | FrameState::Moving | FrameState::Evicting => std::process::abort(),
+        }
+    }
+
+    /// Remembers a fault that cannot be answered now; the set is keyed by page, so a repeated event adds nothing.
+    fn wait_for(&mut self, page: u64) {
+        if !self.frames.wanted(page as usize) && self.waiting.len() < self.waiting.capacity() {
+            self.frames.set_wanted(page as usize, true);
+            self.waiting.push(page);
+        }
+    }
+
+    /// Charges and fills the touched page, and what lies around it when that is promising. False when there was nothing
+    /// left to charge it to.
+    fn fill_fault(&mut self, page: u64, state: FrameState) -> bool {
+        let near_limit = self.stock.room().is_some_and(|room| room.0 < 4 * MAX_GRANULE);
+        let single = state == FrameState::Ballooned || near_limit || self.stock.debt() > Count(0);
+        let run = if single { page..page + 1 } else { self.absent_around(page) };
+        let (window, stream) = self.around.window(page, run, single);
+        let Some(filled) = self.charge_and_fill(window, page, true) else { return false };
+        self.around.filled(stream, filled);
+        self.counts.touched += 1;
+        self.counts.around += filled.pages - 1;
+        if state == FrameState::Ballooned {
+            self.counts.implicit_deflates += 1;
+        }
+        true
+    }
+
+    /// Charges what it can of `window`, the page `touched` in it first of all, and fills that. With `reserve` an empty stock
+    /// is no reason to fail: one page comes from the reserve. Returns what was filled.
+    fn charge_and_fill(&mut self, window: Window, touched: u64, reserve: bool) -> Option<Window> {
+        let mut cut = window;
+        if let Some(reservation) = self.stock.prepare(Count(window.pages)) {
+            if reservation.pages().0 < window.pages {
+                cut.first = touched;
+                cut.pages = reservation.pages().0.min(window.first + window.pages - touched);
+            }
+            cut.pages = fill(&self.uffd, &self.ram, cut);
+            reservation.commit(Count(cut.pages));
+        } else {
+            let reservation = if reserve { self.stock.prepare_reserve()? } else { return None };
+            cut = Window { first: touched, pages: 1 };
+            cut.pages = fill(&self.uffd, &self.ram, cut);
+            reservation.commit(Count(cut.pages));
+            self.counts.from_reserve += 1;
+        }
+        let pages = cut.first..cut.first + cut.pages;
+        self.frames.set_range(pages.start as usize, pages.end as usize, FrameState::Active);
+        if let Some(present) = self.ram.present() {
+            present.set(pages);
+        }
+        Some(cut)
+    }
+
+    /// The run of absent pages around `page` that a granule could fill, in one slot.
+    fn absent_around(&self, page: u64) -> Range<u64> {
+        let slot = self.ram.contiguous(page);
+        let low = page.saturating_sub(MAX_GRANULE - 1).max(slot.start);
+        let high = (page + MAX_GRANULE).min(slot.end);
+        let absent = |p: &u64| self.frames.state(*p as usize) == FrameState::Absent;
+        let start = (low..page).rev().take_while(absent).last().unwrap_or(page);
+        let end = (page + 1..high).take_while(absent).last().map_or(page + 1, |p| p + 1);
+        start..end
+    }
+
+    /// Holds the vCPUs when the reserve is being used and the controller has said no, or when half of it is gone.
+    fn hold_if_short(&mut self) {
+        let debt = self.stock.debt();
+        let refused = matches!(self.asked, Asked::Refused(_)) || self.stock.room() == Some(Count(0));
+        if debt > Count(0) && (refused || debt > self.stock.reserve()) {
+            self.hold();
+        }
+    }
+
+    fn hold(&mut self) {
+        if self.gate.hold(gate::NO_MEMORY) {
+            self.held_since = Some(monotonic_ns());
+        }
+    }
+
+    /// The last vCPU has come out.
+    pub fn on_all_out(&mut self) {
+        if let Some(since) = self.held_since {
+            let us = self.gate.all_out_ns().saturating_sub(since) / 1000;
+            self.hold_latency_us = self.hold_latency_us.max(us);
+        }
+    }
+
+    /// A grant has come. Unknown totals are refused by the stock, whose word is the caller's reason to give up.
+    ///
+    /// # Errors
+    /// When the totals contradict what was granted before.
+    pub fn on_grant(
+        &mut self,
+        epoch: u32,
+        granted_total: u64,
+        stock_max: u64,
+        room: Option<Count>,
+        refused: bool,
+    ) -> Result<Option<(usize, Reply)>, memcg_core::stock::StockError> {
+        self.stock.grant(epoch, granted_total, Count(stock_max), room)?;
+        self.asked = if refused { Asked::Refused(self.want_now()) } else { Asked::No };
+        let reply = self.settle();
+        if refused {
+            self.hold_if_short();
+        }
+        Ok(reply)
+    }
+
+    /// Serves what waits, as far as the stock goes, opens the gate when nothing is owed any more, and gives back what
+    /// exceeds the stock's cap. Returns the loader's answer when there is one.
+    fn settle(&mut self) -> Option<(usize, Reply)> {
+        let mut kept = 0;
+        for i in 0..self.waiting.len() {
+            let page = self.waiting[i];
+            let served = match self.frames.state(page as usize) {
+                FrameState::Discarding => false,
+                FrameState::Active => {
+                    self.uffd.wake(self.ram.hva(page), 1);
+                    true
+                }
+                state => self.fill_fault(page, state),
+            };
+            if served {
+                self.frames.set_wanted(page as usize, false);
+            } else {
+                self.waiting[kept] = page;
+                kept += 1;
+            }
+        }
+        self.waiting.truncate(kept);
+        let reply = self.continue_pending();
+        if self.stock.debt() == Count(0) && self.waiting.is_empty() {
+            self.device_taken = 0;
+            if self.gate.release(gate::NO_MEMORY) {
+                self.held_ns += self.held_since.take().map_or(0, |since| monotonic_ns() - since);
+            }
+        }
+        if self.device_blocked && self.stock.stock() > Count(0) {
+            self.device_blocked = false;
+            self.balloon.retry();
+        }
+        let surplus = self.stock.surplus();
+        self.stock.give_back(surplus);
+        reply
+    }
+
+    /// Fills absent pages of `pages` from the stock, and up to `spare` from the reserve; returns the first page that
+    /// could not be charged.
+    fn fill_run(&mut self, pages: Range<u64>, mut spare: u64) -> Option<u64> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let slot_end = self.ram.contiguous(at).end.min(pages.end);
+            let (state, end) = self.frames.run(at as usize, slot_end as usize);
+            let end = end as u64;
+            match state {
+                FrameState::Active => at = end,
+                FrameState::Absent | FrameState::Ballooned => {
+                    let dry = self.stock.stock() == Count(0);
+                    let window = Window { first: at, pages: end - at };
+                    let Some(filled) = self.charge_and_fill(window, at, spare > 0) else { return Some(at) };
+                    if dry {
+                        self.device_taken += filled.pages;
+                        spare -= 1;
+                    }
+                    if state == FrameState::Ballooned {
+                        self.counts.implicit_deflates += filled.pages;
+                    }
+                    self.counts.vmm += filled.pages;
+                    at += filled.pages;
+                }
+                // The only claimer is the thread that asks, and it does not touch what it has claimed.
+                _ => return Some(at),
+            }
+        }
+        None
+    }
+
+    /// A VMM thread wants pages filled. `None` when it has to wait for the answer.
+    pub fn on_fill(&mut self, client: usize, run: Run, wait: bool) -> Option<Reply> {
+        let pages = run.first..run.first.saturating_add(run.pages).min(self.ram.pages());
+        if wait {
+            self.asked = match self.asked {
+                Asked::Refused(_) => Asked::No,
+                other => other,
+            };
+            self.pending = Some(PendingFill { client, left: pages });
+            return self.continue_pending().map(|(_, reply)| reply);
+        }
+        let spare = DEVICE_RESERVE.saturating_sub(self.device_taken);
+        let stopped = self.fill_run(pages, spare);
+        self.hold_if_short();
+        match stopped {
+            None => Some(Reply::Done(Vec::new())),
+            Some(_) => {
+                self.device_blocked = true;
+                Some(Reply::WouldBlock)
+            }
+        }
+    }
+
+    fn continue_pending(&mut self) -> Option<(usize, Reply)> {
+        let mut pending = self.pending.take()?;
+        match self.fill_run(pending.left.clone(), 0) {
+            None => Some((pending.client, Reply::Done(Vec::new()))),
+            Some(_) if matches!(self.asked, Asked::Refused(_)) => Some((pending.client, Reply::WouldBlock)),
+            Some(at) => {
+                pending.left.start = at;
+                self.pending = Some(pending);
+                None
+            }
+        }
+    }
+
+    /// Claims pages for a discard and returns what is to be discarded: the pages that are present. Faults there wait until
+    /// [`Pages::on_discarded`]. A page that was never touched belongs to the balloon at once.
+    pub fn on_claim(&mut self, runs: Vec<Run>) -> Vec<Run> {
+        let mut claimed = std::mem::take(&mut self.spare_runs);
+        claimed.clear();
+        for run in &runs {
+            let (mut at, last) = (run.first as usize, (run.first + run.pages) as usize);
+            while at < last {
+                let (state, end) = self.frames.run(at, last);
+                match state {
+                    FrameState::Active => {
+                        self.frames.set_range(at, end, FrameState::Discarding);
+                        if let Some(present) = self.ram.present() {
+                            present.clear(at as u64..end as u64);
+                        }
+                        claimed.push(Run { first: at as u64, pages: (end - at) as u64 });
+                    }
+                    FrameState::Absent => self.frames.set_range(at, end, FrameState::Ballooned),
+                    FrameState::Ballooned => self.counts.guest_errors += (end - at) as u64,
+                    // Claims are made one at a time, and nothing makes the other states yet.
+                    _ => {}
+                }
+                at = end;
+            }
+        }
+        self.spare_runs = runs;
+        claimed
+    }
+
+    /// The claimed pages are gone: their charges return, and faults that waited for them are served.
+    pub fn on_discarded(&mut self, runs: &[Run]) -> Option<(usize, Reply)> {
+        for run in runs {
+            self.frames.set_range(run.first as usize, (run.first + run.pages) as usize, FrameState::Ballooned);
+            self.counts.discarded += run.pages;
+            self.stock.uncharge(Count(run.pages));
+        }
+        self.settle()
+    }
+
+    /// The guest takes pages back: they are absent until touched.
+    pub fn on_deflated(&mut self, runs: &[Run]) {
+        for page in runs.iter().flat_map(|r| r.first..r.first + r.pages) {
+            if self.frames.state(page as usize) == FrameState::Ballooned {
+                self.frames.set(page as usize, FrameState::Absent);
+            }
+        }
+    }
+
+    /// Gives back all stock.
+    pub fn on_recall(&mut self) {
+        self.stock.recall();
+    }
+
+    /// Faults and loader's pages that have not been charged yet.
+    fn unserved(&self) -> Count {
+        let loader = self.pending.as_ref().map_or(0, |p| p.left.end - p.left.start);
+        Count(self.waiting.len() as u64 + loader)
+    }
+
+    /// Pages wanted for faults that happened already.
+    fn want_now(&self) -> u64 {
+        self.stock.want_now(self.unserved()).0
+    }
+
+    /// What to ask the controller for now, if anything: `(want, want_now)`. Marks it as asked.
+    pub fn ask(&mut self) -> Option<(u64, u64)> {
+        self.beat();
+        let now = self.want_now();
+        let want = match self.asked {
+            Asked::No => self.stock.want(self.unserved()).0,
+            Asked::Waiting(before) | Asked::Refused(before) if now > before => now,
+            Asked::Waiting(_) | Asked::Refused(_) => 0,
+        };
+        if want == 0 {
+            return None;
+        }
+        self.asked = Asked::Waiting(now);
+        Some((want, now))
+    }
+
+    /// Lets the stock's batch shrink with the time that has passed.
+    fn beat(&mut self) {
+        let now = monotonic_ns();
+        while now.saturating_sub(self.beat_ns) >= BEAT_NS {
+            self.stock.tick();
+            // After a long sleep the batch is at its least; more beats would change nothing.
+            self.beat_ns = (self.beat_ns + BEAT_NS).max(now.saturating_sub(16 * BEAT_NS));
+        }
+    }
+
+    /// The last want could not be sent.
+    pub fn unasked(&mut self) {
+        self.asked = Asked::No;
+    }
+
+    /// The consistent picture of this moment.
+    pub fn report(&self) -> Report {
+        let held = self.gate.closed_for(gate::NO_MEMORY);
+        let running = self.held_since.map_or(0, |since| monotonic_ns().saturating_sub(since));
+        Report {
+            epoch: self.stock.epoch(),
+            granted_total: self.stock.granted_total(),
+            returned_total: self.stock.returned_total(),
+            guest: self.stock.guest().0,
+            stock: self.stock.stock().0,
+            reserve: self.stock.reserve().0,
+            debt: self.stock.debt().0,
+            ballooned: self.frames.count(FrameState::Ballooned),
+            held,
+            held_us: (self.held_ns + running) / 1000,
+            faults: self.counts,
+            ..Report::default()
+        }
+    }
+}
+
+/// Fills a window and returns how many pages from its first on are present because of it.
+///
+/// Only the fault thread leaves ABSENT, so a page that is there already is one whose charge is missing: it is counted
+/// as filled.
+fn fill(uffd: &Uffd, ram: &Ram, window: Window) -> u64 {
+    loop {
+        match uffd.fill(ram.hva(window.first), window.pages) {
+            Fill::Filled(pages) => return pages,
+            Fill::AlreadyPresent => {
+                uffd.wake(ram.hva(window.first), 1);
+                return 1;
+            }
+            Fill::RetryLater => {}
+            // The range is ours and registered until the process ends: its end has begun.
+            Fill::Gone => std::process::abort(),
+        }
+    }
+}

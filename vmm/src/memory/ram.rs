@@ -1,0 +1,226 @@
+//! Guest RAM: one private anonymous mapping per slot.
+//!
+//! Each mapping has `hva = gpa` modulo 2 MiB, so that a huge page of the host can back a huge page of the guest. Charged
+//! RAM is `NOHUGEPAGE` (nobody but us decides what becomes resident), `DONTFORK` (a page that a fork shared cannot be
+//! moved by userfaultfd any more), `DONTDUMP` and `UNMERGEABLE` (the same for KSM).
+//!
+//! Pages are numbered densely over the slots: the *page index* is what frame table, present map and fault path use.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memcg_core::units::PAGE_SIZE;
+
+use crate::worker::protocol::{MAX_SLOTS, RamSlot};
+
+const HUGE: u64 = 2 << 20;
+
+/// The RAM of one guest. Stays mapped until the process ends.
+#[derive(Debug)]
+pub struct Ram {
+    slots: Vec<RamSlot>,
+    present: Option<PresentMap>,
+}
+
+impl Ram {
+    /// Maps RAM for `ranges` of guest-physical bytes (first address, length; page-aligned, sorted, disjoint).
+    ///
+    /// With `charged` the mappings are prepared for userfaultfd and a map of present pages is kept.
+    ///
+    /// # Errors
+    /// When the host refuses the address space.
+    ///
+    /// # Panics
+    /// With more than [`MAX_SLOTS`] ranges or ranges that are not page-aligned: the caller's layout is wrong.
+    pub fn map(ranges: &[(u64, u64)], charged: bool) -> io::Result<Self> {
+        assert!(ranges.len() <= MAX_SLOTS && ranges.iter().all(|(gpa, bytes)| (gpa | bytes) % PAGE_SIZE == 0));
+        let mut slots = Vec::with_capacity(ranges.len());
+        for &(gpa, bytes) in ranges {
+            let hva = reserve(gpa, bytes)?;
+            let mut advice = vec![libc::MADV_DONTFORK, libc::MADV_DONTDUMP];
+            if charged {
+                advice.extend([libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE]);
+            }
+            for advice in advice {
+                // SAFETY: the range was mapped by `reserve` and belongs to us; these pieces of advice change no content.
+                let result = unsafe { libc::madvise(hva as *mut libc::c_void, bytes as usize, advice) };
+                let optional = advice == libc::MADV_UNMERGEABLE || advice == libc::MADV_NOHUGEPAGE;
+                if result != 0 && !(optional && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)) {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            slots.push(RamSlot { gpa, hva, bytes });
+        }
+        let pages = slots.iter().map(|s| s.bytes / PAGE_SIZE).sum();
+        Ok(Self { slots, present: charged.then(|| PresentMap::new(pages)) })
+    }
+
+    /// The slots, by rising guest-physical address.
+    pub fn slots(&self) -> &[RamSlot] {
+        &self.slots
+    }
+
+    /// The slots in the form of the protocol.
+    pub fn slot_array(&self) -> [RamSlot; MAX_SLOTS] {
+        let mut array = [RamSlot::default(); MAX_SLOTS];
+        array[..self.slots.len()].copy_from_slice(&self.slots);
+        array
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.slots.iter().map(|s| s.bytes / PAGE_SIZE).sum()
+    }
+
+    /// The page index of a guest-physical address, if it is RAM.
+    pub fn index_of_gpa(&self, gpa: u64) -> Option<u64> {
+        self.index(gpa, |s| s.gpa)
+    }
+
+    /// The page index of an address of this process, if it is guest RAM.
+    pub fn index_of_hva(&self, hva: u64) -> Option<u64> {
+        self.index(hva, |s| s.hva)
+    }
+
+    /// The address in this process of a page.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Ram::pages`].
+    pub fn hva(&self, index: u64) -> u64 {
+        let (slot, offset) = self.slot_of(index).expect("page index out of range");
+        slot.hva + offset * PAGE_SIZE
+    }
+
+    /// The indices of the slot that holds page `index`: a range of pages that are contiguous in this process.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Ram::pages`].
+    pub fn contiguous(&self, index: u64) -> Range<u64> {
+        let (slot, offset) = self.slot_of(index).expect("page index out of range");
+        index - offset..index - offset + slot.bytes / PAGE_SIZE
+    }
+
+    /// Which pages are present, when RAM is charged.
+    pub fn present(&self) -> Option<&PresentMap> {
+        self.present.as_ref()
+    }
+
+    /// The address in this process of `count` bytes at `gpa`, up to the end of the slot, with how many fit there.
+    pub fn bytes_at(&self, gpa: u64, count: u64) -> Option<(u64, u64)> {
+        let slot = self.slots.iter().find(|s| gpa >= s.gpa && gpa - s.gpa < s.bytes)?;
+        let offset = gpa - slot.gpa;
+        Some((slot.hva + offset, count.min(slot.bytes - offset)))
+    }
+
+    fn index(&self, address: u64, start: impl Fn(&RamSlot) -> u64) -> Option<u64> {
+        let mut before = 0;
+        for slot in &self.slots {
+            if address >= start(slot) && address - start(slot) < slot.bytes {
+                return Some(before + (address - start(slot)) / PAGE_SIZE);
+            }
+            before += slot.bytes / PAGE_SIZE;
+        }
+        None
+    }
+
+    fn slot_of(&self, index: u64) -> Option<(&RamSlot, u64)> {
+        let mut offset = index;
+        for slot in &self.slots {
+            let pages = slot.bytes / PAGE_SIZE;
+            if offset < pages {
+                return Some((slot, offset));
+            }
+            offset -= pages;
+        }
+        None
+    }
+}
+
+/// Maps `bytes` so that the address equals `gpa` modulo 2 MiB; what is left over before and behind is unmapped again.
+fn reserve(gpa: u64, bytes: u64) -> io::Result<u64> {
+    let total = bytes.checked_add(HUGE).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
+    let raw = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            total as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = raw as u64;
+    let hva = start + (gpa.wrapping_sub(start) % HUGE);
+    for (from, to) in [(start, hva), (hva + bytes, start + total)] {
+        if to > from {
+            // SAFETY: both ranges are parts of the mapping just made that nobody knows of yet.
+            unsafe { libc::munmap(from as *mut libc::c_void, (to - from) as usize) };
+        }
+    }
+    Ok(hva)
+}
+
+/// One bit a page: filled by the fault thread. A hint for everybody else: a page that it says is present may be gone
+/// when it is touched (the touch is then a fault like any other), and the other way round.
+#[derive(Debug)]
+pub struct PresentMap(Vec<AtomicU64>);
+
+impl PresentMap {
+    fn new(pages: u64) -> Self {
+        Self((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Marks pages as filled. Only the fault thread calls it.
+    pub fn set(&self, pages: Range<u64>) {
+        for page in pages {
+            self.0[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
+        }
+    }
+
+    /// Marks pages as gone, before they are discarded. Only the fault thread calls it.
+    pub fn clear(&self, pages: Range<u64>) {
+        for page in pages {
+            self.0[(page / 64) as usize].fetch_and(!(1 << (page % 64)), Ordering::Release);
+        }
+    }
+
+    /// True when every page of the range was present.
+    pub fn all(&self, mut pages: Range<u64>) -> bool {
+        pages.all(|page| self.0[(page / 64) as usize].load(Ordering::Acquire) & 1 << (page % 64) != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_and_indices_agree_over_two_slots() {
+        let ram = Ram::map(&[(0, 4 << 20), (4 << 30, 2 << 20)], true).unwrap();
+        assert_eq!(ram.pages(), 1536);
+        for slot in ram.slots() {
+            assert_eq!((slot.hva - slot.gpa) % HUGE, 0);
+        }
+        assert_eq!(ram.index_of_gpa(4 << 20), None);
+        assert_eq!(ram.index_of_gpa((4 << 30) + 4096), Some(1025));
+        assert_eq!(ram.index_of_hva(ram.hva(1025)), Some(1025));
+        assert_eq!(ram.contiguous(1025), 1024..1536);
+        assert_eq!(ram.contiguous(7), 0..1024);
+        assert_eq!(ram.bytes_at((4 << 20) - 16, 64), Some((ram.slots()[0].hva + (4 << 20) - 16, 16)));
+    }
+
+    #[test]
+    fn the_present_map_is_exact_across_words() {
+        let ram = Ram::map(&[(0, 4 << 20)], true).unwrap();
+        let map = ram.present().unwrap();
+        map.set(60..130);
+        assert!(map.all(60..130) && !map.all(59..130) && !map.all(60..131));
+        map.clear(64..65);
+        assert!(!map.all(60..70) && map.all(65..130));
+    }
+}

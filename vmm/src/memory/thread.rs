@@ -1,0 +1,319 @@
+//! The fault thread: the one owner of a guest's pages.
+//!
+//! It sleeps in one epoll over the userfaultfd, the controller's channel, the bell of the worker's other threads and the
+//! gate. It waits for nothing else, so a fault is answered within the time of a system call or two:
+//!
+//! ```text
+//!   userfaultfd ──► faults        channel ──► grants, recalls, pauses
+//!   bell ─────────► requests      gate ─────► the last vCPU has come out
+//! ```
+//!
+//! Without accounting there is no userfaultfd and the same loop, under the name `channel`, only speaks to the controller.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use memcg_core::units::Pages as Count;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+
+use super::client::{Desk, Reply, Request};
+use super::pages::{Pages, reserve_target};
+use super::place::Placement;
+use crate::devices::balloon::BalloonHandle;
+use crate::worker::channel::{Channel, Received};
+use crate::worker::gate::{self, Gate};
+use crate::worker::protocol::{FromWorker, GuestStats, MAX_SLOTS, RamSlot, Report, ToWorker};
+
+const FAULTS: u64 = 0;
+const CHANNEL: u64 = 1;
+const LISTENER: u64 = 2;
+const BELL: u64 = 3;
+const ALL_OUT: u64 = 4;
+
+/// What a [`FaultThread`] is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Frame table and stock; absent without accounting.
+    pub pages: Option<Pages>,
+    /// The controller's socket.
+    pub channel: Channel,
+    /// Where the other threads' requests arrive.
+    pub desk: Desk,
+    /// The gate of the vCPUs.
+    pub gate: Arc<Gate>,
+    /// The balloon device.
+    pub balloon: BalloonHandle,
+    /// Pages that the guest named to its balloon and that are not RAM.
+    pub outside: Arc<AtomicU64>,
+    /// Where the thread runs.
+    pub placement: Placement,
+    /// Where RAM is mapped.
+    pub ram: [RamSlot; MAX_SLOTS],
+    /// Number of vCPUs.
+    pub cpus: u32,
+}
+
+/// Everything the thread owns.
+#[derive(Debug)]
+pub struct FaultThread {
+    pages: Option<Pages>,
+    channel: Channel,
+    desk: Desk,
+    gate: Arc<Gate>,
+    balloon: BalloonHandle,
+    /// Pages that the guest named to its balloon and that are not RAM.
+    outside: Arc<AtomicU64>,
+    placement: Placement,
+    ram: [RamSlot; MAX_SLOTS],
+    reserve_target: u64,
+    pause_seq: Option<u32>,
+    /// When the statistics that were sent last had come from the guest.
+    stats_sent: Option<Instant>,
+    /// What the controller was last told without being asked; a change is worth a report.
+    told: Told,
+}
+
+/// The part of a report whose change the controller hears of unasked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Told {
+    held: bool,
+    returned_total: u64,
+    owed: bool,
+}
+
+impl FaultThread {
+    /// The thread's state.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { pages, channel, desk, gate, balloon, outside, placement, ram, cpus } = parts;
+        let reserve_target = if pages.is_some() { reserve_target(cpus) } else { 0 };
+        let told = Told::default();
+        Self { pages, channel, desk, gate, balloon, outside, placement, ram, reserve_target, pause_seq: None, stats_sent: None, told }
+    }
+
+    /// Runs until the process ends.
+    ///
+    /// # Errors
+    /// When the host refuses epoll; anything later ends the process.
+    pub fn run(mut self) -> io::Result<()> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let add = |fd: BorrowedFd<'_>, token| {
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+        };
+        if let Some(pages) = &self.pages {
+            add(std::os::fd::AsFd::as_fd(pages.uffd()), FAULTS)?;
+        }
+        add(self.channel.listener(), LISTENER)?;
+        add(borrow(self.desk.bell.as_raw_fd()), BELL)?;
+        add(borrow(self.gate.all_out_event().as_raw_fd()), ALL_OUT)?;
+        loop {
+            let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
+            let count = match epoll::wait(&epoll, &mut events, None) {
+                Ok(count) => count,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(e) => return Err(e.into()),
+            };
+            let ready = |token| events[..count].iter().any(|e| e.data.u64() == token);
+            if ready(FAULTS) {
+                self.faults();
+            }
+            if ready(BELL) {
+                self.requests();
+            }
+            if ready(ALL_OUT) {
+                self.all_out();
+            }
+            if ready(CHANNEL) {
+                self.messages();
+            }
+            if ready(LISTENER) && self.channel.accept() {
+                if let Some(peer) = self.channel.peer() {
+                    epoll::add(&epoll, peer, epoll::EventData::new_u64(CHANNEL), epoll::EventFlags::IN)?;
+                }
+                let hello =
+                    FromWorker::Hello { pid: std::process::id(), ram: self.ram, reserve_target: self.reserve_target };
+                let _ = self.channel.send(&hello);
+                self.told.owed = true;
+            }
+            self.speak();
+        }
+    }
+
+    fn faults(&mut self) {
+        let Some(pages) = &mut self.pages else { return };
+        let n = pages.on_faults();
+        self.placement.follow(n);
+    }
+
+    /// Tells the controller what it must know: a want, a hold that began or ended, pages given back.
+    fn speak(&mut self) {
+        let Some(pages) = &mut self.pages else {
+            if std::mem::take(&mut self.told.owed) {
+                self.report(None, 0, 0);
+            }
+            return;
+        };
+        let ask = pages.ask();
+        let now = pages.report();
+        let news = now.held != self.told.held || now.returned_total != self.told.returned_total || self.told.owed;
+        if ask.is_some() || news {
+            let (want, want_now) = ask.unwrap_or_default();
+            self.report(None, want, want_now);
+        }
+    }
+
+    fn report(&mut self, answers: Option<u32>, want: u64, want_now: u64) {
+        let memory = self.pages.as_ref().map(Pages::report).unwrap_or_default();
+        let mut report = Report {
+            answers,
+            want,
+            want_now,
+            balloon_actual: self.balloon.actual(),
+            balloon_ready: self.balloon.ready(),
+            paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
+            ..memory
+        };
+        report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
+        let sent = self.channel.send(&FromWorker::Report(report)).is_ok();
+        if !sent && want > 0 && let Some(pages) = &mut self.pages {
+            pages.unasked();
+        }
+        self.told = Told { held: report.held, returned_total: report.returned_total, owed: !sent };
+    }
+
+    /// Sends the guest's statistics when they are newer than the last ones sent.
+    fn guest_stats(&mut self) {
+        let Some((stats, at)) = self.balloon.stats() else { return };
+        if self.stats_sent != Some(at) {
+            let values = stats.values();
+            let age_ms = at.elapsed().as_millis() as u64;
+            if self.channel.send(&FromWorker::GuestStats(GuestStats { values, age_ms })).is_ok() {
+                self.stats_sent = Some(at);
+            }
+        }
+    }
+
+    fn all_out(&mut self) {
+        let _ = self.gate.all_out_event().read();
+        if let Some(pages) = &mut self.pages {
+            pages.on_all_out();
+        }
+        if self.gate.all_out()
+            && let Some(seq) = self.pause_seq.take()
+        {
+            self.report(Some(seq), 0, 0);
+        }
+    }
+
+    fn messages(&mut self) {
+        loop {
+            match self.channel.receive() {
+                Received::Message(message) => self.message(message),
+                Received::Empty | Received::Closed => return,
+            }
+        }
+    }
+
+    fn message(&mut self, message: ToWorker) {
+        match message {
+            ToWorker::Grant { epoch, granted_total, stock_max, room, refused } => {
+                let Some(pages) = &mut self.pages else { return };
+                let room = (room != u64::MAX).then_some(Count(room));
+                match pages.on_grant(epoch, granted_total, stock_max, room, refused) {
+                    Ok(Some((client, reply))) => self.reply(client, reply),
+                    Ok(None) => {}
+                    Err(e) => self.finish(FromWorker::Failed {
+                        message: format!("the controller's account contradicts itself: {e}"),
+                        smallest_max: None,
+                    }),
+                }
+            }
+            ToWorker::Recall { seq } => {
+                if let Some(pages) = &mut self.pages {
+                    pages.on_recall();
+                }
+                self.report(Some(seq), 0, 0);
+            }
+            ToWorker::Query { seq } => {
+                self.guest_stats();
+                self.report(Some(seq), 0, 0);
+            }
+            ToWorker::Start => {
+                self.gate.release(gate::NOT_STARTED);
+            }
+            ToWorker::Pause { seq } => {
+                self.gate.hold(gate::PAUSED);
+                self.pause_seq = Some(seq);
+                self.all_out();
+            }
+            ToWorker::Resume { seq } => {
+                self.pause_seq = None;
+                self.gate.release(gate::PAUSED);
+                self.report(Some(seq), 0, 0);
+            }
+            ToWorker::BalloonTarget { pages } => self.balloon.set_target(pages),
+        }
+    }
+
+    fn requests(&mut self) {
+        let _ = self.desk.bell.read();
+        while let Ok((client, request)) = self.desk.requests.try_recv() {
+            // A fault that came meanwhile goes first: a vCPU waits for it.
+            self.faults();
+            if let Some(reply) = self.request(client, request) {
+                self.reply(client, reply);
+            }
+        }
+    }
+
+    fn request(&mut self, client: usize, request: Request) -> Option<Reply> {
+        match (request, &mut self.pages) {
+            (Request::Loaded(plan), _) => {
+                let _ = self.channel.send(&FromWorker::Loaded { plan });
+                Some(Reply::Done(Vec::new()))
+            }
+            (Request::Failed(message, smallest_max), _) => self.finish(FromWorker::Failed { message, smallest_max }),
+            (Request::Ended(reason), _) => self.finish(FromWorker::Exited(reason)),
+            (Request::Fill { run, wait }, Some(pages)) => pages.on_fill(client, run, wait),
+            (Request::Claim(runs), Some(pages)) => Some(Reply::Done(pages.on_claim(runs))),
+            (Request::Discarded(runs), Some(pages)) => {
+                if let Some((other, reply)) = pages.on_discarded(&runs) {
+                    self.reply(other, reply);
+                }
+                Some(Reply::Done(runs))
+            }
+            (Request::Deflated(runs), Some(pages)) => {
+                pages.on_deflated(&runs);
+                Some(Reply::Done(runs))
+            }
+            (Request::Fill { .. }, None) => Some(Reply::Done(Vec::new())),
+            (Request::Claim(runs) | Request::Discarded(runs) | Request::Deflated(runs), None) => {
+                Some(Reply::Done(runs))
+            }
+        }
+    }
+
+    fn reply(&self, client: usize, reply: Reply) {
+        // Each client has one request in flight, so there is room for its answer.
+        let _ = self.desk.replies[client].try_send(reply);
+    }
+
+    /// The last words: sent within a second or not at all, then the process ends without closing KVM's descriptors.
+    fn finish(&mut self, words: FromWorker) -> ! {
+        while let Err(e) = self.channel.send(&words) {
+            let Some(peer) = self.channel.peer().filter(|_| e.kind() == io::ErrorKind::WouldBlock) else { break };
+            let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
+            if poll(&mut [PollFd::from_borrowed_fd(peer, PollFlags::OUT)], Some(&timeout)) != Ok(1) {
+                break;
+            }
+        }
+        crate::worker::exit(0)
+    }
+}
+
+fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
+    // SAFETY: the descriptors passed here belong to the thread's own state, which lives until the process ends.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
