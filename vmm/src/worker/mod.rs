@@ -1,4 +1,25 @@
 //! One VM's process.
+//!
+//! ```text
+//!   main thread    devices: serial, balloon queues, the end of the guest      (event-manager)
+//!   fault thread   the guest's pages, the controller's channel               (memory/thread.rs)
+//!   vcpuN threads  the guest                                                 (vcpu.rs, gate.rs)
+//! ```
+//!
+//! The process is started by the controller with everything it may use at fixed descriptors ([`config::fd`]); it opens
+//! nothing afterwards. It ends by `exit_group` only: closing KVM's descriptors in a live process can hang for ever.
 
+pub mod channel;
 pub mod config;
+pub mod gate;
 pub mod protocol;
+pub mod start;
+pub mod vcpu;
+
+pub use start::main;
+
+/// Ends the process at once, all threads together, without running destructors.
+pub fn exit(status: i32) -> ! {
+    // SAFETY: `_exit` has no conditions; nothing here relies on destructors or buffered output.
+    unsafe { libc::_exit(status) }
+}

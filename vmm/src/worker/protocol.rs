@@ -204,6 +204,8 @@ pub enum FromWorker {
 pub struct GuestStats {
     /// Value of each known tag, by tag number (0 `swap_in` .. 15 `direct_reclaim`).
     pub values: [Option<u64>; 16],
+    /// Milliseconds since the guest sent them.
+    pub age_ms: u64,
 }
 
 /// A message that could not be decoded.

@@ -1,0 +1,336 @@
+//! Builds the VM in the one order that works, then becomes the device thread.
+//!
+//! ```text
+//!  signals blocked ► RAM mapped and registered ► devices ► KVM: slots, irqchip, eventfds, vCPUs ► vCPU threads (held)
+//!  ► fault thread ► kernel loaded through the accessor, charged like any touch ► `Loaded` ► `Start` opens the gate
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::channel::Channel;
+use super::config::{WorkerConfig, fd};
+use super::gate::{Gate, PAUSED};
+use super::protocol::FromWorker;
+use super::vcpu::{End, EndSender, prepare_signals, spawn};
+use crate::devices::balloon::{BalloonConfig, BalloonDevice, BalloonHandle, BalloonWindow};
+use crate::devices::bus::{BusDevice, Buses, Effect};
+use crate::devices::debug_port::{self, DebugPort};
+use crate::devices::power::{self, AcpiPower, I8042Reset};
+use crate::devices::serial::{self, Console, ConsolePump, SerialPort};
+use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
+use crate::machine::kvm::{NewVm, RamMapping};
+use crate::machine::{RamLayout, Vcpu, layout};
+use crate::memory::client::{Client, Desk, Reply, Request, clients};
+use crate::memory::give::BalloonPages;
+use crate::memory::pages::{Pages, reserve_target};
+use crate::memory::place::{Placement, same_cpu_pays};
+use crate::memory::thread::{FaultThread, Parts};
+use crate::memory::uffd::Uffd;
+use crate::memory::{GuestMem, Ram};
+
+/// How long the console may take to accept the guest's last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Offset of `QueueNotify` in a virtio-mmio window (virtio 1.3, 4.2.2).
+const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Why a worker could not start: one sentence each, with its cause behind it.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{0}")]
+    Os(&'static str, #[source] io::Error),
+    #[error("the worker's configuration is not readable")]
+    Config(#[from] serde_json::Error),
+    #[error("the memory size is not possible")]
+    Layout(#[from] crate::machine::LayoutError),
+    #[error("the virtual machine cannot be made")]
+    Vm(#[from] crate::machine::VmError),
+    #[error("a vCPU cannot be set up")]
+    Vcpu(#[from] crate::machine::vcpu::VcpuError),
+    #[error("a device cannot be put on its bus")]
+    Bus(#[from] crate::devices::bus::BusError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error("memory.max is too small to load this guest: at least {} KiB are needed", .0 * 4)]
+    TooSmall(u64),
+}
+
+/// Attaches what was being done to an I/O error.
+fn os<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> StartError {
+    move |e| StartError::Os(what, e.into())
+}
+
+/// Runs one VM in this process, which does nothing else. Returns never; the controller learns why it ended.
+pub fn main() -> ! {
+    std::panic::set_hook(Box::new(|panic| {
+        // A VM must not hang because one of its threads is gone.
+        eprintln!("ballast: worker failed: {panic}");
+        std::process::abort();
+    }));
+    let mut channel = Channel::new(handed(fd::LISTEN));
+    let vm = match build(&channel) {
+        Ok(vm) => vm,
+        Err(error) => {
+            tell_at_last(&mut channel, &FromWorker::Failed { message: sentence(&error), smallest_max: None });
+            super::exit(1)
+        }
+    };
+    let client = vm.client.clone();
+    let error = match run(vm, channel) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    let smallest_max = match error {
+        StartError::TooSmall(pages) => Some(pages),
+        _ => None,
+    };
+    ask(&client, Request::Failed(sentence(&error), smallest_max));
+    super::exit(1)
+}
+
+/// The error with its causes, as one sentence of at most 512 bytes.
+fn sentence(error: &StartError) -> String {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    message.truncate(message.floor_char_boundary(512));
+    message
+}
+
+fn ask(client: &Mutex<Client>, request: Request) -> Reply {
+    client.lock().unwrap_or_else(PoisonError::into_inner).ask(request)
+}
+
+/// Says one thing to the controller when there is no fault thread to say it.
+fn tell_at_last(channel: &mut Channel, words: &FromWorker) {
+    let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
+    let connects = poll(&mut [PollFd::from_borrowed_fd(channel.listener(), PollFlags::IN)], Some(&timeout));
+    if connects != Ok(1) || !channel.accept() || channel.send(words).is_err() {
+        eprintln!("ballast: nobody listens to: {words:?}");
+    }
+}
+
+/// Takes a descriptor that the controller put at a fixed number.
+fn handed(number: i32) -> OwnedFd {
+    // SAFETY: the numbers are those of `config::fd`; each is taken once, and nothing else in this process owns them.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// A VM whose kernel is not loaded yet.
+struct Built {
+    config: WorkerConfig,
+    layout: RamLayout,
+    ram: Arc<Ram>,
+    uffd: Option<Uffd>,
+    gate: Arc<Gate>,
+    desk: Desk,
+    client: Arc<Mutex<Client>>,
+    balloon: BalloonHandle,
+    outside: Arc<AtomicU64>,
+    vcpus: Vec<Vcpu>,
+    buses: Arc<Buses>,
+    console: Arc<Mutex<ConsolePump>>,
+    balloon_device: Arc<Mutex<BalloonDevice<GuestMem, BalloonPages>>>,
+}
+
+/// Everything that needs no guest memory.
+fn build(channel: &Channel) -> Result<Built, StartError> {
+    prepare_signals().map_err(os("signals cannot be blocked"))?;
+    channel.prepare().map_err(os("the controller's socket cannot be used"))?;
+    let config: WorkerConfig = serde_json::from_reader(File::from(handed(fd::CONFIG)))?;
+    let layout = RamLayout::new(config.size_bytes)?;
+    let ranges: Vec<(u64, u64)> = layout.ranges().map(|r| (r.gpa, r.bytes)).collect();
+    let ram = Arc::new(Ram::map(&ranges, config.accounting).map_err(os("guest memory cannot be mapped"))?);
+    let uffd = config.accounting.then(|| register(&ram)).transpose()?;
+    let (clients, desk) = clients(1).map_err(os("no eventfd is left"))?;
+    let client = clients.into_iter().map(|c| Arc::new(Mutex::new(c))).next().expect("one was asked for");
+    let charged = config.accounting.then(|| client.clone());
+    let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
+
+    let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));
+    let (serial_irq, balloon_irq) = (event()?, event()?);
+    let console = Arc::new(Console::new().map_err(os("no eventfd is left"))?);
+    let port = Arc::new(Mutex::new(SerialPort::new(console.clone(), clone_event(&serial_irq)?)));
+    let pump = ConsolePump::new(console.clone(), port.clone(), handed(fd::CONSOLE));
+    let pump = pump.map_err(os("the console cannot be used"))?;
+    let pages = BalloonPages::new(ram.clone(), charged.clone());
+    let outside = pages.outside();
+    let stats = u64::from(config.stats_interval_s);
+    let balloon_config = BalloonConfig {
+        ram_pages: u32::try_from(ram.pages()).unwrap_or(u32::MAX),
+        deflate_on_oom: config.deflate_on_oom,
+        stats_interval: (stats > 0).then(|| Duration::from_secs(stats)),
+    };
+    let memory = GuestMem::new(ram.clone(), charged, false);
+    let interrupt = Box::new(clone_event(&balloon_irq)?);
+    let (balloon_device, window, balloon) =
+        BalloonDevice::new(balloon_config, memory, pages, interrupt).map_err(os("the balloon cannot be made"))?;
+
+    let mut buses = Buses::default();
+    buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port)?;
+    buses.pio.insert(u64::from(layout::POWER_PORT), power::PORTS, Arc::new(Mutex::new(AcpiPower)))?;
+    buses.pio.insert(u64::from(layout::I8042_COMMAND), 1, Arc::new(Mutex::new(I8042Reset)))?;
+    if config.debug_port {
+        let ports = Arc::new(Mutex::new(DebugPort::new(console)));
+        buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, ports)?;
+    }
+    let window_at = layout::virtio_window(0);
+    buses.mmio.insert(window_at, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(window)))?;
+
+    let vm = NewVm::new(handed(fd::KVM), config.cpus)?;
+    let maps: Vec<RamMapping> =
+        ram.slots().iter().map(|s| RamMapping { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
+    // SAFETY: the mappings are guest RAM and nothing else, and stay until the process ends.
+    let mut vm = unsafe { vm.set_ram(&layout, &maps) }?;
+    vm.add_irqfd(&serial_irq, layout::COM1_GSI)?;
+    vm.add_irqfd(&balloon_irq, layout::virtio_gsi(0))?;
+    for (queue, doorbell) in (0..).zip(balloon_device.doorbells()) {
+        vm.add_ioeventfd(doorbell, window_at + QUEUE_NOTIFY, Some(queue))?;
+    }
+    Ok(Built {
+        vcpus: vm.create_vcpus()?,
+        config,
+        layout,
+        ram,
+        uffd,
+        gate,
+        desk,
+        client,
+        balloon,
+        outside,
+        buses: Arc::new(buses),
+        console: Arc::new(Mutex::new(pump)),
+        balloon_device: Arc::new(Mutex::new(balloon_device)),
+    })
+}
+
+fn clone_event(event: &EventFd) -> Result<EventFd, StartError> {
+    event.try_clone().map_err(os("no descriptor is left"))
+}
+
+/// Registers all of RAM before anything is written to it.
+fn register(ram: &Ram) -> Result<Uffd, StartError> {
+    let uffd = Uffd::from_device(&File::from(handed(fd::UFFD_DEV))).map_err(os("userfaultfd cannot be used"))?;
+    for slot in ram.slots() {
+        // SAFETY: the slot is private anonymous memory of this process; the fault thread reads the events until the end.
+        unsafe { uffd.register(slot.hva, slot.bytes) }.map_err(os("guest memory cannot be registered"))?;
+    }
+    Ok(uffd)
+}
+
+/// Starts the threads, loads the kernel, and serves the devices until the guest ends.
+fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartError> {
+    let Built { config, layout, ram, uffd, gate, desk, client, balloon, outside, vcpus, buses, console, .. } = vm;
+    let (end_sender, ends) = sync_channel(1);
+    let end_event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(os("no eventfd is left"))?);
+    let end = EndSender { sender: end_sender, event: end_event.clone() };
+
+    // The fault thread comes first: whatever fails from here on is said through it.
+    let tid = Arc::new(AtomicI32::new(0));
+    let follow = config.accounting && config.cpus == 1 && same_cpu_pays();
+    let placement = if follow { Placement::with(tid.clone()) } else { Placement::free() };
+    let pages = uffd.map(|uffd| Pages::new(ram.clone(), uffd, gate.clone(), config.cpus, balloon.clone()));
+    let name = if pages.is_some() { "fault" } else { "channel" };
+    let slots = ram.slot_array();
+    let parts =
+        Parts { pages, channel, desk, gate: gate.clone(), balloon, outside, placement, ram: slots, cpus: config.cpus };
+    let thread = FaultThread::new(parts);
+    let spawned = std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || {
+        if let Err(e) = thread.run() {
+            eprintln!("ballast: the fault thread cannot run: {e}");
+        }
+        // Without it the VM would hang at its next fault.
+        std::process::abort();
+    });
+    if let Err(e) = spawned {
+        eprintln!("ballast: no thread for faults: {e}");
+        super::exit(1);
+    }
+
+    let kernel = File::from(handed(fd::KERNEL));
+    let initrd = config.initrd.then(|| File::from(handed(fd::INITRD)));
+    let plan = BootPlan::new(&BootRequest {
+        kernel: &kernel,
+        initrd: initrd.as_ref().map(|i| i as &dyn Image),
+        cmdline: &config.cmdline,
+        ram: layout,
+        cpus: config.cpus,
+        virtio_devices: 1,
+    })?;
+    for mut vcpu in vcpus {
+        vcpu.setup(&plan.entry())?;
+        let first = vcpu.index() == 0;
+        let its = spawn(vcpu, gate.clone(), buses.clone(), end.clone()).map_err(os("no thread for a vCPU"))?;
+        if first {
+            tid.store(its, Ordering::Release);
+        }
+    }
+    let charged = config.accounting.then(|| client.clone());
+    plan.load(&GuestMem::new(ram, charged, true)).map_err(|e| match e {
+        BootError::Memory { source, .. } if balloon::is_would_block(&source) => {
+            StartError::TooSmall(plan.pages() + reserve_target(config.cpus))
+        }
+        e => e.into(),
+    })?;
+    ask(&client, Request::Loaded(plan.pages()));
+
+    let mut events = EventManager::<Arc<Mutex<dyn MutEventSubscriber>>>::new().map_err(event_loop)?;
+    events.add_subscriber(console.clone());
+    events.add_subscriber(vm.balloon_device);
+    events.add_subscriber(Arc::new(Mutex::new(Bell(end_event))));
+    loop {
+        events.run().map_err(event_loop)?;
+        let Ok(end) = ends.try_recv() else { continue };
+        gate.hold(PAUSED);
+        console.lock().unwrap_or_else(PoisonError::into_inner).finish(LAST_WORDS);
+        ask(
+            &client,
+            match end {
+                End::Guest(reason) => Request::Ended(reason),
+                End::Broken(sentence) => Request::Failed(sentence, None),
+            },
+        );
+    }
+}
+
+fn event_loop(error: event_manager::Error) -> StartError {
+    StartError::Os("the devices' event loop failed", io::Error::other(error))
+}
+
+/// Only wakes the loop, which then looks whether the guest has ended.
+struct Bell(Arc<EventFd>);
+
+impl MutEventSubscriber for Bell {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.0.read();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        ops.add(Events::new(&*self.0, EventSet::IN)).expect("a new descriptor can be watched");
+    }
+}
+
+/// The balloon's registers on the bus.
+impl BusDevice for BalloonWindow<GuestMem> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        BalloonWindow::read(self, offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        BalloonWindow::write(self, offset, data);
+        Effect::None
+    }
+}
