@@ -1,1 +1,398 @@
-//! Helpers of the integration tests.
+//! Helpers of the integration tests: a VM of the real program, its console, its control socket, and what the host says
+//! about its memory.
+//!
+//! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
+//! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+
+/// A deadline of `seconds` on an ordinary machine, ten times that in the nested rig.
+pub fn deadline(seconds: u64) -> Duration {
+    let slow = std::env::var("BALLAST_SLOW").is_ok_and(|v| v == "1");
+    Duration::from_secs(seconds * if slow { 10 } else { 1 })
+}
+
+/// Waits until `condition` gives a value.
+///
+/// # Panics
+/// When it has not after `seconds` (see [`deadline`]); says what was waited for.
+pub fn wait_until<T>(what: &str, seconds: u64, mut condition: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + deadline(seconds);
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < end, "not within {:?}: {what}", deadline(seconds));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The `ballast` program that these tests belong to.
+///
+/// # Panics
+/// When it has not been built.
+pub fn ballast() -> PathBuf {
+    if let Some(path) = std::env::var_os("BALLAST_BIN") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("a test has a path");
+    let built = test.ancestors().skip(2).map(|dir| dir.join("ballast")).find(|p| p.is_file());
+    built.expect("the program is built first: cargo build -p ballast")
+}
+
+/// The freestanding payload that `scripts/guest --payload` builds.
+///
+/// # Panics
+/// When it has not been built.
+pub fn payload() -> PathBuf {
+    let path = std::env::var_os("BALLAST_PAYLOAD").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../guests/target/payload.bin"),
+        PathBuf::from,
+    );
+    assert!(path.is_file(), "no payload at {}: run scripts/guest --payload", path.display());
+    path
+}
+
+/// What stands in the way of guests on this host, if anything: no KVM, or no userfaultfd.
+pub fn missing_on_host() -> Option<String> {
+    for device in ["/dev/kvm", "/dev/userfaultfd"] {
+        if let Err(e) = std::fs::OpenOptions::new().read(true).write(true).open(device) {
+            return Some(format!("{device} cannot be opened: {e}"));
+        }
+    }
+    None
+}
+
+/// A VM that is about to be started with `ballast run`.
+#[derive(Debug)]
+pub struct Builder {
+    name: String,
+    kernel: PathBuf,
+    arguments: Vec<String>,
+    env: Vec<(String, String)>,
+}
+
+impl Builder {
+    /// Adds an argument of `ballast run`.
+    pub fn arg(mut self, argument: impl Into<String>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Adds an argument with its value.
+    pub fn option(self, name: &str, value: impl Into<String>) -> Self {
+        self.arg(name).arg(value)
+    }
+
+    /// `--memory`, as on the command line.
+    pub fn memory(self, value: &str) -> Self {
+        self.option("--memory", value)
+    }
+
+    /// `--cmdline`: for the payload, its commands.
+    pub fn cmdline(self, value: &str) -> Self {
+        self.option("--cmdline", value)
+    }
+
+    /// Another kernel than the payload.
+    pub fn kernel(mut self, kernel: &Path) -> Self {
+        self.kernel = kernel.to_owned();
+        self
+    }
+
+    /// Sets an environment variable of the program.
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When the process cannot be started.
+    pub fn start(self) -> TestVm {
+        let directory = tempfile::Builder::new().prefix("bt").tempdir().expect("a temporary directory");
+        let socket = directory.path().join(format!("{}.sock", self.name));
+        let mut command = Command::new(ballast());
+        command.args(["run", "--name", &self.name, "--kernel"]).arg(&self.kernel);
+        command.arg("--socket").arg(&socket).arg("--debug-port").args(&self.arguments).envs(self.env);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("ballast starts");
+        let stdin = child.stdin.take();
+        let console = lines(child.stdout.take().expect("piped"), std::env::var_os("BALLAST_TEST_ECHO").is_some());
+        let errors = lines(child.stderr.take().expect("piped"), true);
+        TestVm { name: self.name, child, stdin, console, errors, socket, _directory: directory }
+    }
+}
+
+/// Lines of a stream, read by a thread of their own so that the writer never waits.
+fn lines(stream: impl Read + Send + 'static, echo: bool) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut reader = BufReader::new(stream);
+        let mut line = Vec::new();
+        while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if echo {
+                eprintln!("| {text}");
+            }
+            if sender.send(text).is_err() {
+                return;
+            }
+            line.clear();
+        }
+    });
+    receiver
+}
+
+/// A VM in the foreground of its own `ballast run`. Killed when dropped.
+#[derive(Debug)]
+pub struct TestVm {
+    /// Its name.
+    pub name: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    console: Receiver<String>,
+    errors: Receiver<String>,
+    socket: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl TestVm {
+    /// A VM called `name` that runs the payload.
+    pub fn builder(name: &str) -> Builder {
+        Builder { name: name.to_owned(), kernel: payload(), arguments: Vec::new(), env: Vec::new() }
+    }
+
+    /// Process id of `ballast run`.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The control socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The next line of the console.
+    ///
+    /// # Panics
+    /// When none comes within `seconds`, or the console ends.
+    pub fn line(&self, seconds: u64) -> String {
+        match self.console.recv_timeout(deadline(seconds)) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => panic!("{}: no console line within {:?}", self.name, deadline(seconds)),
+            Err(RecvTimeoutError::Disconnected) => panic!("{}: the console has ended", self.name),
+        }
+    }
+
+    /// The next console line if there is one now.
+    pub fn try_line(&self) -> Option<String> {
+        self.console.try_recv().ok()
+    }
+
+    /// Reads console lines until one starts with `prefix`, and returns it.
+    ///
+    /// # Panics
+    /// When none does within `seconds`.
+    pub fn expect(&self, prefix: &str, seconds: u64) -> String {
+        let end = Instant::now() + deadline(seconds);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.console.recv_timeout(left) {
+                Ok(line) if line.starts_with(prefix) => return line,
+                Ok(_) => {}
+                Err(e) => panic!("{}: no line `{prefix}…` within {:?} ({e})", self.name, deadline(seconds)),
+            }
+        }
+    }
+
+    /// Types a line on the console without waiting for an answer.
+    ///
+    /// # Panics
+    /// When the console is closed.
+    pub fn send(&mut self, line: &str) {
+        let stdin = self.stdin.as_mut().expect("the console is open");
+        stdin.write_all(format!("{line}\n").as_bytes()).and_then(|()| stdin.flush()).expect("the console takes input");
+    }
+
+    /// Types a command and returns its final line, which starts with `OK` or `ERR`.
+    ///
+    /// # Panics
+    /// When neither comes within `seconds`.
+    pub fn command(&mut self, line: &str, seconds: u64) -> String {
+        self.send(line);
+        let end = Instant::now() + deadline(seconds);
+        loop {
+            match self.console.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(answer) if answer.starts_with("OK") || answer.starts_with("ERR") => return answer,
+                Ok(_) => {}
+                Err(e) => panic!("{}: no answer to `{line}` within {:?} ({e})", self.name, deadline(seconds)),
+            }
+        }
+    }
+
+    /// One HTTP request over the control socket: status and body.
+    ///
+    /// # Panics
+    /// When the socket does not answer.
+    pub fn http(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+        http(&self.socket, method, path, body).unwrap_or_else(|e| panic!("{}: {method} {path}: {e}", self.name))
+    }
+
+    /// The VM as `GET /vms/{name}` shows it.
+    ///
+    /// # Panics
+    /// When the answer is not 200 with JSON.
+    pub fn show(&self) -> Value {
+        let (status, body) = self.http("GET", &format!("/vms/{}", self.name), None);
+        assert_eq!(status, 200, "{body}");
+        serde_json::from_str(&body).expect("JSON")
+    }
+
+    /// Waits until the control socket answers and the VM is in `state`.
+    ///
+    /// # Panics
+    /// When it is not in time.
+    pub fn wait_state(&self, state: &str, seconds: u64) -> Value {
+        wait_until(&format!("{} is {state}", self.name), seconds, || {
+            let (status, body) = http(&self.socket, "GET", &format!("/vms/{}", self.name), None).ok()?;
+            let vm: Value = serde_json::from_str(&body).ok()?;
+            (status == 200 && vm["state"] == state).then_some(vm)
+        })
+    }
+
+    /// Changes limits: `PATCH /vms/{name}/memory`.
+    pub fn patch(&self, query: &str, limits: &Value) -> (u16, Value) {
+        let path = format!("/vms/{}/memory{query}", self.name);
+        let (status, body) = self.http("PATCH", &path, Some(&limits.to_string()));
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    /// `POST /vms/{name}/{verb}`.
+    pub fn post(&self, verb: &str) -> (u16, Value) {
+        let (status, body) = self.http("POST", &format!("/vms/{}/{verb}", self.name), None);
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    /// All events so far.
+    ///
+    /// # Panics
+    /// When the answer is not a list of JSON objects, one a line.
+    pub fn events(&self) -> Vec<Value> {
+        let (status, body) = self.http("GET", "/events?since=0&follow=false", None);
+        assert_eq!(status, 200, "{body}");
+        body.lines().map(|line| serde_json::from_str(line).expect("an event is JSON")).collect()
+    }
+
+    /// Waits for the end of `ballast run`.
+    ///
+    /// # Panics
+    /// When it does not end within `seconds`.
+    pub fn wait(&mut self, seconds: u64) -> ExitStatus {
+        wait_until(&format!("{} ends", self.name), seconds, || self.child.try_wait().expect("our child"))
+    }
+
+    /// What `ballast run` has written to stderr and nobody has read yet.
+    pub fn errors(&self) -> String {
+        self.errors.iter().collect::<Vec<_>>().join("\n")
+    }
+
+    /// Sends a signal to `ballast run`.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: kill takes numbers; the child has not been reaped, so the id is its own.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    /// Closes the console's input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+}
+
+impl Drop for TestVm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// One HTTP/1.1 request over a unix socket: status and body.
+///
+/// # Errors
+/// When the socket does not answer with HTTP.
+pub fn http(socket: &Path, method: &str, path: &str, body: Option<&str>) -> std::io::Result<(u16, String)> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(deadline(120)))?;
+    let body = body.unwrap_or_default();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: ballast\r\nConnection: close\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    parse_http(&answer).ok_or_else(|| std::io::Error::other("the answer is not HTTP"))
+}
+
+fn parse_http(answer: &[u8]) -> Option<(u16, String)> {
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n")?;
+    let head = std::str::from_utf8(&answer[..end]).ok()?;
+    let status = head.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    let raw = &answer[end + 4..];
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let body = if chunked { dechunk(raw)? } else { raw.to_vec() };
+    Some((status, String::from_utf8_lossy(&body).into_owned()))
+}
+
+fn dechunk(mut raw: &[u8]) -> Option<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let end = raw.windows(2).position(|w| w == b"\r\n")?;
+        let size = usize::from_str_radix(std::str::from_utf8(&raw[..end]).ok()?.trim(), 16).ok()?;
+        if size == 0 {
+            return Some(body);
+        }
+        body.extend_from_slice(raw.get(end + 2..end + 2 + size)?);
+        raw = raw.get(end + 4 + size..)?;
+    }
+}
+
+/// Resident pages of a VM's RAM as the host's page tables have them: `PRESENT` or swapped, over every page of every slot.
+///
+/// # Panics
+/// When the VM's worker cannot be looked into (another user's, or gone).
+pub fn resident_pages(vm: &Value) -> u64 {
+    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+    let pid = vm["pid"].as_u64().expect("the VM has a worker");
+    let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).expect("pagemap of the worker");
+    let mut resident = 0;
+    for slot in vm["ram"].as_array().expect("RAM slots") {
+        let (hva, bytes) = (slot["hva"].as_u64().expect("hva"), slot["bytes"].as_u64().expect("bytes"));
+        let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
+        pagemap.read_exact_at(&mut entries, hva / PAGE * 8).expect("pagemap covers RAM");
+        let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
+        resident += entries.chunks_exact(8).filter(|chunk| entry(chunk) & PRESENT_OR_SWAPPED != 0).count() as u64;
+    }
+    resident
+}
+
+/// A number out of nested JSON, by path.
+///
+/// # Panics
+/// When it is not there.
+pub fn number(value: &Value, path: &str) -> u64 {
+    path.split('.').fold(value, |v, key| &v[key]).as_u64().unwrap_or_else(|| panic!("no number {path} in {value}"))
+}

@@ -1,0 +1,228 @@
+//! Limits that hold, and what becomes of a guest that meets one.
+
+use std::time::{Duration, Instant};
+
+use ballast_tests::{TestVm, deadline, missing_on_host, number, resident_pages, wait_until};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// True, with the reason printed, when this host cannot run guests.
+fn skipped(test: &str) -> bool {
+    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
+}
+
+fn held(vm: &TestVm) -> Value {
+    wait_until("the guest is held", 20, || Some(vm.show()).filter(|now| now["held"]["now"] == true))
+}
+
+fn event<'e>(events: &'e [Value], kind: &str) -> Option<&'e Value> {
+    events.iter().find(|e| e["event"] == kind)
+}
+
+#[test]
+fn a_guest_at_its_limit_is_held_and_goes_on_where_it_stopped_when_the_limit_is_raised() {
+    if skipped("held-and-raised") {
+        return;
+    }
+    let mut vm = TestVm::builder("raise").memory("size=256M,max=64M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    vm.send("touch 16M 80M seed=7");
+    let now = held(&vm);
+    assert!(number(&now, "memory.current_bytes") <= 64 * MIB, "{now}");
+    assert_eq!(number(&now, "memory.stat.guest_bytes"), resident_pages(&now) * 4096);
+    assert!(vm.try_line().is_none(), "the command cannot have ended");
+    let (status, body) = vm.patch("", &json!({"max_bytes": 128 * MIB}));
+    assert_eq!(status, 200, "{body}");
+    assert!(vm.expect("OK", 30).starts_with("OK"));
+    assert!(vm.command("verify 16M 80M seed=7", 30).starts_with("OK"));
+    let now = vm.show();
+    assert!(number(&now, "memory.current_bytes") <= 128 * MIB && now["held"]["now"] == false, "{now}");
+    vm.send("exit 7");
+    assert_eq!(vm.wait(10).code(), Some(7));
+}
+
+#[test]
+fn a_guest_held_past_its_deadline_is_paused_and_resumes_when_it_gets_room() {
+    if skipped("oom-pause") {
+        return;
+    }
+    let mut vm = TestVm::builder("oompause")
+        .memory("size=128M,max=32M")
+        .option("--oom", "action=pause,deadline=300ms")
+        .cmdline("shell")
+        .start();
+    vm.expect("READY", 10);
+    vm.send("touch 16M 40M seed=1");
+    let now = vm.wait_state("paused", 20);
+    assert!(number(&now, "memory.current_bytes") <= 32 * MIB);
+    let events = vm.events();
+    let victim = event(&events, "victim_selected").expect("the choice is an event");
+    assert!(victim["usage_bytes"].is_u64() && victim["max_bytes"] == json!(32 * MIB), "{victim}");
+    let (status, _) = vm.patch("", &json!({"max_bytes": 96 * MIB}));
+    assert_eq!(status, 200);
+    assert!(vm.expect("OK", 20).starts_with("OK"));
+    assert!(vm.command("verify 16M 40M seed=1", 20).starts_with("OK"));
+}
+
+#[test]
+fn a_guest_held_past_its_deadline_is_killed_when_that_is_its_policy() {
+    if skipped("oom-kill") {
+        return;
+    }
+    let mut vm = TestVm::builder("oomkill")
+        .memory("size=128M,max=32M")
+        .option("--oom", "action=kill,deadline=300ms")
+        .cmdline("touch 16M 64M seed=1; exit 0")
+        .start();
+    assert_eq!(vm.wait(30).code(), Some(137));
+    assert!(!vm.socket().exists(), "the socket file is gone");
+    assert!(vm.errors().contains("killed"), "stderr says why");
+}
+
+#[test]
+fn pause_resume_and_kill_work_within_a_second_at_the_limit_and_under_a_fault_storm() {
+    if skipped("verbs-in-time") {
+        return;
+    }
+    for (name, memory) in [("atlimit", "size=256M,max=32M"), ("storming", "size=1G,max=900M")] {
+        let mut vm = TestVm::builder(name)
+            .memory(memory)
+            .option("--cpus", "2")
+            .option("--oom", "deadline=60s")
+            .cmdline("storm")
+            .start();
+        wait_until("the storm has begun", 20, || (number(&vm.show(), "faults.events") > 200).then_some(()));
+        for verb in ["pause", "resume", "pause", "kill"] {
+            let start = Instant::now();
+            let (status, body) = vm.post(verb);
+            assert!((200..300).contains(&status), "{name}: {verb}: {status} {body}");
+            assert!(start.elapsed() < deadline(1), "{name}: {verb} took {:?}", start.elapsed());
+        }
+        assert_eq!(vm.wait(5).code(), Some(137), "{name}");
+    }
+}
+
+#[test]
+fn a_killed_worker_ends_the_run_and_leaves_no_socket() {
+    if skipped("worker-killed") {
+        return;
+    }
+    let mut vm = TestVm::builder("wkilled").memory("size=256M,max=32M").cmdline("storm").start();
+    let now = held(&vm);
+    let start = Instant::now();
+    // SAFETY: kill takes numbers; the worker is alive, the API has just said so.
+    unsafe { libc::kill(number(&now, "pid") as i32, libc::SIGKILL) };
+    assert_eq!(vm.wait(5).code(), Some(125));
+    assert!(start.elapsed() < deadline(1) + Duration::from_millis(200), "{:?}", start.elapsed());
+    assert!(!vm.socket().exists());
+}
+
+#[test]
+fn another_vm_s_faults_are_served_while_one_is_held() {
+    if skipped("neighbour") {
+        return;
+    }
+    let first = TestVm::builder("offender")
+        .memory("size=512M,max=32M")
+        .option("--cpus", "4")
+        .option("--oom", "deadline=60s")
+        .cmdline("storm")
+        .start();
+    held(&first);
+    let mut second = TestVm::builder("neighbour").memory("size=128M,max=100M").cmdline("shell").start();
+    second.expect("READY", 10);
+    let start = Instant::now();
+    assert!(second.command("touch 16M 64M seed=2", 20).starts_with("OK"));
+    assert!(start.elapsed() < deadline(10));
+    assert!(second.command("verify 16M 64M seed=2", 20).starts_with("OK"));
+    assert_eq!(first.show()["held"]["now"], json!(true));
+}
+
+#[test]
+fn refuse_reclaim_and_force_below_usage_do_what_they_say() {
+    if skipped("modes") {
+        return;
+    }
+    let mut vm = TestVm::builder("modes").memory("size=128M,max=100M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    assert!(vm.command("touch 16M 64M seed=2", 20).starts_with("OK"));
+    let usage = number(&vm.show(), "memory.stat.guest_bytes");
+    assert!(usage >= 64 * MIB);
+
+    let (status, body) = vm.patch("?mode=refuse", &json!({"max_bytes": 32 * MIB}));
+    assert_eq!((status, body["code"].as_str()), (409, Some("limit_below_usage")), "{body}");
+    assert_eq!(number(&vm.show(), "memory.max_bytes"), 100 * MIB, "the old limit stays");
+
+    let (status, body) = vm.patch("?mode=reclaim&wait_ms=300", &json!({"max_bytes": 32 * MIB}));
+    assert_eq!((status, body["code"].as_str()), (409, Some("limit_not_reached")), "{body}");
+    let now = vm.show();
+    assert_eq!(number(&now, "memory.max_bytes"), 100 * MIB, "the old limit stays");
+    assert!(now["memory"]["max_pending_bytes"].is_null(), "{now}");
+
+    let (status, body) = vm.patch("?mode=force", &json!({"max_bytes": 32 * MIB}));
+    assert_eq!(status, 200, "{body}");
+    let over = number(&vm.show(), "memory.stat.overcharge_bytes");
+    assert!(over >= 32 * MIB, "what is above the limit is reported: {over}");
+    vm.send("balloon init");
+    vm.send("inflate 48M 24M");
+    let less = wait_until("the overcharge falls", 20, || {
+        let now = number(&vm.show(), "memory.stat.overcharge_bytes");
+        assert!(now <= over, "an overcharge only falls: {now} after {over}");
+        (now < over).then_some(now)
+    });
+    assert!(less < over);
+}
+
+#[test]
+fn an_old_generation_is_refused_and_nothing_changes() {
+    if skipped("generation") {
+        return;
+    }
+    let vm = TestVm::builder("gen").memory("size=64M,max=48M").cmdline("shell").start();
+    let now = vm.wait_state("running", 10);
+    let generation = number(&now, "generation");
+    let (status, body) = vm.patch(&format!("?generation={generation}"), &json!({"max_bytes": 52 * MIB}));
+    assert_eq!(status, 200, "{body}");
+    let (status, body) = vm.patch(&format!("?generation={generation}"), &json!({"max_bytes": 56 * MIB}));
+    assert_eq!(status, 409, "{body}");
+    assert_eq!(number(&vm.show(), "memory.max_bytes"), 52 * MIB);
+}
+
+#[test]
+fn without_a_limit_there_is_no_userfaultfd_and_a_first_limit_is_refused_for_now() {
+    if skipped("no-accounting") {
+        return;
+    }
+    let mut vm = TestVm::builder("plain").memory("size=64M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    assert!(vm.command("touch 16M 16M seed=2", 10).starts_with("OK"));
+    let now = vm.wait_state("running", 10);
+    let pid = number(&now, "pid");
+    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|e| std::fs::read_link(e.ok()?.path()).ok());
+    let uffd = links.filter(|l| l.to_string_lossy().contains("userfaultfd")).count();
+    assert_eq!(uffd, 0, "no userfaultfd");
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let names: Vec<String> =
+        threads.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok()).collect();
+    assert!(!names.iter().any(|n| n.trim() == "fault"), "no fault thread in {names:?}");
+    let (status, body) = vm.patch("", &json!({"max_bytes": 48 * MIB}));
+    assert_eq!(status, 409, "{body}");
+}
+
+#[test]
+fn a_limit_too_small_for_the_kernel_fails_and_names_the_smallest_that_would_do() {
+    if skipped("too-small") {
+        return;
+    }
+    let mut vm = TestVm::builder("small").memory("size=64M,max=256K").cmdline("shell").start();
+    assert_eq!(vm.wait(10).code(), Some(125));
+    let said = vm.errors();
+    let smallest = said.split_whitespace().find_map(|w| {
+        w.trim_matches(|c: char| !c.is_ascii_alphanumeric()).strip_prefix("max=").map(str::to_owned)
+    });
+    let smallest = smallest.unwrap_or_else(|| panic!("stderr names `max=SIZE`: {said}"));
+    let mut vm = TestVm::builder("small").memory(&format!("size=64M,max={smallest}")).cmdline("exit 3").start();
+    let status = vm.wait(20);
+    assert!(status.code() == Some(3) || status.code() == Some(137), "loading fits now: {status:?} {}", vm.errors());
+}
