@@ -1,8 +1,5 @@
 //! Register offsets of virtio-mmio (virtio 1.3, section 4.2.2) and what the constant ones read as.
 
-/// Bytes of one device's window.
-pub const WINDOW: u64 = 0x1000;
-
 /// Reads as [`MAGIC`].
 pub const MAGIC_VALUE: u64 = 0x000;
 /// "virt", little-endian.
