@@ -24,6 +24,11 @@ lock_cache() {
 }
 unlock_cache() { exec {CACHE_LOCK}>&-; }
 
+# scratch NAME makes a directory in the cache that remove_scratch removes; it carries the process id, because it is
+# called in a subshell that cannot keep a list.
+scratch() { mktemp -d "$CACHE/$1.$$.XXXXXX"; }
+remove_scratch() { rm -rf "$CACHE"/*."$$".??????; }
+
 # need COMMAND:PACKAGE... installs the packages whose command is missing. That takes root.
 need() {
     local pair missing=()
@@ -113,7 +118,7 @@ pack() {
 ensure_busybox() {
     if [ ! -x "$CACHE/busybox" ]; then
         local tmp name
-        tmp=$(mktemp -d "$CACHE/busybox.XXXXXX")
+        tmp=$(scratch busybox)
         name=$(find_package '^busybox-static$') || die "no package busybox-static in apt's lists"
         unpack_package "$name" "$tmp"
         mv "$(find "$tmp" -path '*bin/busybox' -type f | head -1)" "$CACHE/busybox"
