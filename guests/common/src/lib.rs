@@ -34,7 +34,6 @@ pub enum Fill {
 
 impl Fill {
     /// The words of a page which hold the pattern.
-    #[must_use]
     pub fn words(self) -> core::iter::StepBy<core::ops::Range<usize>> {
         match self {
             Fill::Ends => (0..PAGE_WORDS).step_by(PAGE_WORDS - 1),

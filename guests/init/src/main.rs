@@ -190,23 +190,33 @@ fn vmstat() -> io::Result<String> {
     Ok(format!("VMSTAT{}", found.collect::<String>()))
 }
 
-/// Counts the messages which say that something was late, killed or broken.
+/// Counts the messages which say that something was late, killed or broken; shows the first few of them.
 fn check(log: &str) -> String {
-    let count = |words: &[&str]| {
-        log.lines()
-            .filter(|line| words.iter().any(|word| line.contains(word)))
-            .count()
+    let stalls = [
+        "detected stall",
+        "self-detected",
+        "soft lockup",
+        "blocked for more than",
+    ];
+    let ooms = ["invoked oom-killer"];
+    let bugs = ["BUG:", "Oops", "WARNING:", "general protection fault"];
+    let found = |words: &[&str]| -> Vec<String> {
+        let matching = log
+            .lines()
+            .filter(|line| words.iter().any(|word| line.contains(word)));
+        matching.map(str::to_owned).collect()
     };
+    let [stalls, ooms, bugs] = [&stalls[..], &ooms, &bugs].map(found);
+    let shown: String = [&stalls, &ooms, &bugs]
+        .into_iter()
+        .flatten()
+        .take(8)
+        .map(|line| format!("| {line}\n"))
+        .collect();
     format!(
-        "DMESG stalls={} ooms={} bugs={}",
-        count(&[
-            "detected stall",
-            "self-detected",
-            "soft lockup",
-            "blocked for more than",
-            "clocksource: timekeeping"
-        ]),
-        count(&["invoked oom-killer", "Out of memory: Killed"]),
-        count(&["BUG:", "Oops", "WARNING:", "general protection fault"]),
+        "{shown}DMESG stalls={} ooms={} bugs={}",
+        stalls.len(),
+        ooms.len(),
+        bugs.len()
     )
 }
