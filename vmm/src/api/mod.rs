@@ -1,1 +1,158 @@
-//! api
+//! HTTP over a unix socket: the routes, and the document that describes them.
+//!
+//! Handlers hold no state of their own: each asks the controller and shows the answer. Every refusal, also of paths,
+//! methods and bodies, is a [`Refusal`] in JSON.
+
+mod events;
+mod memory;
+pub mod server;
+
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use tokio::sync::watch;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::controller::Controller;
+use crate::controller::error::{Code, Refusal};
+use crate::controller::view::{HostView, VmView};
+
+pub use memory::MemoryPatch;
+
+/// Largest body that is read.
+const MAX_BODY: usize = 64 * 1024;
+
+/// What handlers work with.
+#[derive(Clone)]
+struct Shared {
+    controller: Controller,
+    /// Becomes true when followers of events have to come to an end.
+    stopping: watch::Receiver<bool>,
+}
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "ballast",
+    description = "KVM guests under memory limits that hold"
+))]
+struct Document;
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status =
+            StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self)).into_response()
+    }
+}
+
+fn described() -> OpenApiRouter<Shared> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(host))
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(memory::patch))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(kill))
+        .routes(routes!(events::events))
+}
+
+/// The OpenAPI document as JSON.
+pub fn document() -> String {
+    // Made of strings and maps with string keys: cannot fail.
+    described()
+        .into_openapi()
+        .to_pretty_json()
+        .unwrap_or_default()
+}
+
+/// The routes, served by `controller`; followers of events end when `stopping` becomes true.
+pub fn router(controller: Controller, stopping: watch::Receiver<bool>) -> Router {
+    let (router, _) = described().split_for_parts();
+    let document = document();
+    let openapi = move || async move { ([("content-type", "application/json")], document.clone()) };
+    router
+        .route("/openapi.json", axum::routing::get(openapi))
+        .fallback(async |uri: axum::http::Uri| {
+            Refusal::new(
+                Code::NotFound,
+                format!("there is nothing at {}", uri.path()),
+            )
+        })
+        .method_not_allowed_fallback(async |method: axum::http::Method, uri: axum::http::Uri| {
+            Refusal::new(
+                Code::MethodNotAllowed,
+                format!("{} has no method {method}", uri.path()),
+            )
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Shared {
+            controller,
+            stopping,
+        })
+}
+
+/// The host and the controller.
+#[utoipa::path(get, path = "/host", responses((status = 200, body = HostView)))]
+async fn host(State(shared): State<Shared>) -> Result<Json<HostView>, Refusal> {
+    shared.controller.host().await.map(Json)
+}
+
+/// All VMs, with their last known numbers.
+#[utoipa::path(get, path = "/vms", responses((status = 200, body = [VmView])))]
+async fn list(State(shared): State<Shared>) -> Result<Json<Vec<VmView>>, Refusal> {
+    shared.controller.list().await.map(Json)
+}
+
+/// One VM, with numbers that its worker gave for this request.
+#[utoipa::path(
+    get, path = "/vms/{name}", params(("name" = String, Path, description = "name of the VM")),
+    responses((status = 200, body = VmView), (status = 404, body = Refusal)),
+)]
+async fn show(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    shared.controller.show(&name).await.map(Json)
+}
+
+/// Stops every vCPU; answered when they stand still. No effect on a paused VM.
+#[utoipa::path(
+    post, path = "/vms/{name}/pause", params(("name" = String, Path, description = "name of the VM")),
+    responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
+        (status = 503, body = Refusal)),
+)]
+async fn pause(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    shared.controller.pause(&name).await.map(Json)
+}
+
+/// Lets the vCPUs go on. Refused while the memory that the VM needs does not fit its limit.
+#[utoipa::path(
+    post, path = "/vms/{name}/resume", params(("name" = String, Path, description = "name of the VM")),
+    responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
+        (status = 503, body = Refusal)),
+)]
+async fn resume(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    shared.controller.resume(&name).await.map(Json)
+}
+
+/// Ends a VM at once; answered when its worker is gone.
+#[utoipa::path(
+    post, path = "/vms/{name}/kill", params(("name" = String, Path, description = "name of the VM")),
+    responses((status = 200, body = VmView), (status = 404, body = Refusal)),
+)]
+async fn kill(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    shared.controller.kill(&name).await.map(Json)
+}

@@ -1,1 +1,265 @@
-//! controller
+//! The controller: one owner of all counters, and the handle by which everything else talks to it.
+//!
+//! `ballast run` has one in the foreground with a single VM; a service has the same with many. The actor holds a
+//! tree of counters and a map of VMs in either case.
+
+mod actor;
+mod changes;
+pub mod error;
+pub mod events;
+mod grants;
+pub mod host;
+mod lifecycle;
+pub mod link;
+mod show;
+pub mod spawn;
+#[cfg(test)]
+mod tests;
+pub mod view;
+mod vm;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memcg_core::tree::LimitPatch;
+use memcg_core::units::{Limit, Pages};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+pub use actor::NewVm;
+use actor::{Actor, Input, Request};
+pub use changes::{Changed, DEADLINE, MemoryChange, limits_something};
+use error::{Code, Refusal};
+use events::Event;
+pub use grants::EPOCH;
+use link::FromLink;
+use spawn::{DeathWatch, WorkerHandle};
+use view::{HostView, VmView};
+pub use vm::{KilledBy, OomPolicy, VmEnd, VmId, WorkerProcess};
+
+/// Inputs that may wait for the actor; whoever sends more waits.
+const INBOX: usize = 256;
+
+/// Talks to a controller. Clones talk to the same one; it ends with the last of them.
+#[derive(Clone)]
+pub struct Controller {
+    inbox: mpsc::Sender<Input>,
+    news: watch::Receiver<u64>,
+    next_id: Arc<AtomicU64>,
+}
+
+/// What a VM is apart from its process.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// Name, unique among those that run.
+    pub name: String,
+    /// Guest RAM.
+    pub size: Pages,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Whether its memory is charged.
+    pub accounting: bool,
+    /// Its limits; those that are absent are the defaults.
+    pub limits: LimitPatch,
+    /// What is done when it stays held.
+    pub oom: OomPolicy,
+}
+
+impl WorkerProcess for WorkerHandle {
+    fn pid(&self) -> i32 {
+        WorkerHandle::pid(self)
+    }
+
+    fn kill(&self) {
+        WorkerHandle::kill(self);
+    }
+}
+
+impl Controller {
+    /// Starts a controller whose VMs may use `budget` together.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start(budget: Limit) -> (Self, JoinHandle<()>) {
+        let (inbox, inputs) = mpsc::channel(INBOX);
+        let (news_sender, news) = watch::channel(0);
+        let actor = Actor::new(budget, news_sender, inbox.downgrade());
+        let task = tokio::spawn(actor.run(inputs));
+        (
+            Self {
+                inbox,
+                news,
+                next_id: Arc::new(AtomicU64::new(1)),
+            },
+            task,
+        )
+    }
+
+    /// A number for a new VM.
+    pub fn next_id(&self) -> VmId {
+        VmId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Takes a started worker in. The receiver tells how the VM ended.
+    ///
+    /// # Errors
+    /// When the name is taken, the limits contradict each other, or the socket cannot be watched. The worker is
+    /// ended then.
+    pub async fn adopt(
+        &self,
+        spec: VmSpec,
+        handle: WorkerHandle,
+        watch: DeathWatch,
+        socket: std::os::fd::OwnedFd,
+    ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
+        let id = self.next_id();
+        let kill = handle.clone();
+        let adopt = async {
+            let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| {
+                Input::Worker(id, item)
+            })
+            .map_err(|e: io::Error| {
+                Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}"))
+            })?;
+            let VmSpec {
+                name,
+                size,
+                cpus,
+                accounting,
+                limits,
+                oom,
+            } = spec;
+            let process = Box::new(handle);
+            let vm = NewVm {
+                id,
+                name,
+                size,
+                cpus,
+                accounting,
+                limits,
+                oom,
+                process,
+                to_worker,
+            };
+            let end = self.add(vm).await?;
+            tokio::spawn(reader);
+            let inbox = self.inbox.clone();
+            tokio::spawn(async move {
+                let death = watch.ended().await;
+                // An actor that is gone has ended its workers itself.
+                let _ = inbox.send(Input::Died(id, death)).await;
+            });
+            Ok(end)
+        };
+        let adopted = adopt.await;
+        if adopted.is_err() {
+            kill.kill();
+        }
+        adopted
+    }
+
+    /// Takes a VM in whose worker is reached by the channels in `vm`.
+    ///
+    /// # Errors
+    /// When the name is taken or the limits contradict each other.
+    pub async fn add(&self, vm: NewVm) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
+        self.ask(|reply| Request::Add(Box::new(vm), reply)).await
+    }
+
+    /// Hands over what a worker sent.
+    pub async fn from_worker(&self, id: VmId, item: FromLink) {
+        // A controller that is gone does not care.
+        let _ = self.inbox.send(Input::Worker(id, item)).await;
+    }
+
+    /// Reports the death of a worker's process.
+    pub async fn worker_died(&self, id: VmId, death: spawn::Death) {
+        // As above.
+        let _ = self.inbox.send(Input::Died(id, death)).await;
+    }
+
+    /// The host and the controller.
+    ///
+    /// # Errors
+    /// When the controller is going away; so for all the following.
+    pub async fn host(&self) -> Result<HostView, Refusal> {
+        self.ask(Request::Host).await
+    }
+
+    /// All VMs, with their last known numbers.
+    ///
+    /// # Errors
+    /// See [`Self::host`].
+    pub async fn list(&self) -> Result<Vec<VmView>, Refusal> {
+        self.ask(Request::List).await
+    }
+
+    /// One VM with fresh numbers.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub async fn show(&self, name: &str) -> Result<VmView, Refusal> {
+        self.ask(|reply| Request::Show(name.to_owned(), reply))
+            .await
+    }
+
+    /// Changes limits. Completes when they are in force, when they will not be, or when the client's time is over.
+    ///
+    /// # Errors
+    /// See [`Code`].
+    pub async fn change(&self, name: &str, change: MemoryChange) -> Result<Changed, Refusal> {
+        self.ask(|reply| Request::Change(name.to_owned(), change, reply))
+            .await
+    }
+
+    /// Stops the vCPUs and completes when they stand still.
+    ///
+    /// # Errors
+    /// See [`Code`].
+    pub async fn pause(&self, name: &str) -> Result<VmView, Refusal> {
+        self.ask(|reply| Request::Pause(name.to_owned(), reply))
+            .await
+    }
+
+    /// Lets the vCPUs go on.
+    ///
+    /// # Errors
+    /// See [`Code`].
+    pub async fn resume(&self, name: &str) -> Result<VmView, Refusal> {
+        self.ask(|reply| Request::Resume(name.to_owned(), reply))
+            .await
+    }
+
+    /// Ends a VM and completes when its worker is gone.
+    ///
+    /// # Errors
+    /// See [`Code`].
+    pub async fn kill(&self, name: &str) -> Result<VmView, Refusal> {
+        self.ask(|reply| Request::Kill(name.to_owned(), reply))
+            .await
+    }
+
+    /// The events after number `since`.
+    ///
+    /// # Errors
+    /// See [`Self::host`].
+    pub async fn events(&self, since: u64) -> Result<Vec<Event>, Refusal> {
+        self.ask(|reply| Request::Events(since, reply)).await
+    }
+
+    /// The number of the newest event, to be watched.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.clone()
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(vm::Reply<T>) -> Request) -> Result<T, Refusal> {
+        let (reply, result) = oneshot::channel();
+        let stopping = || Refusal::new(Code::Stopping, "the controller is going away");
+        self.inbox
+            .send(Input::Request(request(reply)))
+            .await
+            .map_err(|_| stopping())?;
+        result.await.map_err(|_| stopping())?
+    }
+}

@@ -1,0 +1,103 @@
+//! Refusals: what the interface answers when it does not do what it was asked for.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Why, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    /// The request makes no sense; the message says where.
+    BadRequest,
+    /// A limit contradicts another one.
+    InvalidLimit,
+    /// There is no such VM or path.
+    NotFound,
+    /// The path has no such method.
+    MethodNotAllowed,
+    /// The body is larger than any sensible one.
+    TooLarge,
+    /// The limits have changed since the generation that was named.
+    GenerationMismatch,
+    /// Usage is above the limit and `mode=refuse` was asked for.
+    LimitBelowUsage,
+    /// Memory was not given back in time; the old limit is in force.
+    LimitNotReached,
+    /// A later change of the same limit took this one's place.
+    Superseded,
+    /// The VM runs without accounting.
+    NotAccounted,
+    /// The VM's state does not allow it.
+    WrongState,
+    /// The VM cannot go on because its memory does not fit.
+    ResumeRefused,
+    /// A VM of this name exists.
+    AlreadyExists,
+    /// The worker does not answer.
+    Busy,
+    /// The controller is going away.
+    Stopping,
+}
+
+impl Code {
+    /// The HTTP status that goes with it.
+    pub fn status(self) -> u16 {
+        match self {
+            Self::BadRequest | Self::InvalidLimit => 400,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::TooLarge => 413,
+            Self::GenerationMismatch
+            | Self::LimitBelowUsage
+            | Self::LimitNotReached
+            | Self::Superseded
+            | Self::NotAccounted
+            | Self::WrongState
+            | Self::ResumeRefused
+            | Self::AlreadyExists => 409,
+            Self::Busy | Self::Stopping => 503,
+        }
+    }
+}
+
+/// A refusal, also the body of every HTTP answer from 400 upwards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Why, for programs.
+    pub code: Code,
+    /// Why and what to do, for people: one sentence without a full stop.
+    pub message: String,
+    /// Usage of the VM at that moment, where it matters.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub usage_bytes: Option<u64>,
+    /// Generation of the VM's limits, where it matters.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub generation: Option<u64>,
+}
+
+impl Refusal {
+    /// A refusal without numbers.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            usage_bytes: None,
+            generation: None,
+        }
+    }
+
+    /// The same with the VM's usage in bytes.
+    #[must_use]
+    pub fn usage(mut self, bytes: u64) -> Self {
+        self.usage_bytes = Some(bytes);
+        self
+    }
+
+    /// The same with the generation of the VM's limits.
+    #[must_use]
+    pub fn generation(mut self, generation: u64) -> Self {
+        self.generation = Some(generation);
+        self
+    }
+}

@@ -1,0 +1,185 @@
+//! What happened, in order: a ring of events with sequence numbers, for replay and for following.
+//!
+//! The ring is bounded. A reader that comes late is told how many events it has missed rather than being given a
+//! story with holes.
+
+use std::collections::VecDeque;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+/// Events kept for replay.
+pub const RING: usize = 1024;
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// A VM was made: its worker runs, its guest does not yet.
+    Created,
+    /// The guest runs.
+    Started,
+    /// The guest has ended by itself.
+    Stopped,
+    /// A change of a limit was asked for that has to wait for memory to be given back.
+    LimitRequested,
+    /// A limit is in force.
+    LimitChanged,
+    /// Memory was not given back in time; the old limit is still in force.
+    LimitNotReached,
+    /// Usage has risen above `high`.
+    HighCrossed,
+    /// A charge was refused at `max` and the VM is held.
+    MaxHit,
+    /// The VM was paused.
+    Paused,
+    /// The VM goes on.
+    Resumed,
+    /// The VM cannot go on: its memory does not fit.
+    ResumeRefused,
+    /// The policy has chosen this VM to be paused or killed.
+    VictimSelected,
+    /// The VM was killed.
+    Killed,
+    /// The worker ended without being asked to, or was ended because it lied.
+    WorkerDied,
+    /// Events before this one are no longer known; the number is in `dropped`.
+    Dropped,
+}
+
+/// One event.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Sequence number, from 1, without gaps.
+    pub seq: u64,
+    /// Wall-clock time in milliseconds since 1970.
+    pub time_ms: u64,
+    /// What happened.
+    pub event: EventKind,
+    /// The VM it happened to.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vm: Option<String>,
+    /// The numbers that explain it, with their units in the names.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    pub details: Map<String, Value>,
+}
+
+/// The ring.
+#[derive(Debug, Default)]
+pub struct EventLog {
+    ring: VecDeque<Event>,
+    last: u64,
+}
+
+impl EventLog {
+    /// Adds an event and returns its sequence number. `details` must be a JSON object; anything else is left out.
+    pub fn push(&mut self, event: EventKind, vm: Option<&str>, details: Value) -> u64 {
+        self.last += 1;
+        let details = if let Value::Object(map) = details {
+            map
+        } else {
+            Map::new()
+        };
+        tracing::info!(seq = self.last, vm, ?event, ?details, "event");
+        if self.ring.len() == RING {
+            self.ring.pop_front();
+        }
+        let vm = vm.map(str::to_owned);
+        self.ring.push_back(Event {
+            seq: self.last,
+            time_ms: unix_ms(),
+            event,
+            vm,
+            details,
+        });
+        self.last
+    }
+
+    /// Sequence number of the newest event, 0 before the first.
+    pub fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// The events after number `since`, oldest first; led by an event `dropped` when some are no longer there.
+    pub fn after(&self, since: u64) -> Vec<Event> {
+        let oldest = self.last + 1 - self.ring.len() as u64;
+        let mut events = Vec::new();
+        if since.saturating_add(1) < oldest {
+            let dropped = oldest - 1 - since;
+            let details = Map::from_iter([("dropped".to_owned(), Value::from(dropped))]);
+            events.push(Event {
+                seq: oldest - 1,
+                time_ms: unix_ms(),
+                event: EventKind::Dropped,
+                vm: None,
+                details,
+            });
+        }
+        let skip =
+            usize::try_from(since.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
+        events.extend(self.ring.iter().skip(skip).cloned());
+        events
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn replay_starts_after_the_number_given() {
+        let mut log = EventLog::default();
+        assert!(log.after(0).is_empty());
+        for n in 1..=5 {
+            assert_eq!(log.push(EventKind::Paused, Some("a"), json!({ "n": n })), n);
+        }
+        let seqs = |since| log.after(since).iter().map(|e| e.seq).collect::<Vec<_>>();
+        assert_eq!(seqs(0), [1, 2, 3, 4, 5]);
+        assert_eq!(seqs(3), [4, 5]);
+        assert!(seqs(5).is_empty());
+        assert!(seqs(u64::MAX).is_empty());
+    }
+
+    #[test]
+    fn what_fell_out_of_the_ring_is_counted() {
+        let mut log = EventLog::default();
+        for _ in 0..RING + 10 {
+            log.push(EventKind::Resumed, None, json!({}));
+        }
+        let events = log.after(3);
+        assert_eq!(events.len(), RING + 1);
+        assert_eq!(events[0].event, EventKind::Dropped);
+        assert_eq!(events[0].details["dropped"], 7);
+        assert_eq!(events[0].seq, 10);
+        assert_eq!(events[1].seq, 11);
+        assert_eq!(log.after(10).len(), RING);
+    }
+
+    #[test]
+    fn an_event_is_one_flat_object() {
+        let mut log = EventLog::default();
+        log.push(
+            EventKind::LimitChanged,
+            Some("web"),
+            json!({ "max_bytes": 4096 }),
+        );
+        let mut value = serde_json::to_value(&log.after(0)[0]).unwrap();
+        value.as_object_mut().unwrap().remove("time_ms");
+        assert_eq!(
+            value,
+            json!({ "seq": 1, "event": "limit_changed", "vm": "web", "max_bytes": 4096 })
+        );
+    }
+}

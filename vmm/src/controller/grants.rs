@@ -1,0 +1,337 @@
+//! Reports, wants, grants and holds.
+//!
+//! A report is checked against what was granted before anything is done with it: totals only grow, nobody gives
+//! back more than they got, and nobody holds more than they have. Then what came back is uncharged and what is wanted
+//! is charged: first for faults that have happened (a refusal counts, and the worker holds its vCPUs), then ahead of
+//! need, as long as there is room.
+//!
+//! A want that was refused is remembered and served as soon as something changes; the worker need not ask again.
+//!
+//! A hold has one deadline, from the first report that says so. Repeating it does not put the deadline off, and
+//! being released cancels it.
+
+use memcg_core::reclaim;
+use memcg_core::tree::{Charge, Mode, Refused, Tree};
+use memcg_core::units::{Limit, Pages};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::actor::{Actor, answer};
+use super::events::EventKind;
+use super::view::{OomAction, VmState};
+use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
+use crate::worker::protocol::{Report, ToWorker};
+
+/// The only life of a controller there is until workers are taken over.
+pub const EPOCH: u32 = 1;
+
+impl Actor {
+    /// Takes a report.
+    pub fn report(&mut self, id: VmId, report: Report) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if let Err(reason) = check(vm, &report) {
+            self.lie(id, reason);
+            return;
+        }
+        let returned = Pages(report.returned_total - vm.returned_total);
+        if !returned.is_zero() {
+            vm.returned_total = report.returned_total;
+            self.tree.uncharge(vm.node, returned);
+            self.roomier = true;
+        }
+        vm.report = report;
+        vm.reported = true;
+        self.watch_hold(id);
+        self.answered(id, report.answers);
+        // Before anything is granted anew: what just came back may be all that a new limit waits for.
+        self.advance_change(id);
+        self.serve(id, true);
+    }
+
+    /// Gives the answers that waited for this report.
+    fn answered(&mut self, id: VmId, seq: Option<u32>) {
+        let Some(seq) = seq else { return };
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        let Some(index) = vm.waiting.iter().position(|waiting| waiting.seq == seq) else {
+            return;
+        };
+        match vm.waiting.swap_remove(index).what {
+            Awaited::View(reply) | Awaited::Paused(reply) => {
+                answer(reply, Ok(self.vm_view(id, false)))
+            }
+            Awaited::Recall(requested) => self.begin_change(id, *requested),
+        }
+    }
+
+    /// Charges what the VM wants, as far as it fits, and tells its worker. `fresh` when the worker has just asked:
+    /// then it gets an answer in any case, and a refusal counts.
+    fn serve(&mut self, id: VmId, fresh: bool) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if !vm.accounting || !vm.alive() || vm.cause.is_some() {
+            return;
+        }
+        let asked = fresh && vm.report.want.max(vm.report.want_now) > 0;
+        // It cannot use more than its RAM, its reserve and a full stock, whatever it says.
+        let most = vm.size + vm.reserve_target + reclaim::STOCK_CAP;
+        let useful = most.saturating_sub(vm.outstanding()).0;
+        let need = vm.need().min(useful);
+        let want = vm
+            .report
+            .want
+            .max(vm.report.want_now)
+            .saturating_sub(vm.in_flight())
+            .min(useful)
+            .max(need);
+        let was_refused = vm.refused;
+        let got = self.charge_need(id, need, if fresh { Mode::Wait } else { Mode::Again });
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let refused = got < need;
+        vm.refused = refused;
+        let mut ahead = 0;
+        if !refused && vm.state != VmState::Paused {
+            let vm = &self.vms[&id];
+            let stock_max = self.tree.stock_max(vm.node).0;
+            let held_stock = vm.report.stock + vm.in_flight().saturating_sub(got);
+            ahead = self.charge_ahead(id, (want - need).min(stock_max.saturating_sub(held_stock)));
+        }
+        if asked || got + ahead > 0 || refused != was_refused {
+            self.send_grant(id, refused);
+        }
+        if refused && fresh && !was_refused {
+            let details = self.account(id, json!({ "missing_bytes": Pages(need - got).bytes() }));
+            let name = self.vms[&id].name.clone();
+            self.event(EventKind::MaxHit, Some(&name), details);
+        }
+        let vm = &self.vms[&id];
+        if !refused && vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::Policy) {
+            self.resume(id, "policy", None);
+        }
+    }
+
+    /// Charges at most `pages` that faults wait for and returns how many. In mode `Wait` what does not fit counts as
+    /// a failure.
+    fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
+        let node = self.vms[&id].node;
+        let fits = self
+            .tree
+            .margin(node)
+            .map_or(pages, |room| room.0.min(pages));
+        let charged = self.charged(id, |tree| tree.try_charge(node, Pages(fits), mode));
+        if charged < pages {
+            // Does not fit; the tree counts that.
+            let _ = self.tree.try_charge(node, Pages(pages - charged), mode);
+        }
+        charged
+    }
+
+    /// Charges at most `pages` ahead of need.
+    pub fn charge_ahead(&mut self, id: VmId, pages: u64) -> u64 {
+        let node = self.vms[&id].node;
+        self.charged(id, |tree| {
+            tree.charge_up_to(node, Pages(pages), Pages::ZERO, Mode::NoRetry)
+        })
+    }
+
+    /// Does a charge and books it.
+    fn charged(
+        &mut self,
+        id: VmId,
+        charge: impl FnOnce(&mut Tree) -> Result<Charge, Refused>,
+    ) -> u64 {
+        let Ok(charge) = charge(&mut self.tree) else {
+            return 0;
+        };
+        let vm = self.vms.get_mut(&id).expect("checked");
+        vm.granted_total += charge.pages.0;
+        let (node, name) = (vm.node, vm.name.clone());
+        if charge.crossed_high.iter().any(|at| at == node) {
+            let details = self.account(id, json!({}));
+            self.event(EventKind::HighCrossed, Some(&name), details);
+        }
+        charge.pages.0
+    }
+
+    /// Tells a worker what it has and how much room there is.
+    pub fn send_grant(&mut self, id: VmId, refused: bool) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let stock_max = self.tree.stock_max(vm.node).0;
+        let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
+        let granted_total = vm.granted_total;
+        let message = if vm.accounting {
+            ToWorker::Grant {
+                epoch: EPOCH,
+                granted_total,
+                stock_max,
+                room,
+                refused,
+            }
+        } else {
+            ToWorker::Grant {
+                epoch: EPOCH,
+                granted_total: 0,
+                stock_max: 0,
+                room: u64::MAX,
+                refused: false,
+            }
+        };
+        // A grant that was not taken is sent again with the next totals.
+        vm.grant_due = !vm.send(message);
+    }
+
+    /// Sends the grants that are due: those that were dropped, and those after a change of limits.
+    pub fn send_due(&mut self) {
+        let due: Vec<_> = self
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.grant_due && vm.alive())
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            let vm = &self.vms[&id];
+            // A full queue empties only when the worker reads, and then it reports.
+            if vm.greeted && vm.to_worker.capacity() > 0 {
+                self.send_grant(id, vm.refused);
+            }
+        }
+    }
+
+    /// Tries the refused wants again when there may be room for them.
+    pub fn serve_refused(&mut self) {
+        if !std::mem::take(&mut self.roomier) {
+            return;
+        }
+        let refused: Vec<_> = self
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.refused)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in refused {
+            self.serve(id, false);
+        }
+    }
+
+    /// Sends the balloon target that follows from the limits, when it has changed.
+    pub fn aim_balloon(&mut self, id: VmId) {
+        let target = self.balloon_target(id);
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let pages = u32::try_from(target.0).unwrap_or(u32::MAX);
+        if vm.state == VmState::Starting || vm.balloon_sent == Some(pages) {
+            return;
+        }
+        if vm.send(ToWorker::BalloonTarget { pages }) {
+            vm.balloon_sent = Some(pages);
+        }
+    }
+
+    /// The size that the balloon should have: from the limits in force, or those that are pending.
+    pub fn balloon_target(&self, id: VmId) -> Pages {
+        let vm = &self.vms[&id];
+        reclaim::balloon_target(vm.size, self.tree.reclaim_high(vm.node), Limit::Max)
+    }
+
+    /// Begins, keeps or ends the time in which a VM is held.
+    fn watch_hold(&mut self, id: VmId) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if !vm.report.held {
+            vm.hold = None;
+        } else if vm.hold.is_none() {
+            let since = Instant::now();
+            vm.hold = Some(Hold {
+                since,
+                deadline: since + vm.oom.deadline,
+                acted: false,
+            });
+        }
+    }
+
+    /// Lets the policy act on a VM that was held for too long.
+    pub fn overdue_hold(&mut self, id: VmId, now: Instant) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        let (action, running) = (vm.oom.action, vm.state == VmState::Running);
+        let Some(hold) = &mut vm.hold else { return };
+        if hold.acted || hold.deadline > now || !running {
+            return;
+        }
+        hold.acted = true;
+        vm.oom_events += 1;
+        let action_name = if action == OomAction::Pause {
+            "pause"
+        } else {
+            "kill"
+        };
+        let details = self.account(id, json!({ "action": action_name }));
+        let name = self.vms[&id].name.clone();
+        self.event(EventKind::VictimSelected, Some(&name), details);
+        match action {
+            OomAction::Pause => self.pause(id, PausedBy::Policy, None),
+            OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Policy)),
+        }
+    }
+
+    /// The numbers that explain an event of this VM, added to `more`.
+    pub fn account(&self, id: VmId, more: Value) -> Value {
+        let vm = &self.vms[&id];
+        let counters = self.tree.snapshot(vm.node);
+        let mut details = json!({
+            "usage_bytes": counters.memory.usage.bytes(),
+            "max_bytes": counters.limits.max.as_bytes(),
+            "debt_bytes": Pages(vm.report.debt).bytes(),
+            "balloon_target_bytes": self.balloon_target(id).bytes(),
+            "balloon_actual_bytes": Pages(vm.report.balloon_actual.into()).bytes(),
+        });
+        let map = details.as_object_mut().expect("just made");
+        if let Some(hold) = vm.hold {
+            let held = Instant::now().saturating_duration_since(hold.since);
+            map.insert(
+                "held_ms".to_owned(),
+                u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into(),
+            );
+        }
+        if let Value::Object(more) = more {
+            map.extend(more);
+        }
+        details
+    }
+}
+
+/// Tests a report against what this VM was granted and what it said before.
+fn check(vm: &Vm, report: &Report) -> Result<(), String> {
+    if report.granted_total > vm.granted_total || report.granted_total < vm.report.granted_total {
+        return Err(format!(
+            "says it was granted {} pages, it was {}",
+            report.granted_total, vm.granted_total
+        ));
+    }
+    if report.returned_total < vm.returned_total {
+        return Err(format!(
+            "gave back {} pages, before it were {}",
+            report.returned_total, vm.returned_total
+        ));
+    }
+    let Some(charged) = report.granted_total.checked_sub(report.returned_total) else {
+        return Err(format!(
+            "gave back {} of {} pages",
+            report.returned_total, report.granted_total
+        ));
+    };
+    let holds = [report.guest, report.stock, report.reserve]
+        .into_iter()
+        .try_fold(0u64, u64::checked_add);
+    if vm.accounting && holds.is_none_or(|holds| holds > charged) {
+        return Err(format!(
+            "holds more than the {charged} pages that it was granted"
+        ));
+    }
+    if report.ballooned > vm.size.0 {
+        return Err(format!(
+            "says that {} of {} pages are in the balloon",
+            report.ballooned, vm.size.0
+        ));
+    }
+    Ok(())
+}

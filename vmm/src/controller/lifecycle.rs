@@ -1,0 +1,324 @@
+//! From a worker's hello to its end.
+//!
+//! ```text
+//!  Starting ──Loaded──► Running ◄──pause/resume──► Paused
+//!     └──────────────────┴── process dead and socket read to its end ──► Ended ──memory back──► charges gone
+//! ```
+//!
+//! Two things end a VM and come in any order: the pidfd says that the process is dead, and the socket says that
+//! nothing more will be read. Only both together are the end, so that last words are not lost; a bound on the wait
+//! keeps a socket that somebody else holds from keeping the VM alive.
+
+use std::time::Duration;
+
+use memcg_core::tree::Mode;
+use memcg_core::units::{Pages, human};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::actor::{Actor, Input, WORKER_PATIENCE, answer};
+use super::error::{Code, Refusal};
+use super::events::EventKind;
+use super::host;
+use super::link::FromLink;
+use super::spawn::Death;
+use super::view::{RamView, VmState};
+use super::vm::{Awaited, KilledBy, VmEnd, VmId};
+use crate::worker::protocol::{ExitReason, FromWorker, MAX_SLOTS, RamSlot, ToWorker};
+
+/// How long last words are waited for once the process is dead.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Pages that a reserve has for each vCPU and for each VM.
+const RESERVE: (u64, u64) = (65, 64);
+
+impl Actor {
+    /// Takes what came from a worker's socket. Nothing in it is believed before it is checked.
+    pub fn from_worker(&mut self, id: VmId, item: FromLink) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        if vm.state == VmState::Ended {
+            return;
+        }
+        let message = match item {
+            FromLink::Message(message) => message,
+            FromLink::Garbage(reason) => {
+                self.lie(id, format!("sent garbage ({reason})"));
+                return;
+            }
+            FromLink::Closed => {
+                vm.link_closed = true;
+                if vm.death.is_some() {
+                    self.end(id);
+                } else {
+                    vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
+                }
+                return;
+            }
+        };
+        if vm.cause.is_some() {
+            // It is being killed or has said its last words; only its end matters now.
+            return;
+        }
+        let greeted = vm.greeted;
+        match message {
+            FromWorker::Hello {
+                ram,
+                reserve_target,
+                ..
+            } if !greeted => self.hello(id, ram, Pages(reserve_target)),
+            FromWorker::Hello { .. } => self.lie(id, "said hello twice".to_owned()),
+            FromWorker::Failed {
+                message,
+                smallest_max,
+            } => {
+                vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
+                let message = message.chars().filter(|c| !c.is_control()).collect();
+                vm.cause = Some(VmEnd::Failed {
+                    message,
+                    smallest_max: smallest_max.map(Pages),
+                });
+            }
+            FromWorker::Exited(reason) => {
+                vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
+                vm.cause = Some(VmEnd::Guest(reason));
+            }
+            _ if !greeted => self.lie(id, "did not say hello".to_owned()),
+            FromWorker::Report(report) => self.report(id, report),
+            FromWorker::Loaded { plan } => self.loaded(id, plan),
+            FromWorker::GuestStats(stats) => vm.guest_stats = Some((stats, Instant::now())),
+        }
+    }
+
+    /// A worker said something that cannot be true: it is broken or broken into, and its VM ends.
+    pub fn lie(&mut self, id: VmId, message: String) {
+        tracing::error!(vm = self.vms[&id].name, message, "the worker is ended");
+        self.kill(id, VmEnd::Died { message });
+    }
+
+    fn hello(&mut self, id: VmId, ram: [RamSlot; MAX_SLOTS], reserve_target: Pages) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let slots: Vec<_> = ram.iter().filter(|slot| slot.bytes > 0).collect();
+        let total = slots.iter().try_fold(0u64, |sum, slot| {
+            // A slot that wraps around the address space is no slot.
+            slot.gpa.checked_add(slot.bytes)?;
+            slot.hva.checked_add(slot.bytes)?;
+            sum.checked_add(slot.bytes)
+        });
+        if total != Some(vm.size.bytes()) {
+            self.lie(
+                id,
+                "has mapped another amount of RAM than it was told".to_owned(),
+            );
+            return;
+        }
+        let most = if vm.accounting {
+            RESERVE.0 * u64::from(vm.cpus) + RESERVE.1
+        } else {
+            0
+        };
+        if reserve_target.0 > most {
+            self.lie(
+                id,
+                format!("wants a reserve of {reserve_target}, at most {most} are needed"),
+            );
+            return;
+        }
+        vm.ram = slots
+            .iter()
+            .map(|s| RamView {
+                gpa: s.gpa,
+                hva: s.hva,
+                bytes: s.bytes,
+            })
+            .collect();
+        vm.greeted = true;
+        vm.patience = None;
+        vm.reserve_target = reserve_target;
+        if let Err(refused) = self.tree.try_charge(vm.node, reserve_target, Mode::Wait) {
+            let smallest = reserve_target;
+            let at = if refused.level == vm.node {
+                "memory.max"
+            } else {
+                "the limit of all VMs"
+            };
+            let message = format!(
+                "{at} does not leave the {} that a VM with {} vCPUs keeps in reserve",
+                human(reserve_target.bytes()),
+                vm.cpus
+            );
+            self.kill(
+                id,
+                VmEnd::Failed {
+                    message,
+                    smallest_max: Some(smallest),
+                },
+            );
+            return;
+        }
+        vm.granted_total = reserve_target.0;
+        if vm.accounting {
+            let stock = self.tree.stock_max(self.vms[&id].node).0;
+            self.charge_ahead(id, stock);
+        }
+        self.send_grant(id, false);
+    }
+
+    fn loaded(&mut self, id: VmId, plan: u64) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if vm.state != VmState::Starting {
+            self.lie(id, "loaded a kernel twice".to_owned());
+            return;
+        }
+        if !vm.send(ToWorker::Start) {
+            self.lie(id, "did not read its messages while starting".to_owned());
+            return;
+        }
+        vm.state = VmState::Running;
+        let name = vm.name.clone();
+        let details = self.account(id, json!({ "loaded_bytes": Pages(plan).bytes() }));
+        self.event(EventKind::Started, Some(&name), details);
+        self.aim_balloon(id);
+    }
+
+    /// The process is gone.
+    pub fn worker_died(&mut self, id: VmId, death: Death) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        vm.death = Some(death);
+        if vm.link_closed {
+            self.end(id);
+        } else {
+            vm.patience = Some(Instant::now() + host::scaled(LAST_WORDS));
+        }
+    }
+
+    /// A worker has used up the time it had to say hello, to die or to be heard.
+    pub fn overdue_worker(&mut self, id: VmId, now: Instant) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        if vm.patience.is_none_or(|at| at > now) {
+            return;
+        }
+        vm.patience = None;
+        if vm.death.is_some() {
+            self.end(id);
+        } else if vm.greeted {
+            self.kill(
+                id,
+                VmEnd::Died {
+                    message: "closed its socket and did not end".to_owned(),
+                },
+            );
+        } else {
+            self.kill(
+                id,
+                VmEnd::Died {
+                    message: "did not say hello in time".to_owned(),
+                },
+            );
+        }
+    }
+
+    /// The VM has ended: everybody who waits for it is told, its charges stay until the host has the memory.
+    fn end(&mut self, id: VmId) {
+        let details = self.account(id, json!({}));
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if vm.state == VmState::Ended {
+            return;
+        }
+        let death = vm.death.unwrap_or(Death::Unknown);
+        vm.state = VmState::Ended;
+        vm.paused_by = None;
+        vm.hold = None;
+        vm.patience = None;
+        // Its name is free again; its charges stay until the host has the memory.
+        self.tree.set_offline(vm.node);
+        vm.refused = false;
+        vm.grant_due = false;
+        let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died {
+            message: death.to_string(),
+        });
+        let (kind, extra) = describe(&cause);
+        let mut details = details;
+        if let (Some(map), serde_json::Value::Object(extra)) = (details.as_object_mut(), extra) {
+            map.extend(extra);
+        }
+        let gone = Refusal::new(Code::WrongState, format!("the VM {:?} has ended", vm.name));
+        if let Some(ended) = vm.ended.take() {
+            // Nobody may be waiting (a VM that outlives its starter).
+            let _ = ended.send(cause);
+        }
+        let killers = std::mem::take(&mut vm.killers);
+        let waiting = std::mem::take(&mut vm.waiting);
+        let name = vm.name.clone();
+        if let Some(change) = vm.change.take() {
+            self.abandon_change(change, &gone);
+        }
+        self.event(kind, Some(&name), details);
+        for reply in killers {
+            answer(reply, Ok(self.vm_view(id, false)));
+        }
+        for waiting in waiting {
+            match waiting.what {
+                Awaited::View(reply) => answer(reply, Ok(self.vm_view(id, false))),
+                Awaited::Paused(reply) => answer(reply, Err(gone.clone())),
+                Awaited::Recall(requested) => Self::abandon_request(*requested, &gone),
+            }
+        }
+        if let Some(inbox) = self.inbox.upgrade() {
+            tokio::spawn(async move {
+                host::memory_settled().await;
+                // An actor that is gone needs no charges.
+                let _ = inbox.send(Input::Settled(id)).await;
+            });
+        }
+    }
+
+    /// The host has a dead VM's memory back.
+    pub fn memory_is_back(&mut self, id: VmId) {
+        let Some(vm) = self.vms.get_mut(&id) else {
+            return;
+        };
+        self.tree.uncharge(vm.node, vm.outstanding());
+        vm.returned_total = vm.granted_total;
+        self.roomier = true;
+    }
+}
+
+/// The event of an end, with what explains it.
+fn describe(cause: &VmEnd) -> (EventKind, serde_json::Value) {
+    match cause {
+        VmEnd::Guest(reason) => {
+            let (reason, status) = match reason {
+                ExitReason::PowerOff => ("power_off", None),
+                ExitReason::Reset => ("reset", None),
+                ExitReason::Status(status) => ("status", Some(*status)),
+                ExitReason::TripleFault => ("triple_fault", None),
+                ExitReason::Error => ("error", None),
+            };
+            (
+                EventKind::Stopped,
+                json!({ "reason": reason, "status": status }),
+            )
+        }
+        VmEnd::Killed(by) => (
+            EventKind::Killed,
+            json!({ "by": if *by == KilledBy::Policy { "policy" } else { "request" } }),
+        ),
+        VmEnd::Failed {
+            message,
+            smallest_max,
+        } => (
+            EventKind::WorkerDied,
+            json!({ "reason": message, "smallest_max_bytes": smallest_max.map(Pages::bytes) }),
+        ),
+        VmEnd::Died { message } => (
+            EventKind::WorkerDied,
+            json!({ "reason": format!("the worker {message}") }),
+        ),
+    }
+}

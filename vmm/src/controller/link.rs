@@ -1,0 +1,174 @@
+//! The channel to one worker: a `SOCK_SEQPACKET` socket on one side, two bounded queues of messages on the other.
+//!
+//! The actor never waits for a worker. It puts messages into a bounded queue and a small task writes them; a
+//! worker that does not read fills its socket, then the queue, and then only its own messages are dropped. That
+//! loses nothing: totals are cumulative, and the actor notes that a grant has to be sent again.
+//!
+//! The worker is not trusted: whatever does not decode becomes [`FromLink::Garbage`], and the actor ends the VM.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+use crate::worker::protocol::{self, FromWorker, MAX_MESSAGE, ToWorker};
+
+/// Messages that may wait for a worker that does not read.
+pub const QUEUE: usize = 64;
+
+/// What arrives from a worker's socket.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FromLink {
+    /// A well-formed message; its contents are still an allegation.
+    Message(FromWorker),
+    /// A packet that is no message, with the reason.
+    Garbage(String),
+    /// The worker has closed its end.
+    Closed,
+}
+
+/// Why a worker could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The socket could not be connected.
+    #[error("the worker's socket {path} cannot be connected")]
+    Connect {
+        /// Path of the socket.
+        path: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Somebody else answers at the worker's socket.
+    #[error(
+        "the socket {path} belongs to process {found} of user {uid}, not to the worker {expected}"
+    )]
+    Stranger {
+        /// Path of the socket.
+        path: String,
+        /// Process that listens.
+        found: i32,
+        /// User of that process.
+        uid: u32,
+        /// The worker.
+        expected: i32,
+    },
+}
+
+/// Connects to the worker `pid` at `path` and checks that it is this process of this user that listens there.
+///
+/// # Errors
+/// When nobody listens or somebody else does.
+pub fn connect(path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
+    let name = || path.display().to_string();
+    let failed = |e: Errno| ConnectError::Connect {
+        path: name(),
+        source: e.into(),
+    };
+    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .map_err(failed)?;
+    rustix::net::connect(&socket, &address).map_err(failed)?;
+    // The credentials are those of the process that called listen().
+    let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;
+    let found = peer.pid.as_raw_nonzero().get();
+    if found != pid || peer.uid != rustix::process::geteuid() {
+        return Err(ConnectError::Stranger {
+            path: name(),
+            found,
+            uid: peer.uid.as_raw(),
+            expected: pid,
+        });
+    }
+    Ok(socket)
+}
+
+/// Takes `socket` over: starts the task that writes it and returns its queue together with the future that reads.
+/// What arrives goes to `inbox`, wrapped by `wrap`; the caller spawns the reader when the receiver knows the worker.
+/// Dropping the queue's sender ends the writer; the reader ends with the socket or with `inbox`'s receiver.
+///
+/// # Errors
+/// When the socket cannot be watched (out of memory or of watches).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn attach<I, W>(
+    socket: OwnedFd,
+    inbox: mpsc::Sender<I>,
+    wrap: W,
+) -> io::Result<(
+    mpsc::Sender<ToWorker>,
+    impl Future<Output = ()> + Send + 'static,
+)>
+where
+    I: Send + 'static,
+    W: Fn(FromLink) -> I + Send + 'static,
+{
+    // SAFETY: `socket` owns its descriptor and gives the same one as long as it lives.
+    let socket = Arc::new(unsafe { AsyncFd::register(socket) }?);
+    let (sender, mut queue) = mpsc::channel::<ToWorker>(QUEUE);
+    let writing = Arc::clone(&socket);
+    tokio::spawn(async move {
+        while let Some(message) = queue.recv().await {
+            if let Err(error) = write(&writing, &message).await {
+                // The reader sees the same end and reports it.
+                tracing::debug!(%error, "the worker's socket is gone");
+                break;
+            }
+        }
+    });
+    let reader = async move {
+        let mut buffer = [0; MAX_MESSAGE + 1];
+        loop {
+            let item = match read(&socket, &mut buffer).await {
+                Ok(0) | Err(_) => FromLink::Closed,
+                Ok(length) => match protocol::decode(&buffer[..length]) {
+                    Ok(message) => FromLink::Message(message),
+                    Err(error) => FromLink::Garbage(error.to_string()),
+                },
+            };
+            // After garbage the actor kills the worker; it still wants to know when the socket closes.
+            let last = item == FromLink::Closed;
+            if inbox.send(wrap(item)).await.is_err() || last {
+                break;
+            }
+        }
+    };
+    Ok((sender, reader))
+}
+
+async fn write(socket: &AsyncFd<OwnedFd>, message: &ToWorker) -> io::Result<()> {
+    let mut buffer = [0; MAX_MESSAGE];
+    let packet = protocol::encode(message, &mut buffer);
+    loop {
+        let mut ready = socket.writable().await?;
+        match rustix::net::send(
+            socket.get_ref(),
+            packet,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        ) {
+            Ok(_) => return Ok(()),
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Reads one packet; a packet that is longer than the buffer is cut, which leaves it one byte too long to decode.
+async fn read(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        let mut ready = socket.readable().await?;
+        match rustix::net::recv(socket.get_ref(), &mut *buffer, RecvFlags::DONTWAIT) {
+            Ok((length, _)) => return Ok(length),
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

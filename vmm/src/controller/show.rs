@@ -1,0 +1,145 @@
+//! What the interface sees: a VM and the host at one moment.
+
+use memcg_core::units::Pages;
+use tokio::time::Instant;
+
+use super::actor::Actor;
+use super::host;
+use super::view::{
+    BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat,
+    MemoryView, OomView, VmState, VmView,
+};
+use super::vm::{KilledBy, Vm, VmEnd, VmId};
+
+impl Actor {
+    /// A VM as its worker last reported it and as the tree has it now. Pages that are on their way to the worker are
+    /// shown as stock, so that the parts always add up to what is charged.
+    pub fn vm_view(&self, id: VmId, stale: bool) -> VmView {
+        let vm = &self.vms[&id];
+        VmView {
+            name: vm.name.clone(),
+            state: vm.state,
+            pid: vm.process.pid(),
+            generation: self.tree.generation(vm.node),
+            size_bytes: vm.size.bytes(),
+            cpus: vm.cpus,
+            accounting: vm.accounting,
+            stale,
+            memory: self.memory_view(vm),
+            vmm: self.vmm_view(vm),
+            swap: self.swap_view(vm),
+            balloon: BalloonView {
+                target_bytes: self.balloon_target(id).bytes(),
+                actual_bytes: Pages(vm.report.balloon_actual.into()).bytes(),
+                ready: vm.report.balloon_ready,
+            },
+            guest_stats: vm
+                .guest_stats
+                .as_ref()
+                .map(|(stats, at)| GuestStatsView::new(stats, millis_since(*at))),
+            held: held_view(vm),
+            oom: OomView {
+                action: vm.oom.action,
+                deadline_ms: u64::try_from(vm.oom.deadline.as_millis()).unwrap_or(u64::MAX),
+                priority: vm.oom.priority,
+                preference: vm.oom.preference,
+            },
+            ram: vm.ram.clone(),
+            faults: vm.report.faults.into(),
+        }
+    }
+
+    fn memory_view(&self, vm: &Vm) -> MemoryView {
+        let node = self.tree.snapshot(vm.node);
+        let report = &vm.report;
+        let ended = vm.state == VmState::Ended;
+        let bytes = |pages: u64| if ended { 0 } else { Pages(pages).bytes() };
+        MemoryView {
+            current_bytes: node.memory.usage.bytes(),
+            peak_bytes: node.memory.peak.bytes(),
+            min_bytes: node.limits.min.as_bytes(),
+            low_bytes: node.limits.low.as_bytes(),
+            high_bytes: node.limits.high.as_bytes(),
+            max_bytes: node.limits.max.as_bytes(),
+            max_pending_bytes: node
+                .max_pending
+                .and_then(memcg_core::units::Limit::as_bytes),
+            ceiling_bytes: node.ceiling.map(Pages::bytes),
+            events: MemoryEvents {
+                high: node.high_hits,
+                max: node.max_hits,
+                failcnt: node.memory.failcnt,
+                oom: vm.oom_events,
+                oom_kill: u64::from(vm.cause == Some(VmEnd::Killed(KilledBy::Policy))),
+            },
+            stat: MemoryStat {
+                guest_bytes: bytes(report.guest),
+                active_bytes: bytes(report.guest),
+                idle_bytes: 0,
+                ballooned_bytes: bytes(report.ballooned),
+                stock_bytes: bytes(report.stock + vm.in_flight()),
+                reserve_bytes: bytes(report.reserve),
+                debt_bytes: bytes(report.debt),
+                overcharge_bytes: node.overcharge.bytes(),
+            },
+        }
+    }
+
+    fn vmm_view(&self, vm: &Vm) -> CounterView {
+        let node = self.tree.snapshot(vm.node);
+        CounterView {
+            current_bytes: node.vmm.usage.bytes(),
+            peak_bytes: node.vmm.peak.bytes(),
+            max_bytes: node.limits.vmm_max.as_bytes(),
+        }
+    }
+
+    fn swap_view(&self, vm: &Vm) -> CounterView {
+        let node = self.tree.snapshot(vm.node);
+        CounterView {
+            current_bytes: node.swap.usage.bytes(),
+            peak_bytes: node.swap.peak.bytes(),
+            max_bytes: node.limits.swap_max.as_bytes(),
+        }
+    }
+
+    /// The host now.
+    pub fn host_view(&self) -> HostView {
+        let memory = host::memory().unwrap_or_default();
+        let root = self.tree.snapshot(self.root);
+        HostView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            kernel: host::kernel_release().unwrap_or_default(),
+            total_bytes: memory.total,
+            available_bytes: memory.available,
+            budget_bytes: root.limits.max.as_bytes(),
+            current_bytes: root.memory.usage.bytes(),
+            vms: self
+                .vms
+                .values()
+                .filter(|vm| vm.state != VmState::Ended)
+                .count(),
+            last_event: self.events.last(),
+        }
+    }
+}
+
+fn held_view(vm: &Vm) -> HeldView {
+    let until = vm
+        .hold
+        .filter(|hold| !hold.acted && vm.state == VmState::Running)
+        .map(|hold| hold.deadline);
+    HeldView {
+        now: vm.report.held && vm.state != VmState::Ended,
+        total_us: vm.report.held_us,
+        deadline_ms: until.map(|until| {
+            u64::try_from(until.saturating_duration_since(Instant::now()).as_millis())
+                .unwrap_or(u64::MAX)
+        }),
+    }
+}
+
+fn millis_since(at: Instant) -> u64 {
+    u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

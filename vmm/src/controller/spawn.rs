@@ -1,0 +1,421 @@
+//! Starting a worker: this program again, in a process of its own, with what it may use at fixed descriptors.
+//!
+//! Everything that can be refused is refused before the fork: the kernel's age, the devices, the socket's path.
+//! Between fork and exec the child runs [`ChildPlan::apply`], which does system calls only: no allocation, no lock.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::host::{self, Problem};
+use super::link::{self, ConnectError};
+use crate::worker::config::{WorkerConfig, fd};
+
+/// Longest path of a unix socket in bytes: `sun_path` without its final zero.
+pub const MAX_SOCKET_PATH: usize = 107;
+
+/// First number of descriptors that are copies made for the child; above every fixed number.
+const ABOVE_FIXED: RawFd = 32;
+
+/// One past the last fixed number.
+const FIXED_END: RawFd = fd::INITRD + 1;
+
+/// What a worker is started with.
+#[derive(Debug)]
+pub struct Launch {
+    /// The VM as the worker is told to build it.
+    pub config: WorkerConfig,
+    /// The kernel or payload, open for reading.
+    pub kernel: File,
+    /// The initial ramdisk, if any; [`WorkerConfig::initrd`] says so too.
+    pub initrd: Option<File>,
+    /// Directory of this VM, made if absent, mode 0700; the worker's socket is in it.
+    pub directory: PathBuf,
+    /// Level of the worker's log, for the environment variable `BALLAST_LOG`.
+    pub log: String,
+}
+
+/// A worker that runs.
+#[derive(Debug)]
+pub struct Launched {
+    /// To end it.
+    pub handle: WorkerHandle,
+    /// To learn of its end.
+    pub watch: DeathWatch,
+    /// The connected channel.
+    pub link: OwnedFd,
+    /// The near end of the guest's console.
+    pub console: UnixStream,
+}
+
+/// Why a worker could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The host lacks something; the sentence says how to get it.
+    #[error(transparent)]
+    Host(#[from] Problem),
+    /// The path of a socket does not fit into an address.
+    #[error(
+        "the socket path {0} is {1} bytes long, at most {MAX_SOCKET_PATH} are possible: choose a shorter --socket"
+    )]
+    PathTooLong(String, usize),
+    /// A system call failed.
+    #[error("{what}")]
+    System {
+        /// What was being done.
+        what: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The worker started but its socket did not answer as expected.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+}
+
+fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> SpawnError {
+    let what = what.into();
+    move |source| SpawnError::System { what, source }
+}
+
+/// Checks that `path` fits into the address of a unix socket.
+///
+/// # Errors
+/// When it is longer than [`MAX_SOCKET_PATH`].
+pub fn check_socket_path(path: &Path) -> Result<(), SpawnError> {
+    let length = path.as_os_str().as_bytes().len();
+    if length > MAX_SOCKET_PATH {
+        return Err(SpawnError::PathTooLong(path.display().to_string(), length));
+    }
+    Ok(())
+}
+
+/// The socket on which the worker of the VM in `directory` listens.
+pub fn worker_socket(directory: &Path) -> PathBuf {
+    directory.join("worker")
+}
+
+/// Starts a worker. Blocks for the time of a fork and an exec; the caller's thread must live as long as the
+/// process when the worker is to die with it.
+///
+/// # Errors
+/// See [`SpawnError`]. Nothing is left behind but the directory.
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
+    let Launch {
+        config,
+        kernel,
+        initrd,
+        directory,
+        log,
+    } = launch;
+    let path = worker_socket(&directory);
+    check_socket_path(&path)?;
+    host::check_kernel()?;
+    let kvm = host::open_kvm()?;
+    let uffd_device = config.accounting.then(host::open_userfaultfd).transpose()?;
+
+    make_directory(&directory).map_err(system(format!(
+        "the directory {} cannot be made",
+        directory.display()
+    )))?;
+    let memfd =
+        config_memfd(&config).map_err(system("the worker's configuration cannot be written"))?;
+    let listener = bind(&path).map_err(system(format!(
+        "the worker's socket {} cannot be made",
+        path.display()
+    )))?;
+    let (console, far_console) =
+        UnixStream::pair().map_err(system("the console's socket pair cannot be made"))?;
+
+    let mut plan = ChildPlan::new(config.die_with_parent);
+    for (source, target) in [
+        (Some(memfd.as_fd()), fd::CONFIG),
+        (Some(listener.as_fd()), fd::LISTEN),
+        (Some(kvm.as_fd()), fd::KVM),
+        (uffd_device.as_ref().map(AsFd::as_fd), fd::UFFD_DEV),
+        (Some(far_console.as_fd()), fd::CONSOLE),
+        (Some(kernel.as_fd()), fd::KERNEL),
+        (initrd.as_ref().map(AsFd::as_fd), fd::INITRD),
+    ] {
+        let Some(source) = source else { continue };
+        let copy = rustix::io::fcntl_dupfd_cloexec(source, ABOVE_FIXED)
+            .map_err(io::Error::from)
+            .map_err(system("no descriptor is left for the worker"))?;
+        plan.give(copy, target);
+    }
+    let child = spawn_child(&config.name, &log, plan)
+        .map_err(system("the worker process cannot be started"))?;
+    drop(far_console);
+    let (handle, watch) =
+        supervise(child).map_err(system("the worker process cannot be watched"))?;
+    match link::connect(&path, handle.pid()) {
+        Ok(link) => Ok(Launched {
+            handle,
+            watch,
+            link,
+            console,
+        }),
+        Err(error) => {
+            handle.kill();
+            Err(error.into())
+        }
+    }
+}
+
+/// Makes `directory` for this user alone; one that exists must be a directory of this user.
+fn make_directory(directory: &Path) -> io::Result<()> {
+    match std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+    {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700))
+}
+
+fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
+    let memfd = rustix::fs::memfd_create(
+        "ballast-config",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?;
+    let mut file = File::from(memfd);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
+    rustix::fs::fcntl_add_seals(
+        &file,
+        SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL,
+    )?;
+    Ok(file.into())
+}
+
+/// Binds the worker's socket, in place of one that a dead worker left. It is the child that listens on it, so that
+/// the credentials a connecting process sees are the worker's.
+fn bind(path: &Path) -> io::Result<OwnedFd> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// What happens in the child between fork and exec.
+struct ChildPlan {
+    /// Descriptor to copy to each fixed number, or -1 when nothing is handed over there.
+    sources: [RawFd; FIXED_END as usize],
+    /// Keeps the sources open until the fork.
+    owned: Vec<OwnedFd>,
+    /// Process that the child must not outlive, 0 for none.
+    parent: libc::pid_t,
+}
+
+impl ChildPlan {
+    fn new(die_with_parent: bool) -> Self {
+        let parent = if die_with_parent {
+            std::process::id().cast_signed()
+        } else {
+            0
+        };
+        Self {
+            sources: [-1; FIXED_END as usize],
+            owned: Vec::new(),
+            parent,
+        }
+    }
+
+    fn give(&mut self, source: OwnedFd, target: RawFd) {
+        self.sources[target as usize] = source.as_raw_fd();
+        self.owned.push(source);
+    }
+
+    /// Runs in the child of a possibly multi-threaded process: async-signal-safe calls only.
+    fn apply(&self) -> io::Result<()> {
+        let check = |result: libc::c_long| {
+            if result < 0 {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(())
+            }
+        };
+        for target in fd::CONFIG..FIXED_END {
+            let source = self.sources[target as usize];
+            if source >= 0 {
+                // SAFETY: dup2 takes numbers; `target` is a fixed number that the parent has made sure to be no
+                // descriptor the standard library uses between fork and exec.
+                check(unsafe { libc::dup2(source, target) }.into())?;
+            } else {
+                // SAFETY: close_range takes numbers and, with this flag, only marks for closing at exec.
+                check(unsafe {
+                    libc::syscall(
+                        libc::SYS_close_range,
+                        target,
+                        target,
+                        libc::CLOSE_RANGE_CLOEXEC,
+                    )
+                })?;
+            }
+        }
+        // SAFETY: as above. Closing waits for the exec because the standard library's own pipe is in the range.
+        check(unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                FIXED_END,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        })?;
+        // SAFETY: listen takes a number and a length.
+        check(unsafe { libc::listen(fd::LISTEN, 4) }.into())?;
+        // SAFETY: this prctl takes four numbers.
+        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+        if self.parent != 0 {
+            // SAFETY: this prctl takes a signal number.
+            check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
+            // SAFETY: getppid has no conditions. A parent that died before the prctl would never be noticed.
+            if unsafe { libc::getppid() } != self.parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn spawn_child(name: &str, log: &str, plan: ChildPlan) -> io::Result<Child> {
+    // Occupies the fixed numbers, so that the pipe by which the standard library reports a failed exec is
+    // not at one of them.
+    let mut placeholders = vec![rustix::io::fcntl_dupfd_cloexec(&plan.owned[0], fd::CONFIG)?];
+    while placeholders
+        .last()
+        .is_some_and(|last| last.as_raw_fd() < FIXED_END)
+    {
+        placeholders.push(rustix::io::fcntl_dupfd_cloexec(&plan.owned[0], fd::CONFIG)?);
+    }
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("ballast")
+        .arg("worker")
+        .arg(name)
+        .env("BALLAST_LOG", log);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0);
+    // SAFETY: `apply` calls async-signal-safe functions only and touches no memory but its own.
+    unsafe { command.pre_exec(move || plan.apply()) };
+    command.spawn()
+}
+
+/// How a worker process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// It exited with this status.
+    Exited(i32),
+    /// A signal ended it.
+    Signal(i32),
+    /// Its status is not known.
+    Unknown,
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "exited with status {status}"),
+            Self::Signal(libc::SIGKILL) => write!(f, "was killed by the host (signal 9)"),
+            Self::Signal(signal) => write!(f, "was ended by signal {signal}"),
+            Self::Unknown => write!(f, "ended in an unknown way"),
+        }
+    }
+}
+
+/// Ends a worker, whoever its process id belongs to by then.
+#[derive(Clone, Debug)]
+pub struct WorkerHandle {
+    pid: i32,
+    pidfd: Arc<OwnedFd>,
+}
+
+impl WorkerHandle {
+    /// Process id.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends SIGKILL; harmless when it is dead already.
+    pub fn kill(&self) {
+        if let Err(error) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            tracing::debug!(%error, pid = self.pid, "the worker is gone already");
+        }
+    }
+}
+
+/// Waits for the end of a worker and collects its status.
+#[derive(Debug)]
+pub struct DeathWatch {
+    child: Child,
+    pidfd: AsyncFd<Arc<OwnedFd>>,
+}
+
+impl DeathWatch {
+    /// Completes when the process has ended and been reaped.
+    pub async fn ended(mut self) -> Death {
+        if self.pidfd.readable().await.is_err() {
+            return Death::Unknown;
+        }
+        match self.child.wait() {
+            Ok(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => Death::Exited(code),
+                (None, Some(signal)) => Death::Signal(signal),
+                (None, None) => Death::Unknown,
+            },
+            Err(_) => Death::Unknown,
+        }
+    }
+}
+
+fn supervise(mut child: Child) -> io::Result<(WorkerHandle, DeathWatch)> {
+    let pid = child.id().cast_signed();
+    let watch = || -> io::Result<_> {
+        let id = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+        // Not reaped yet, so the number is still this child's.
+        let pidfd = Arc::new(rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?);
+        let handle = WorkerHandle {
+            pid,
+            pidfd: Arc::clone(&pidfd),
+        };
+        // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
+        let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+        Ok((handle, watched))
+    };
+    match watch() {
+        Ok((handle, pidfd)) => Ok((handle, DeathWatch { child, pidfd })),
+        Err(error) => {
+            // Nobody else would end it.
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}

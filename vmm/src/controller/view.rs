@@ -1,0 +1,310 @@
+//! What the interface shows of a VM and of the host, as JSON. Amounts carry their unit in the name.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::worker::protocol::{FaultCounts, GuestStats};
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// The worker is setting it up and loading the kernel.
+    Starting,
+    /// The guest runs, or is held for want of memory (see `held`).
+    Running,
+    /// Every vCPU is stopped until `resume`.
+    Paused,
+    /// The guest has ended; what it used is on its way back to the host.
+    Ended,
+}
+
+/// One VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Process id of its worker.
+    pub pid: i32,
+    /// Number of the last change of its limits, for compare-and-set.
+    pub generation: u64,
+    /// Guest RAM.
+    pub size_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// False when the VM runs without accounting: no limit was given and `track` is off.
+    pub accounting: bool,
+    /// True when the worker did not answer in time and these are its last known numbers.
+    pub stale: bool,
+    /// The counter of everything.
+    pub memory: MemoryView,
+    /// Overhead of the VMM, a part of `memory`.
+    pub vmm: CounterView,
+    /// Evicted pages.
+    pub swap: CounterView,
+    /// The balloon.
+    pub balloon: BalloonView,
+    /// What the guest says about its memory, when it has said anything.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub guest_stats: Option<GuestStatsView>,
+    /// Whether the vCPUs are stopped for want of memory.
+    pub held: HeldView,
+    /// What happens when the VM stays held.
+    pub oom: OomView,
+    /// Where guest RAM is mapped in the worker.
+    pub ram: Vec<RamView>,
+    /// The fault path since the start.
+    pub faults: FaultsView,
+}
+
+/// A counter with its limit; `null` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CounterView {
+    /// What is charged now.
+    pub current_bytes: u64,
+    /// The most that was ever charged.
+    pub peak_bytes: u64,
+    /// The limit, `null` for none.
+    pub max_bytes: Option<u64>,
+}
+
+/// The memory counter and its limits; `null` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemoryView {
+    /// What is charged now: guest pages, stock, reserve and overhead.
+    pub current_bytes: u64,
+    /// The most that was ever charged.
+    pub peak_bytes: u64,
+    /// Never reclaimed below this.
+    pub min_bytes: Option<u64>,
+    /// Reclaimed below this only in need.
+    pub low_bytes: Option<u64>,
+    /// Reclaim starts here.
+    pub high_bytes: Option<u64>,
+    /// No charge is granted above this.
+    pub max_bytes: Option<u64>,
+    /// A `max` that was asked for and is not yet in force.
+    pub max_pending_bytes: Option<u64>,
+    /// While a smaller `max` is pending: what usage may not exceed meanwhile.
+    pub ceiling_bytes: Option<u64>,
+    /// Counts of events.
+    pub events: MemoryEvents,
+    /// What the charge consists of.
+    pub stat: MemoryStat,
+}
+
+/// How often things happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemoryEvents {
+    /// Usage rose above `high`.
+    pub high: u64,
+    /// A charge met `max`.
+    pub max: u64,
+    /// Charges refused to waiting faults.
+    pub failcnt: u64,
+    /// Times that the VM was held until the policy had to act.
+    pub oom: u64,
+    /// Times that the policy killed it (at most 1).
+    pub oom_kill: u64,
+}
+
+/// What `current` consists of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemoryStat {
+    /// Resident guest pages: active and idle.
+    pub guest_bytes: u64,
+    /// Of these, mapped into the guest.
+    pub active_bytes: u64,
+    /// Of these, set aside until their next touch.
+    pub idle_bytes: u64,
+    /// Given to the balloon (not charged).
+    pub ballooned_bytes: u64,
+    /// Charged ahead of need.
+    pub stock_bytes: u64,
+    /// Charged for faults that cannot be charged.
+    pub reserve_bytes: u64,
+    /// Missing from the reserve: what the guest touched while nothing could be charged.
+    pub debt_bytes: u64,
+    /// Usage above `max`, left by a forced change; may only fall.
+    pub overcharge_bytes: u64,
+}
+
+/// The balloon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BalloonView {
+    /// What the guest is asked to give.
+    pub target_bytes: u64,
+    /// What it says it has given.
+    pub actual_bytes: u64,
+    /// Its driver is running.
+    pub ready: bool,
+}
+
+/// Whether the vCPUs are stopped for want of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HeldView {
+    /// They are now.
+    pub now: bool,
+    /// They were for so long since the start.
+    pub total_us: u64,
+    /// Time until the policy acts, while it is going to.
+    pub deadline_ms: Option<u64>,
+}
+
+/// What happens to a VM that stays held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OomView {
+    /// What is done to it.
+    pub action: OomAction,
+    /// How long it may be held before.
+    pub deadline_ms: u64,
+    /// Among several candidates, lower goes first.
+    pub priority: i32,
+    /// Whether it is a candidate when others must choose.
+    pub preference: OomPreference,
+}
+
+/// What the policy does to a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OomAction {
+    /// Stop its vCPUs until there is memory again.
+    #[default]
+    Pause,
+    /// End it.
+    Kill,
+}
+
+/// Whether a VM is a candidate when memory is short elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OomPreference {
+    /// Like any other.
+    #[default]
+    None,
+    /// After all others.
+    Avoid,
+    /// Never.
+    Omit,
+}
+
+/// One slot of guest RAM in the worker's address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RamView {
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// First address in the worker.
+    pub hva: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// Counters of the fault path, all since the start of the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FaultsView {
+    /// Events read from userfaultfd.
+    pub events: u64,
+    /// Events for a page that was there already.
+    pub stale: u64,
+    /// Pages filled because they were touched.
+    pub touched_pages: u64,
+    /// Pages filled around a touched page.
+    pub around_pages: u64,
+    /// Pages granted from the reserve.
+    pub from_reserve_pages: u64,
+    /// Pages taken back from the balloon without a word.
+    pub implicit_deflates: u64,
+    /// Faults of the VMM's own threads.
+    pub vmm: u64,
+    /// Pages discarded for the balloon.
+    pub discarded_pages: u64,
+    /// Things a guest claimed that were refused.
+    pub guest_errors: u64,
+    /// Longest time from reading an event to answering it.
+    pub worst_answer_us: u64,
+}
+
+impl From<FaultCounts> for FaultsView {
+    fn from(counts: FaultCounts) -> Self {
+        Self {
+            events: counts.events,
+            stale: counts.stale,
+            touched_pages: counts.touched,
+            around_pages: counts.around,
+            from_reserve_pages: counts.from_reserve,
+            implicit_deflates: counts.implicit_deflates,
+            vmm: counts.vmm,
+            discarded_pages: counts.discarded,
+            guest_errors: counts.guest_errors,
+            worst_answer_us: counts.worst_answer_us,
+        }
+    }
+}
+
+/// Names a structure after the guest's statistics, so that tag number, field and JSON key are one list.
+macro_rules! guest_stats {
+    ($($tag:literal $field:ident $doc:literal,)*) => {
+        /// What the guest said about its memory; a value that it did not send is absent.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+        pub struct GuestStatsView {
+            $(
+                #[doc = $doc]
+                #[serde(skip_serializing_if = "Option::is_none", default)]
+                pub $field: Option<u64>,
+            )*
+            /// Time since it said so, in milliseconds.
+            pub age_ms: u64,
+        }
+
+        impl GuestStatsView {
+            /// The view of `stats`, which are `age_ms` old.
+            pub fn new(stats: &GuestStats, age_ms: u64) -> Self {
+                Self { $($field: stats.values[$tag],)* age_ms }
+            }
+        }
+    };
+}
+
+guest_stats! {
+    0 swap_in "Bytes swapped in.",
+    1 swap_out "Bytes swapped out.",
+    2 major_faults "Faults that needed a disk.",
+    3 minor_faults "Faults that did not.",
+    4 free_memory "Bytes unused.",
+    5 total_memory "Bytes it knows of.",
+    6 available_memory "Bytes it could give without swapping.",
+    7 disk_caches "Bytes of cache that could be dropped at once.",
+    8 hugetlb_allocations "Huge pages allocated.",
+    9 hugetlb_failures "Huge pages that could not be.",
+    10 oom_kill "Processes its OOM killer has killed.",
+    11 alloc_stall "Allocations that had to wait.",
+    12 async_scan "Pages scanned in the background.",
+    13 direct_scan "Pages scanned by an allocation.",
+    14 async_reclaim "Pages reclaimed in the background.",
+    15 direct_reclaim "Pages reclaimed by an allocation.",
+}
+
+/// The host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct HostView {
+    /// Version of ballast.
+    pub version: String,
+    /// Process id of the controller.
+    pub pid: u32,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// `MemTotal`.
+    pub total_bytes: u64,
+    /// `MemAvailable`.
+    pub available_bytes: u64,
+    /// What all VMs together may use, `null` for no limit.
+    pub budget_bytes: Option<u64>,
+    /// What all VMs together have been charged.
+    pub current_bytes: u64,
+    /// Number of VMs.
+    pub vms: usize,
+    /// Number of the newest event.
+    pub last_event: u64,
+}

@@ -1,0 +1,207 @@
+//! One VM as the controller knows it.
+
+use std::time::Duration;
+
+use memcg_core::tree::NodeId;
+use memcg_core::units::Pages;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::changes::{Change, Requested};
+use super::error::Refusal;
+use super::spawn::Death;
+use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
+use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
+
+/// Number of a VM in this controller; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmId(pub u64);
+
+/// The process of a worker, as far as the actor needs it.
+pub trait WorkerProcess: Send {
+    /// Process id.
+    fn pid(&self) -> i32;
+    /// Ends it at once; harmless when it has ended.
+    fn kill(&self);
+}
+
+/// What is done with a VM that stays held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OomPolicy {
+    /// The action.
+    pub action: OomAction,
+    /// How long the VM may be held before.
+    pub deadline: Duration,
+    /// Among several candidates, lower goes first.
+    pub priority: i32,
+    /// Whether it is a candidate when others must choose.
+    pub preference: OomPreference,
+}
+
+impl Default for OomPolicy {
+    fn default() -> Self {
+        Self {
+            action: OomAction::Pause,
+            deadline: super::host::scaled(Duration::from_secs(5)),
+            priority: 0,
+            preference: OomPreference::None,
+        }
+    }
+}
+
+/// Who ended a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KilledBy {
+    /// The OOM policy.
+    Policy,
+    /// Somebody at the interface.
+    Request,
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEnd {
+    /// By itself.
+    Guest(ExitReason),
+    /// It was killed.
+    Killed(KilledBy),
+    /// It could not start or broke; the message is a sentence for the user.
+    Failed {
+        /// What happened.
+        message: String,
+        /// When `max` is too small to load the guest: the smallest that would do.
+        smallest_max: Option<Pages>,
+    },
+    /// The worker ended without a word, or lied and was ended.
+    Died {
+        /// How, as the end of a sentence that begins with "the worker".
+        message: String,
+    },
+}
+
+/// Answers a request.
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// Something that waits for a worker's report with a certain `seq`.
+pub(super) struct Waiting {
+    pub seq: u32,
+    pub until: Instant,
+    pub what: Awaited,
+}
+
+/// What happens when the report comes, or does not.
+pub(super) enum Awaited {
+    /// Show the VM; without an answer, its last known numbers.
+    View(Reply<VmView>),
+    /// The vCPUs are out, or back; without an answer the request fails.
+    Paused(Reply<VmView>),
+    /// The stock is back, begin the change of the limit; without an answer begin all the same.
+    Recall(Box<Requested>),
+}
+
+/// A time during which the VM is held for want of memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hold {
+    /// When the worker first said so.
+    pub since: Instant,
+    /// When the policy acts.
+    pub deadline: Instant,
+    /// It has acted.
+    pub acted: bool,
+}
+
+/// Who stopped the vCPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PausedBy {
+    /// Somebody at the interface: only they let it go on.
+    User,
+    /// The policy: it goes on when its debt can be paid.
+    Policy,
+}
+
+/// One VM.
+pub(super) struct Vm {
+    pub name: String,
+    pub node: NodeId,
+    pub size: Pages,
+    pub cpus: u32,
+    pub accounting: bool,
+    pub oom: OomPolicy,
+    pub process: Box<dyn WorkerProcess>,
+    pub to_worker: mpsc::Sender<ToWorker>,
+    pub state: VmState,
+    pub paused_by: Option<PausedBy>,
+    pub ram: Vec<RamView>,
+    /// The worker has said hello.
+    pub greeted: bool,
+    /// Pages that the reserve needs, as the worker said.
+    pub reserve_target: Pages,
+    /// Pages charged for this VM since its start.
+    pub granted_total: u64,
+    /// Of these, pages the worker has given back.
+    pub returned_total: u64,
+    pub report: Report,
+    pub reported: bool,
+    pub guest_stats: Option<(GuestStats, Instant)>,
+    /// The last want could not be served in full.
+    pub refused: bool,
+    /// A grant was dropped because the worker did not read, or its room has changed: send one.
+    pub grant_due: bool,
+    /// The balloon target last sent.
+    pub balloon_sent: Option<u32>,
+    pub hold: Option<Hold>,
+    pub oom_events: u64,
+    pub change: Option<Change>,
+    pub seq: u32,
+    pub waiting: Vec<Waiting>,
+    /// Answers to `kill`, given when the process is gone.
+    pub killers: Vec<Reply<VmView>>,
+    /// Why it is ending, once that is known.
+    pub cause: Option<VmEnd>,
+    /// How the process ended, while its last words may still be on the way.
+    pub death: Option<Death>,
+    pub link_closed: bool,
+    /// When to stop waiting: for hello, for the end after the last words, or for the last words after the end.
+    pub patience: Option<Instant>,
+    pub ended: Option<oneshot::Sender<VmEnd>>,
+}
+
+impl Vm {
+    /// Pages charged for this VM: resident, in stock, in reserve, or on their way to the worker.
+    pub fn outstanding(&self) -> Pages {
+        Pages(self.granted_total - self.returned_total)
+    }
+
+    /// Pages granted that the worker had not seen when it last reported.
+    pub fn in_flight(&self) -> u64 {
+        self.granted_total.saturating_sub(self.report.granted_total)
+    }
+
+    /// Pages that faults wait for, or that the reserve is short of.
+    pub fn need(&self) -> u64 {
+        self.report
+            .want_now
+            .max(self.report.debt)
+            .saturating_sub(self.in_flight())
+    }
+
+    /// Sends a message, unless the worker has not read its last ones. Never waits.
+    pub fn send(&self, message: ToWorker) -> bool {
+        let sent = self.to_worker.try_send(message).is_ok();
+        if !sent {
+            tracing::warn!(vm = self.name, "the worker does not read its messages");
+        }
+        sent
+    }
+
+    /// A new sequence number for a message that is answered.
+    pub fn next_seq(&mut self) -> u32 {
+        self.seq = self.seq.wrapping_add(1);
+        self.seq
+    }
+
+    /// True while the worker can be talked to.
+    pub fn alive(&self) -> bool {
+        self.state != VmState::Ended && self.death.is_none() && !self.link_closed
+    }
+}
