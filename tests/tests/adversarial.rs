@@ -68,7 +68,7 @@ fn storm(cpus: u32) {
         done.store(true, Ordering::Relaxed);
     });
     let now = vm.show();
-    let worst = number(&now, "faults.worst_answer_us");
+    let worst = number(&now, "faults.answer.max_us");
     assert!(worst < 100_000, "a fault waited {worst} us");
     for event in vm.events() {
         if let (Some(usage), Some(max)) = (event["usage_bytes"].as_u64(), event["max_bytes"].as_u64()) {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::worker::protocol::{FaultCounts, GuestStats};
+use crate::worker::protocol::{FaultCounts, GuestStats, Quantiles};
 
 /// Where a VM is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -222,8 +222,10 @@ pub struct FaultsView {
     pub discarded_pages: u64,
     /// Things a guest claimed that were refused.
     pub guest_errors: u64,
-    /// Longest time from reading an event to answering it.
-    pub worst_answer_us: u64,
+    /// Time from the fault thread's waking up to its answer.
+    pub answer: Quantiles,
+    /// Time from the decision to hold the vCPUs to the last one out of the guest.
+    pub hold: Quantiles,
 }
 
 impl From<FaultCounts> for FaultsView {
@@ -238,7 +240,8 @@ impl From<FaultCounts> for FaultsView {
             vmm: counts.vmm,
             discarded_pages: counts.discarded,
             guest_errors: counts.guest_errors,
-            worst_answer_us: counts.worst_answer_us,
+            answer: counts.answer,
+            hold: counts.hold,
         }
     }
 }

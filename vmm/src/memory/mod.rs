@@ -11,6 +11,7 @@
 //! | `guest` | the accessor of all VMM code |
 //! | `give` | the balloon's pages: claim, discard, uncharge |
 //! | `discard` | vectored discards |
+//! | `histogram` | how long faults and holds take |
 //! | `place` | where the fault thread runs |
 
 pub mod around;
@@ -18,6 +19,7 @@ pub mod client;
 pub mod discard;
 pub mod give;
 pub mod guest;
+pub mod histogram;
 pub mod pages;
 pub mod place;
 pub mod ram;

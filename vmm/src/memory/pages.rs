@@ -22,6 +22,7 @@ use memcg_core::units::Pages as Count;
 
 use super::around::{Around, MAX_GRANULE, Window};
 use super::client::{Reply, Run};
+use super::histogram::Histogram;
 use super::ram::Ram;
 use super::uffd::{Fill, Uffd};
 use crate::devices::balloon::BalloonHandle;
@@ -78,7 +79,10 @@ pub struct Pages {
     balloon: BalloonHandle,
     held_since: Option<u64>,
     held_ns: u64,
-    hold_latency_us: u64,
+    /// The gate was closed and the last vCPU has not come out yet.
+    leaving: bool,
+    answer_times: Histogram,
+    hold_times: Histogram,
     beat_ns: u64,
 }
 
@@ -102,7 +106,9 @@ impl Pages {
             balloon,
             held_since: None,
             held_ns: 0,
-            hold_latency_us: 0,
+            leaving: false,
+            answer_times: Histogram::default(),
+            hold_times: Histogram::default(),
             beat_ns: monotonic_ns(),
             ram,
             uffd,
@@ -115,24 +121,20 @@ impl Pages {
         &self.uffd
     }
 
-    /// Reads and answers a batch of faults; returns how many there were.
-    pub fn on_faults(&mut self) -> usize {
+    /// Reads and answers a batch of faults; returns how many there were. `woken_ns` is when the thread learnt of them.
+    pub fn on_faults(&mut self, woken_ns: u64) -> usize {
         let mut batch = [0u64; 64];
         let mut n = 0;
         self.uffd.read::<64>(|event| {
             batch[n] = event.address;
             n += 1;
         });
-        let read_at = monotonic_ns();
         for &address in &batch[..n] {
             self.counts.events += 1;
             // Only guest RAM is registered: another address means that our own books are wrong.
             let page = self.ram.index_of_hva(address).unwrap_or_else(|| std::process::abort());
             self.serve(page);
-        }
-        if n > 0 {
-            let us = (monotonic_ns() - read_at) / 1000;
-            self.counts.worst_answer_us = self.counts.worst_answer_us.max(us);
+            self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
         }
         n
     }
@@ -232,14 +234,16 @@ impl Pages {
     fn hold(&mut self) {
         if self.gate.hold(gate::NO_MEMORY) {
             self.held_since = Some(monotonic_ns());
+            self.leaving = !self.gate.all_out();
         }
     }
 
     /// The last vCPU has come out.
     pub fn on_all_out(&mut self) {
-        if let Some(since) = self.held_since {
-            let us = self.gate.all_out_ns().saturating_sub(since) / 1000;
-            self.hold_latency_us = self.hold_latency_us.max(us);
+        if let Some(since) = self.held_since
+            && std::mem::take(&mut self.leaving)
+        {
+            self.hold_times.record(self.gate.all_out_ns().saturating_sub(since));
         }
     }
 
@@ -479,7 +483,11 @@ impl Pages {
             ballooned: self.frames.count(FrameState::Ballooned),
             held,
             held_us: (self.held_ns + running) / 1000,
-            faults: self.counts,
+            faults: FaultCounts {
+                answer: self.answer_times.quantiles(),
+                hold: self.hold_times.quantiles(),
+                ..self.counts
+            },
             ..Report::default()
         }
     }

@@ -24,7 +24,7 @@ use super::pages::{Pages, reserve_target};
 use super::place::Placement;
 use crate::devices::balloon::BalloonHandle;
 use crate::worker::channel::{Channel, Received};
-use crate::worker::gate::{self, Gate};
+use crate::worker::gate::{self, Gate, monotonic_ns};
 use crate::worker::protocol::{FromWorker, GuestStats, MAX_SLOTS, RamSlot, Report, ToWorker};
 
 const FAULTS: u64 = 0;
@@ -115,9 +115,10 @@ impl FaultThread {
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(e) => return Err(e.into()),
             };
+            let woken = monotonic_ns();
             let ready = |token| events[..count].iter().any(|e| e.data.u64() == token);
             if ready(FAULTS) {
-                self.faults();
+                self.faults(woken);
             }
             if ready(BELL) {
                 self.requests();
@@ -141,9 +142,9 @@ impl FaultThread {
         }
     }
 
-    fn faults(&mut self) {
+    fn faults(&mut self, woken_ns: u64) {
         let Some(pages) = &mut self.pages else { return };
-        let n = pages.on_faults();
+        let n = pages.on_faults(woken_ns);
         self.placement.follow(n);
     }
 
@@ -261,7 +262,7 @@ impl FaultThread {
         let _ = self.desk.bell.read();
         while let Ok((client, request)) = self.desk.requests.try_recv() {
             // A fault that came meanwhile goes first: a vCPU waits for it.
-            self.faults();
+            self.faults(monotonic_ns());
             if let Some(reply) = self.request(client, request) {
                 self.reply(client, reply);
             }

@@ -142,6 +142,19 @@ pub struct Report {
     pub faults: FaultCounts,
 }
 
+/// Quantiles of a time that the worker measures, since the start of the VM, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Quantiles {
+    /// Number of times measured.
+    pub count: u64,
+    /// Half of them were at most this (rounded up by at most a quarter).
+    pub p50_us: u64,
+    /// 99 of 100 were at most this (rounded up by at most a quarter).
+    pub p99_us: u64,
+    /// The longest, exact.
+    pub max_us: u64,
+}
+
 /// Counters of the fault path. All since the start of the VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultCounts {
@@ -163,8 +176,10 @@ pub struct FaultCounts {
     pub discarded: u64,
     /// Things a guest claimed that were refused (bad page numbers, bad descriptors).
     pub guest_errors: u64,
-    /// Longest time from reading an event to answering it, in microseconds.
-    pub worst_answer_us: u64,
+    /// Time from the fault thread's waking up to its answer, for each fault.
+    pub answer: Quantiles,
+    /// Time from closing the gate for want of memory to the last vCPU out of `KVM_RUN`, for each hold.
+    pub hold: Quantiles,
 }
 
 /// What a worker says to the controller.
