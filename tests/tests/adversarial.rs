@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use ballast_tests::{TestVm, missing_on_host, number, resident_pages};
+use ballast_tests::{TestVm, http, missing_on_host, number, resident_pages};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -44,9 +44,13 @@ fn storm(cpus: u32) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         // Another process's view, all the time.
-        scope.spawn(|| {
+        let (socket, path) = (vm.socket(), format!("/vms/{name}"));
+        let done = &done;
+        scope.spawn(move || {
             while !done.load(Ordering::Relaxed) {
-                check(&vm.show(), 200 * MIB, "watcher");
+                let (status, body) = http(socket, "GET", &path, None).expect("the socket answers");
+                assert_eq!(status, 200, "{body}");
+                check(&serde_json::from_str(&body).expect("JSON"), 200 * MIB, "watcher");
             }
         });
         let mut max = 48 * MIB;
