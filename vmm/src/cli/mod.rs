@@ -1,1 +1,258 @@
-//! cli
+//! The command line: verbs, their words, and what they print.
+//!
+//! Everything a user can get wrong is found before anything is made. Errors are one sentence on stderr.
+//!
+//! | exit status | meaning |
+//! | --- | --- |
+//! | 0 | done |
+//! | 1 | error |
+//! | 2 | usage |
+//! | 3 | accepted, but not reached in time |
+//! | `run` | the guest's own status; 125 when ballast failed; 137 when the VM was killed; 128 + signal |
+
+mod client;
+mod console;
+mod doctor;
+mod options;
+mod run;
+mod show;
+mod socket;
+mod verbs;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use options::{BalloonArg, MemoryArg, OomArg};
+pub use run::RunArgs;
+pub use verbs::{EventsArgs, SetArgs};
+
+/// Done.
+pub const DONE: u8 = 0;
+/// Something failed.
+pub const ERROR: u8 = 1;
+/// The command line makes no sense.
+pub const USAGE: u8 = 2;
+/// Accepted, but not reached in time.
+pub const NOT_REACHED: u8 = 3;
+/// `run`: ballast failed, not the guest.
+pub const RUN_FAILED: u8 = 125;
+/// `run`: the VM was killed.
+pub const KILLED: u8 = 137;
+
+/// Environment variable with the level of the log, for the worker too.
+pub const LOG_VARIABLE: &str = "BALLAST_LOG";
+
+/// Launches KVM guests under memory limits that hold.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ballast",
+    version,
+    about,
+    propagate_version = false,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// How much is logged on stderr: off, error, warn, info, debug or trace
+    #[arg(long, global = true, value_name = "LEVEL", env = LOG_VARIABLE, default_value = "warn",
+        value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
+    pub log: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run one VM in the foreground, its console on the terminal (Ctrl-] leaves and ends it)
+    Run(Box<RunArgs>),
+    /// Show a VM
+    Show {
+        /// Name of the VM
+        name: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// Where its controller listens
+        #[command(flatten)]
+        socket: SocketArg,
+    },
+    /// Change limits of a running VM
+    Set(SetArgs),
+    /// Stop the vCPUs of a VM
+    Pause(NameArg),
+    /// Let the vCPUs of a VM go on
+    Resume(NameArg),
+    /// End a VM at once
+    Kill(NameArg),
+    /// Print what has happened, and what happens
+    Events(EventsArgs),
+    /// Say whether this host can run VMs, and what to do if not
+    Doctor,
+}
+
+/// Where the controller listens.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct SocketArg {
+    /// Socket of the controller, or a directory with NAME.sock [default: in $XDG_RUNTIME_DIR/ballast or /run/ballast]
+    #[arg(long, value_name = "PATH", env = "BALLAST_SOCKET")]
+    pub socket: Option<PathBuf>,
+}
+
+/// A verb that needs a name only.
+#[derive(Debug, clap::Args)]
+pub struct NameArg {
+    /// Name of the VM
+    pub name: String,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Why a verb failed, with its exit status.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// One sentence.
+    pub message: String,
+    /// The exit status.
+    pub status: u8,
+}
+
+impl Failure {
+    /// An error of the usual kind.
+    pub fn error(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            status: ERROR,
+        }
+    }
+
+    /// A command line that makes no sense.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            status: USAGE,
+        }
+    }
+
+    /// `run` failed before or beside the guest.
+    fn run(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            status: RUN_FAILED,
+        }
+    }
+}
+
+/// An error with everything that caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// Sends the log to stderr. `level` is one of those of `--log`; anything else counts as `warn`.
+pub fn init_log(level: &str) {
+    let level = level
+        .parse()
+        .unwrap_or(tracing_subscriber::filter::LevelFilter::WARN);
+    // A second call in one process (tests) changes nothing.
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init();
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; a closed terminal is not worth a message.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { USAGE } else { DONE });
+        }
+    };
+    init_log(&cli.log);
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("ballast: the runtime cannot be started: {error}");
+            return ExitCode::from(ERROR);
+        }
+    };
+    let result = runtime.block_on(async {
+        match cli.verb {
+            Verb::Run(args) => run::run(*args, &cli.log).await,
+            Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
+            Verb::Set(args) => verbs::set(args).await,
+            Verb::Pause(args) => verbs::act(&args, "pause").await,
+            Verb::Resume(args) => verbs::act(&args, "resume").await,
+            Verb::Kill(args) => verbs::act(&args, "kill").await,
+            Verb::Events(args) => verbs::events(args).await,
+            Verb::Doctor => Ok(doctor::doctor()),
+        }
+    });
+    // Threads that read the terminal end with the process; nothing waits for them.
+    runtime.shutdown_background();
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => {
+            eprintln!("ballast: {failure}");
+            ExitCode::from(failure.status)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_words_of_run_are_understood() {
+        let cli = Cli::try_parse_from([
+            "ballast",
+            "run",
+            "--name",
+            "web",
+            "--memory",
+            "size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,vmm=32M,track=on",
+            "--balloon",
+            "deflate_on_oom=on,stats_interval=1s",
+            "--oom",
+            "action=kill,priority=-3,preference=avoid,deadline=5s",
+            "--kernel",
+            "vmlinuz",
+            "--initrd",
+            "initrd",
+            "--cmdline",
+            "console=ttyS0",
+            "--cpus",
+            "2",
+            "--debug-port",
+            "--log",
+            "debug",
+        ]);
+        let cli = cli.expect("understood");
+        assert_eq!(cli.log, "debug");
+        assert!(matches!(cli.verb, Verb::Run(_)));
+    }
+}

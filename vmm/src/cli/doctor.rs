@@ -1,0 +1,62 @@
+//! `ballast doctor`: can this host run VMs, and what to do if not.
+
+use memcg_core::units::human;
+
+use super::{DONE, ERROR};
+use crate::controller::host::{self, Problem};
+
+/// Below this much available memory a VM is not worth starting.
+const LITTLE_MEMORY: u64 = 64 << 20;
+
+/// Checks everything and prints a line for each; 0 when VMs can run with limits.
+pub fn doctor() -> u8 {
+    let checks = [
+        (
+            "kernel",
+            host::check_kernel().map(|release| format!("Linux {release}")),
+        ),
+        (
+            "kvm",
+            host::open_kvm().map(|_| "/dev/kvm can be used".to_owned()),
+        ),
+        (
+            "userfaultfd",
+            host::open_userfaultfd().map(|_| "/dev/userfaultfd has what limits need".to_owned()),
+        ),
+        ("memory", memory()),
+    ];
+    let (mut status, mut out) = (DONE, String::new());
+    for (what, result) in checks {
+        match result {
+            Ok(text) => out.push_str(&format!("ok    {what:12} {text}\n")),
+            Err(Problem { what: problem, fix }) => {
+                status = ERROR;
+                out.push_str(&format!(
+                    "FAIL  {what:12} {problem}\n      {:12} {fix}\n",
+                    "do this:"
+                ));
+            }
+        }
+    }
+    // A closed pipe is the reader's choice.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes());
+    status
+}
+
+fn memory() -> Result<String, Problem> {
+    let memory = host::memory().map_err(|error| Problem {
+        what: format!("the host's memory cannot be read ({error})"),
+        fix: "mount -t proc proc /proc".to_owned(),
+    })?;
+    if memory.available < LITTLE_MEMORY {
+        return Err(Problem {
+            what: format!("only {} of memory is available", human(memory.available)),
+            fix: "free some: ps aux --sort=-rss | head".to_owned(),
+        });
+    }
+    Ok(format!(
+        "{} of {} available",
+        human(memory.available),
+        human(memory.total)
+    ))
+}

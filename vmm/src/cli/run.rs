@@ -1,0 +1,326 @@
+//! `ballast run`: a private controller with one VM, in the foreground.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process;
+
+use memcg_core::units::{Limit, human};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::options::{BalloonArg, MemoryArg, OomArg, name};
+use super::{DONE, ERROR, Failure, KILLED, RUN_FAILED, SocketArg, chain, console, socket};
+use crate::api::server;
+use crate::controller::spawn::{self, Launch};
+use crate::controller::{Controller, KilledBy, OomPolicy, VmEnd, VmSpec, host};
+use crate::worker::config::WorkerConfig;
+use crate::worker::protocol::ExitReason;
+
+/// Most vCPUs that a VM can have.
+const MAX_CPUS: i64 = 64;
+
+/// `ballast run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// Name of the VM [default: vm-PID]
+    #[arg(long, value_parser = name)]
+    name: Option<String>,
+    /// Guest RAM and limits: size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,vmm=32M,track=on|off
+    #[arg(long, value_name = "SIZES", value_parser = str::parse::<MemoryArg>)]
+    memory: MemoryArg,
+    /// The balloon: deflate_on_oom=on|off,stats_interval=1s
+    #[arg(long, value_name = "WORDS", value_parser = str::parse::<BalloonArg>)]
+    balloon: Option<BalloonArg>,
+    /// When the VM is held at its limit for too long: action=pause|kill,deadline=5s,priority=N,preference=none|avoid|omit
+    #[arg(long, value_name = "WORDS", value_parser = str::parse::<OomArg>)]
+    oom: Option<OomArg>,
+    /// Kernel: bzImage, ELF with a PVH note, or a flat payload
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial ramdisk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_CPUS))]
+    cpus: u32,
+    /// Offer the ports of freestanding payloads: exit, wait and print
+    #[arg(long)]
+    debug_port: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Opens a file that the guest is made of.
+fn open(what: &str, path: &Path) -> Result<File, Failure> {
+    let failed = |error| {
+        Failure::run(format!(
+            "the {what} {} cannot be opened: {error}",
+            path.display()
+        ))
+    };
+    let file = File::open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        Ok(file)
+    } else {
+        Err(Failure::run(format!(
+            "the {what} {} is not a file",
+            path.display()
+        )))
+    }
+}
+
+/// The signals that end a VM.
+struct Signals([(Signal, i32); 4]);
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let on = |kind: SignalKind| signal(kind).map(|signal| (signal, kind.as_raw_value()));
+        Ok(Self([
+            on(SignalKind::interrupt())?,
+            on(SignalKind::terminate())?,
+            on(SignalKind::hangup())?,
+            on(SignalKind::quit())?,
+        ]))
+    }
+
+    /// The number of the next signal.
+    async fn next(&mut self) -> i32 {
+        let Self([(a, int), (b, term), (c, hup), (d, quit)]) = self;
+        tokio::select! {
+            _ = a.recv() => *int,
+            _ = b.recv() => *term,
+            _ = c.recv() => *hup,
+            _ = d.recv() => *quit,
+        }
+    }
+}
+
+/// The exit status after signal number `signal`.
+fn signal_status(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(RUN_FAILED)
+}
+
+/// Removes the VM's directory at the end.
+struct Directory(PathBuf);
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // What is not there need not be removed; what is not ours stays.
+        let _ = std::fs::remove_file(spawn::worker_socket(&self.0));
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// Runs a VM until it ends.
+pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
+    let vm_name = args
+        .name
+        .clone()
+        .unwrap_or_else(|| format!("vm-{}", process::id()));
+    let listen = socket::to_listen(&args.socket, &vm_name);
+    let directory = socket::vm_directory(&listen);
+    let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
+    spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
+    spawn::check_socket_path(&spawn::worker_socket(&directory))
+        .map_err(|error| as_failure(&error))?;
+    let kernel = open("kernel", &args.kernel)?;
+    let initrd = args
+        .initrd
+        .as_deref()
+        .map(|path| open("initial ramdisk", path))
+        .transpose()?;
+    host::check_kernel().map_err(|error| as_failure(&error))?;
+    host::open_kvm().map_err(|error| as_failure(&error))?;
+    if args.memory.accounting {
+        host::open_userfaultfd().map_err(|error| as_failure(&error))?;
+    }
+
+    let mut signals = Signals::new().map_err(|error| as_failure(&error))?;
+    let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
+    let directory = Directory(directory);
+    let launched = spawn::launch(Launch {
+        config: config(&args, vm_name.clone()),
+        kernel,
+        initrd,
+        directory: directory.0.clone(),
+        log: log.to_owned(),
+    })
+    .map_err(|error| as_failure(&error))?;
+    let (controller, actor) = Controller::start(Limit::Max);
+    let spec = VmSpec {
+        name: vm_name.clone(),
+        size: args.memory.size,
+        cpus: args.cpus,
+        accounting: args.memory.accounting,
+        limits: args.memory.limits,
+        oom: args
+            .oom
+            .map_or_else(OomPolicy::default, |OomArg(policy)| policy),
+    };
+    let mut end = controller
+        .adopt(spec, launched.handle, launched.watch, launched.link)
+        .await
+        .map_err(|error| as_failure(&error))?;
+    let server = server::serve(bound, controller.clone()).map_err(|error| as_failure(&error))?;
+    let mut console = console::start(launched.console).map_err(|error| as_failure(&error))?;
+
+    let mut status = None;
+    let left = console.left.take();
+    let leaving = async {
+        if let Some(left) = left
+            && left.await.is_ok()
+        {
+            return;
+        }
+        std::future::pending().await
+    };
+    let ended = tokio::select! {
+        ended = &mut end => ended,
+        signal = signals.next() => {
+            status = Some(signal_status(signal));
+            // That it has ended by itself meanwhile is as good.
+            let _ = controller.kill(&vm_name).await;
+            end.await
+        }
+        () = leaving => {
+            status = Some(DONE);
+            let _ = controller.kill(&vm_name).await;
+            end.await
+        }
+    };
+    tokio::select! {
+        () = console.drained() => {}
+        // Nobody reads the output and somebody has lost patience.
+        signal = signals.next() => status = Some(signal_status(signal)),
+    }
+    console.restore();
+    server.stop().await;
+    drop(controller);
+    drop(directory);
+    // The actor ends with its last user; connections that did not let go may keep it.
+    actor.abort();
+    let ended = ended.map_err(|_| Failure::run("the controller has ended before the VM"))?;
+    match status {
+        Some(status) => Ok(status),
+        None => conclude(ended, &vm_name, &args.memory),
+    }
+}
+
+fn config(args: &RunArgs, name: String) -> WorkerConfig {
+    let balloon = args.balloon.unwrap_or_default();
+    WorkerConfig {
+        name,
+        size_bytes: args.memory.size.bytes(),
+        cpus: args.cpus,
+        cmdline: args.cmdline.clone(),
+        initrd: args.initrd.is_some(),
+        accounting: args.memory.accounting,
+        debug_port: args.debug_port,
+        stats_interval_s: balloon.stats_interval_s,
+        deflate_on_oom: balloon.deflate_on_oom,
+        die_with_parent: true,
+    }
+}
+
+/// The exit status of `run` for an end of the VM, or the sentence that explains it.
+fn conclude(end: VmEnd, name: &str, memory: &MemoryArg) -> Result<u8, Failure> {
+    match end {
+        VmEnd::Guest(ExitReason::PowerOff | ExitReason::Reset) => Ok(DONE),
+        VmEnd::Guest(ExitReason::Status(status)) => Ok(status),
+        VmEnd::Guest(ExitReason::TripleFault) => Err(Failure {
+            message: format!("the guest {name} stopped with a triple fault"),
+            status: ERROR,
+        }),
+        VmEnd::Guest(ExitReason::Error) => Err(Failure::run(format!("the VM {name} failed"))),
+        VmEnd::Killed(KilledBy::Request) => Err(Failure {
+            message: format!("the VM {name} was killed on request"),
+            status: KILLED,
+        }),
+        VmEnd::Killed(KilledBy::Policy) => Err(Failure {
+            message: format!(
+                "the VM {name} was killed: it was held at memory.max {} for too long; raise max, or choose --oom \
+                 action=pause",
+                memory.limits.max.unwrap_or(Limit::Max)
+            ),
+            status: KILLED,
+        }),
+        VmEnd::Failed {
+            message,
+            smallest_max: Some(smallest),
+        } => {
+            let bytes = smallest.bytes();
+            let exact = if human(bytes).contains('.') {
+                bytes.to_string()
+            } else {
+                human(bytes)
+            };
+            Err(Failure::run(format!(
+                "{message}; the smallest that would do is --memory size={},max={exact}",
+                human(memory.size.bytes())
+            )))
+        }
+        VmEnd::Failed {
+            message,
+            smallest_max: None,
+        } => Err(Failure::run(message)),
+        VmEnd::Died { message } => Err(Failure::run(format!(
+            "the worker of the VM {name} {message}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memcg_core::units::Pages;
+
+    use super::*;
+
+    fn status(end: VmEnd) -> u8 {
+        let memory: MemoryArg = "size=64M,max=32M".parse().unwrap();
+        conclude(end, "web", &memory).unwrap_or_else(|failure| failure.status)
+    }
+
+    #[test]
+    fn every_end_has_its_status() {
+        assert_eq!(status(VmEnd::Guest(ExitReason::PowerOff)), 0);
+        assert_eq!(status(VmEnd::Guest(ExitReason::Reset)), 0);
+        assert_eq!(status(VmEnd::Guest(ExitReason::Status(42))), 42);
+        assert_eq!(status(VmEnd::Guest(ExitReason::TripleFault)), 1);
+        assert_eq!(status(VmEnd::Guest(ExitReason::Error)), 125);
+        assert_eq!(status(VmEnd::Killed(KilledBy::Policy)), 137);
+        assert_eq!(status(VmEnd::Killed(KilledBy::Request)), 137);
+        assert_eq!(
+            status(VmEnd::Died {
+                message: "vanished".to_owned()
+            }),
+            125
+        );
+        assert_eq!(signal_status(15), 143);
+    }
+
+    #[test]
+    fn the_smallest_limit_is_named_so_that_it_can_be_typed() {
+        let memory: MemoryArg = "size=64M,max=1M".parse().unwrap();
+        let end = |pages| VmEnd::Failed {
+            message: "too small".to_owned(),
+            smallest_max: Some(Pages(pages)),
+        };
+        let sentence = |pages| conclude(end(pages), "web", &memory).unwrap_err().message;
+        assert_eq!(
+            sentence(2048),
+            "too small; the smallest that would do is --memory size=64M,max=8M"
+        );
+        assert!(
+            sentence(2049).ends_with("max=8392704"),
+            "{}",
+            sentence(2049)
+        );
+    }
+}

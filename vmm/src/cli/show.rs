@@ -1,0 +1,161 @@
+//! `ballast show`: one VM for people.
+
+use std::fmt::Write;
+
+use hyper::Method;
+use memcg_core::units::human;
+use serde_json::Value;
+
+use super::options::name;
+use super::{DONE, Failure, SocketArg, client, socket};
+use crate::controller::view::{VmState, VmView};
+
+/// Shows a VM.
+pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
+    let vm = name(vm).map_err(Failure::usage)?;
+    let socket = socket::to_reach(arg, &vm)?;
+    let (_, body) =
+        client::request(&socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
+    let text = if json {
+        let value: Value = client::decode(&body)?;
+        format!("{value:#}\n")
+    } else {
+        table(&client::decode(&body)?)
+    };
+    // A closed pipe is the reader's choice.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    Ok(DONE)
+}
+
+/// A JSON value without quotes.
+pub fn plain(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn limit(bytes: Option<u64>) -> String {
+    bytes.map_or("max".to_owned(), human)
+}
+
+/// The table.
+fn table(vm: &VmView) -> String {
+    let mut out = String::new();
+    let state = match vm.state {
+        VmState::Starting => "starting",
+        VmState::Running if vm.held.now => "held at its limit",
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Ended => "ended",
+    };
+    let mut line = |label: &str, text: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{label:10}{text}");
+    };
+    let stale = if vm.stale {
+        ", the worker does not answer: last known numbers"
+    } else {
+        ""
+    };
+    let plural = if vm.cpus == 1 { "" } else { "s" };
+    line(
+        &vm.name,
+        format!(
+            " {state}, pid {}, {} vCPU{plural}, {} of RAM{stale}",
+            vm.pid,
+            vm.cpus,
+            human(vm.size_bytes)
+        ),
+    );
+    if !vm.accounting {
+        line(
+            "  memory",
+            " not tracked: started without a limit and without track=on".to_owned(),
+        );
+        return out;
+    }
+    let memory = &vm.memory;
+    let mut used = format!(
+        " {} of {}, peak {}",
+        human(memory.current_bytes),
+        limit(memory.max_bytes),
+        human(memory.peak_bytes)
+    );
+    if let Some(pending) = memory.max_pending_bytes {
+        used.push_str(&format!(", going to {}", human(pending)));
+    }
+    if memory.stat.overcharge_bytes > 0 {
+        used.push_str(&format!(
+            ", {} above the limit",
+            human(memory.stat.overcharge_bytes)
+        ));
+    }
+    line("  memory", used);
+    let stat = &memory.stat;
+    line(
+        "",
+        format!(
+            " guest {}, stock {}, reserve {}, ballooned {}",
+            human(stat.guest_bytes),
+            human(stat.stock_bytes),
+            human(stat.reserve_bytes),
+            human(stat.ballooned_bytes)
+        ),
+    );
+    line(
+        "  limits",
+        format!(
+            " min {}, low {}, high {}, max {}, swap {}, vmm {}, generation {}",
+            limit(memory.min_bytes),
+            limit(memory.low_bytes),
+            limit(memory.high_bytes),
+            limit(memory.max_bytes),
+            limit(vm.swap.max_bytes),
+            limit(vm.vmm.max_bytes),
+            vm.generation
+        ),
+    );
+    let events = &memory.events;
+    line(
+        "  events",
+        format!(
+            " high {}, max {}, failcnt {}, oom {}",
+            events.high, events.max, events.failcnt, events.oom
+        ),
+    );
+    let ready = if vm.balloon.ready {
+        ""
+    } else {
+        ", the guest has no driver running"
+    };
+    line(
+        "  balloon",
+        format!(
+            " target {}, actual {}{ready}",
+            human(vm.balloon.target_bytes),
+            human(vm.balloon.actual_bytes)
+        ),
+    );
+    if let Some(guest) = &vm.guest_stats {
+        let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), human);
+        line(
+            "  guest",
+            format!(
+                " available {}, free {}, caches {}, said {:.1} s ago",
+                size(guest.available_memory),
+                size(guest.free_memory),
+                size(guest.disk_caches),
+                guest.age_ms as f64 / 1e3
+            ),
+        );
+    }
+    let mut held = format!(" {:.1} ms in all", vm.held.total_us as f64 / 1e3);
+    if let Some(deadline) = vm.held.deadline_ms {
+        held.push_str(&format!(
+            ", the policy acts in {:.1} s",
+            deadline as f64 / 1e3
+        ));
+    }
+    line("  held", held);
+    out
+}

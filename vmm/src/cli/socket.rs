@@ -1,0 +1,159 @@
+//! Where sockets are: `--socket`, `$BALLAST_SOCKET`, else the user's or the system's directory.
+
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use super::{Failure, SocketArg};
+
+/// The directory for everybody.
+const SYSTEM: &str = "/run/ballast";
+
+/// Directories with sockets, the first is where `run` makes its own.
+fn directories() -> Vec<PathBuf> {
+    let user = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute());
+    user.map(|dir| PathBuf::from(dir).join("ballast"))
+        .into_iter()
+        .chain([PathBuf::from(SYSTEM)])
+        .collect()
+}
+
+fn socket_name(name: &str) -> String {
+    format!("{name}.sock")
+}
+
+/// Where `run` listens for a VM of this name.
+pub fn to_listen(arg: &SocketArg, name: &str) -> PathBuf {
+    match &arg.socket {
+        Some(path) if path.is_dir() => path.join(socket_name(name)),
+        Some(path) => path.clone(),
+        None => directories().remove(0).join(socket_name(name)),
+    }
+}
+
+/// The directory of a VM that is made beside its socket.
+pub fn vm_directory(socket: &Path) -> PathBuf {
+    socket.with_extension("d")
+}
+
+/// Where the controller of a VM of this name listens.
+///
+/// # Errors
+/// When there is no such socket.
+pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
+    let candidates = match &arg.socket {
+        Some(path) if path.is_dir() => vec![path.join(socket_name(name))],
+        Some(path) => vec![path.clone()],
+        None => directories()
+            .iter()
+            .map(|dir| dir.join(socket_name(name)))
+            .collect(),
+    };
+    let found = candidates.iter().find(|path| path.exists());
+    found.cloned().ok_or_else(|| {
+        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+        Failure::error(format!(
+            "no VM named {name:?} is running: there is no {}; `ballast run --name {name} …` starts one, --socket says \
+             where else to look",
+            tried.join(" and no ")
+        ))
+    })
+}
+
+/// The one controller that runs, for verbs without a name.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
+    let places = match &arg.socket {
+        Some(path) if path.is_dir() => vec![path.clone()],
+        Some(path) => return Ok(path.clone()),
+        None => directories(),
+    };
+    let mut alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
+    match alive.len() {
+        1 => Ok(alive.remove(0)),
+        0 => Err(Failure::error(
+            "no VM is running; `ballast run …` starts one, --socket says where else to look",
+        )),
+        _ => {
+            let names: Vec<_> = alive
+                .iter()
+                .filter_map(|path| path.file_stem()?.to_str())
+                .collect();
+            Err(Failure::error(format!(
+                "several VMs are running, name one: {}",
+                names.join(", ")
+            )))
+        }
+    }
+}
+
+/// Sockets in `dir` at which somebody answers.
+fn sockets_in(dir: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<_> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
+        .map(|entry| entry.path())
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "sock")
+        })
+        .filter(|path| UnixStream::connect(path).is_ok())
+        .collect();
+    found.sort();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_completed_and_a_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_dir = SocketArg {
+            socket: Some(dir.path().to_owned()),
+        };
+        assert_eq!(to_listen(&in_dir, "web"), dir.path().join("web.sock"));
+        let file = SocketArg {
+            socket: Some(dir.path().join("x")),
+        };
+        assert_eq!(to_listen(&file, "web"), dir.path().join("x"));
+        assert_eq!(
+            vm_directory(&dir.path().join("web.sock")),
+            dir.path().join("web.d")
+        );
+    }
+
+    #[test]
+    fn a_missing_vm_is_an_error_that_says_where_it_looked() {
+        let dir = tempfile::tempdir().unwrap();
+        let arg = SocketArg {
+            socket: Some(dir.path().to_owned()),
+        };
+        let failure = to_reach(&arg, "web").unwrap_err();
+        assert!(failure.message.contains("web.sock"), "{failure}");
+        assert!(
+            the_only(&arg)
+                .unwrap_err()
+                .message
+                .contains("no VM is running")
+        );
+    }
+
+    #[test]
+    fn the_only_socket_that_answers_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let arg = SocketArg {
+            socket: Some(dir.path().to_owned()),
+        };
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join("dead.sock")).unwrap());
+        let _a = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
+        assert_eq!(the_only(&arg).unwrap(), dir.path().join("a.sock"));
+        let _b = std::os::unix::net::UnixListener::bind(dir.path().join("b.sock")).unwrap();
+        assert!(the_only(&arg).unwrap_err().message.contains("a, b"));
+    }
+}

@@ -1,0 +1,260 @@
+//! `set`, `pause`, `resume`, `kill`, `events`.
+
+use std::io::Write;
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::Method;
+use memcg_core::units::human;
+
+use super::options::{duration, limit, name};
+use super::{DONE, Failure, NOT_REACHED, NameArg, SocketArg, client, show, socket};
+use crate::api::MemoryPatch;
+use crate::controller::events::{Event, EventKind};
+use crate::controller::view::{VmState, VmView};
+
+/// `ballast set`.
+#[derive(Debug, clap::Args)]
+pub struct SetArgs {
+    /// Name of the VM
+    pub name: String,
+    /// Limits, such as memory.max=256M memory.high=max
+    ///
+    /// The limits are memory.min, memory.low, memory.high, memory.max, swap.max and vmm.max. All of those named come
+    /// into force, or none.
+    #[arg(required = true, value_name = "LIMIT=SIZE")]
+    pub limits: Vec<String>,
+    /// What to do when usage is above the new memory.max: reclaim first, force it, or refuse
+    #[arg(long, default_value = "reclaim", value_parser = ["reclaim", "force", "refuse"])]
+    pub mode: String,
+    /// How long to wait for it to be in force, such as 10s
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub wait: Option<Duration>,
+    /// Only if the limits are still of this generation
+    #[arg(long, value_name = "N")]
+    pub generation: Option<u64>,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// The body of the request that `set` sends.
+fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
+    let mut patch = MemoryPatch::default();
+    for pair in limits {
+        let Some((key, value)) = pair.split_once('=') else {
+            return Err(format!(
+                "{pair:?} is not LIMIT=SIZE: write for example memory.max=256M"
+            ));
+        };
+        let place = match key {
+            "memory.min" => &mut patch.min_bytes,
+            "memory.low" => &mut patch.low_bytes,
+            "memory.high" => &mut patch.high_bytes,
+            "memory.max" => &mut patch.max_bytes,
+            "swap.max" => &mut patch.swap_max_bytes,
+            "vmm.max" => &mut patch.vmm_max_bytes,
+            _ => {
+                return Err(format!(
+                    "there is no limit {key:?}; there are memory.min, memory.low, memory.high, memory.max, swap.max \
+                     and vmm.max"
+                ));
+            }
+        };
+        if place.is_some() {
+            return Err(format!("{key} is given twice"));
+        }
+        *place = Some(
+            limit(value)
+                .map_err(|error| format!("{key}: {error}"))?
+                .as_bytes(),
+        );
+    }
+    Ok(patch)
+}
+
+/// Changes limits.
+pub async fn set(args: SetArgs) -> Result<u8, Failure> {
+    let vm = name(&args.name).map_err(Failure::usage)?;
+    let patch = patch(&args.limits).map_err(Failure::usage)?;
+    let mut target = format!("/vms/{vm}/memory?mode={}", args.mode);
+    if let Some(wait) = args.wait {
+        target.push_str(&format!("&wait_ms={}", wait.as_millis()));
+    }
+    if let Some(generation) = args.generation {
+        target.push_str(&format!("&generation={generation}"));
+    }
+    let socket = socket::to_reach(&args.socket, &vm)?;
+    let body = serde_json::to_string(&patch).map_err(|error| Failure::error(error.to_string()))?;
+    let (status, body) = client::request(&socket, Method::PATCH, &target, body).await?;
+    let view: VmView = client::decode(&body)?;
+    let max = |bytes: Option<u64>| bytes.map_or("max".to_owned(), human);
+    if status == hyper::StatusCode::ACCEPTED {
+        eprintln!(
+            "ballast: accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it fits",
+            human(view.memory.current_bytes),
+            max(view.memory.max_bytes),
+            max(view.memory.max_pending_bytes),
+        );
+        return Ok(NOT_REACHED);
+    }
+    if view.memory.stat.overcharge_bytes > 0 {
+        eprintln!(
+            "ballast: in force; {} more than memory.max is in use",
+            human(view.memory.stat.overcharge_bytes)
+        );
+    }
+    Ok(DONE)
+}
+
+/// Does one of the verbs that are a word and a name.
+pub async fn act(args: &NameArg, verb: &str) -> Result<u8, Failure> {
+    let vm = name(&args.name).map_err(Failure::usage)?;
+    let socket = socket::to_reach(&args.socket, &vm)?;
+    let (_, body) = client::request(
+        &socket,
+        Method::POST,
+        &format!("/vms/{vm}/{verb}"),
+        String::new(),
+    )
+    .await?;
+    let view: VmView = client::decode(&body)?;
+    if verb == "resume" && view.state == VmState::Running && view.held.now {
+        eprintln!("ballast: {vm} goes on when it has memory: it is held at its limit");
+    }
+    Ok(DONE)
+}
+
+/// `ballast events`.
+#[derive(Debug, clap::Args)]
+pub struct EventsArgs {
+    /// Name of the VM; not needed when only one is running
+    pub name: Option<String>,
+    /// Wait for more
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only those after this number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub since: u64,
+    /// As JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Prints events.
+pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
+    let socket = match &args.name {
+        Some(vm) => socket::to_reach(&args.socket, &name(vm).map_err(Failure::usage)?)?,
+        None => socket::the_only(&args.socket)?,
+    };
+    let target = format!("/events?since={}&follow={}", args.since, args.follow);
+    let answer = client::open(&socket, Method::GET, &target, String::new()).await?;
+    let status = answer.status();
+    let mut body = answer.into_body();
+    let mut pending = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|error| Failure::error(format!("the events were cut off: {error}")))?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        pending.extend_from_slice(&data);
+        while status.is_success()
+            && let Some(end) = pending.iter().position(|byte| *byte == b'\n')
+        {
+            let line: Vec<_> = pending.drain(..=end).collect();
+            let text = if args.json {
+                line
+            } else {
+                event_line(&client::decode(&line)?).into_bytes()
+            };
+            let mut out = std::io::stdout().lock();
+            if out.write_all(&text).and_then(|()| out.flush()).is_err() {
+                // Whoever reads has enough.
+                return Ok(DONE);
+            }
+        }
+    }
+    if status.is_success() {
+        Ok(DONE)
+    } else {
+        Err(client::refused(status, &pending))
+    }
+}
+
+/// An event for people: time of day (UTC), VM, what happened, and the numbers.
+fn event_line(event: &Event) -> String {
+    let seconds = event.time_ms / 1000;
+    let (hours, minutes, seconds) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let kind = serde_json::to_value(event.event).ok();
+    let kind = kind.as_ref().and_then(|kind| kind.as_str()).unwrap_or("?");
+    let mut line = format!(
+        "{:>5} {hours:02}:{minutes:02}:{seconds:02}.{:03} {:12} {kind:18}",
+        event.seq,
+        event.time_ms % 1000,
+        event.vm.as_deref().unwrap_or("-"),
+    );
+    if event.event == EventKind::Dropped {
+        line.push_str(" events before this one are lost:");
+    }
+    for (key, value) in &event.details {
+        match (key.strip_suffix("_bytes"), value.as_u64()) {
+            (_, None) if value.is_null() => {}
+            (Some(key), Some(bytes)) => line.push_str(&format!(" {key}={}", human(bytes))),
+            _ => line.push_str(&format!(" {key}={}", show::plain(value))),
+        }
+    }
+    line.push('\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(limits: &[&str]) -> Result<String, String> {
+        let limits: Vec<_> = limits.iter().map(|&limit| limit.to_owned()).collect();
+        patch(&limits).map(|patch| serde_json::to_string(&patch).unwrap())
+    }
+
+    #[test]
+    fn limits_become_a_body() {
+        assert_eq!(
+            body(&["memory.max=256M"]).unwrap(),
+            r#"{"max_bytes":268435456}"#
+        );
+        assert_eq!(
+            body(&["memory.high=max", "swap.max=0"]).unwrap(),
+            r#"{"high_bytes":null,"swap_max_bytes":0}"#
+        );
+    }
+
+    #[test]
+    fn wrong_limits_are_usage_errors() {
+        for (limits, part) in [
+            (&["memory.max"][..], "not LIMIT=SIZE"),
+            (&["memory.limit=5M"], "no limit \"memory.limit\""),
+            (&["memory.max=1M", "memory.max=2M"], "given twice"),
+            (&["memory.max=-1"], "negative"),
+            (&["memory.max="], "empty size"),
+            (&["memory.max=4097"], "not a multiple"),
+            (&["memory.max=99999999999T"], "too large"),
+        ] {
+            let error = body(limits).expect_err("refused");
+            assert!(error.contains(part), "{limits:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_event_is_a_line_with_human_sizes() {
+        let event: Event = serde_json::from_str(
+            r#"{"seq":7,"time_ms":3723004,"event":"max_hit","vm":"web","usage_bytes":67108864,"held_ms":3}"#,
+        )
+        .unwrap();
+        assert_eq!(
+            event_line(&event),
+            "    7 01:02:03.004 web          max_hit            held_ms=3 usage=64M\n"
+        );
+    }
+}
