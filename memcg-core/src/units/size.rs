@@ -28,10 +28,7 @@ impl SizeArg {
             SizeArg::Bytes(bytes) if bytes.is_multiple_of(PAGE_SIZE) => {
                 Ok(Limit::Pages(Pages::from_bytes_floor(bytes)))
             }
-            SizeArg::Bytes(bytes) => Err(SizeError::NotPages {
-                bytes,
-                below: bytes - bytes % PAGE_SIZE,
-            }),
+            SizeArg::Bytes(bytes) => Err(SizeError::NotPages { bytes, below: bytes - bytes % PAGE_SIZE }),
         }
     }
 
@@ -57,9 +54,7 @@ pub enum SizeError {
     #[error("{0:?} is a percentage: write an absolute size such as 512M")]
     Percent(String),
     /// Anything else that is no size.
-    #[error(
-        "{0:?} is not a size: write bytes, a number with K, M, G or T such as 512M or 1.5G, or max"
-    )]
+    #[error("{0:?} is not a size: write bytes, a number with K, M, G or T such as 512M or 1.5G, or max")]
     Malformed(String),
     /// More than 64 bits.
     #[error("{0:?} is too large: the largest size is {max} bytes", max = u64::MAX)]
@@ -68,9 +63,7 @@ pub enum SizeError {
     #[error("{0:?} is not a whole number of bytes: use a smaller unit")]
     Fraction(String),
     /// Not a multiple of the page size.
-    #[error(
-        "{bytes} bytes is not a multiple of the page size {PAGE_SIZE}: write {below}, the next smaller one"
-    )]
+    #[error("{bytes} bytes is not a multiple of the page size {PAGE_SIZE}: write {below}, the next smaller one")]
     NotPages {
         /// What was asked for.
         bytes: u64,
@@ -103,15 +96,11 @@ pub fn parse_size(text: &str) -> Result<SizeArg, SizeError> {
     if text.ends_with('%') {
         return Err(SizeError::Percent(owned()));
     }
-    let digits_end = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
+    let digits_end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(digits_end);
     let shift = shift_of(suffix).ok_or_else(|| SizeError::Malformed(owned()))?;
     let (whole, decimals) = match number.split_once('.') {
-        Some((whole, decimals)) if !decimals.is_empty() && !decimals.contains('.') => {
-            (whole, decimals)
-        }
+        Some((whole, decimals)) if !decimals.is_empty() && !decimals.contains('.') => (whole, decimals),
         Some(_) => return Err(SizeError::Malformed(owned())),
         None => (number, ""),
     };
@@ -125,20 +114,14 @@ pub fn parse_size(text: &str) -> Result<SizeArg, SizeError> {
     if decimals.len() > MAX_DECIMALS {
         return Err(SizeError::Fraction(owned()));
     }
-    let part: u128 = if decimals.is_empty() {
-        0
-    } else {
-        decimals.parse().map_err(|_| too_large())?
-    };
+    let part: u128 = if decimals.is_empty() { 0 } else { decimals.parse().map_err(|_| too_large())? };
     let part = part << shift;
     let scale = 10u128.pow(decimals.len() as u32);
     if !part.is_multiple_of(scale) {
         return Err(SizeError::Fraction(owned()));
     }
     let bytes = (u128::from(whole) << shift) + part / scale;
-    u64::try_from(bytes)
-        .map(SizeArg::Bytes)
-        .map_err(|_| too_large())
+    u64::try_from(bytes).map(SizeArg::Bytes).map_err(|_| too_large())
 }
 
 /// The power of two that a suffix stands for, `None` when it is no suffix.
@@ -158,20 +141,19 @@ fn shift_of(suffix: &str) -> Option<u32> {
 /// `bytes` for people: `192M`, `1.5G`. A whole number of units has no decimal, anything else is rounded to one; so
 /// `1.0G` is a little more or less than `1G`.
 pub fn human(bytes: u64) -> String {
-    // Rounding can lift a number to the next unit (1023.96K is 1.0M), so each unit is tried on the rounded value.
-    let mut last = bytes.to_string();
-    for (unit, shift) in UNITS {
-        let size = 1u128 << shift;
-        let bytes = u128::from(bytes);
-        if (bytes * 20 + size) / (size * 2) < 10 {
-            break;
-        }
-        last = if bytes.is_multiple_of(size) {
-            format!("{}{unit}", bytes / size)
-        } else {
-            let tenths = (bytes * 20 + size) / (size * 2);
-            format!("{}.{}{unit}", tenths / 10, tenths % 10)
-        };
+    // The largest unit that fits at least once.
+    let Some(at) = UNITS.iter().rposition(|(_, shift)| bytes >> shift > 0) else {
+        return bytes.to_string();
+    };
+    let (unit, shift) = UNITS[at];
+    if bytes.trailing_zeros() >= shift {
+        return format!("{}{unit}", bytes >> shift);
     }
-    last
+    let tenths = |shift: u32| ((u128::from(bytes) * 10 + (1 << (shift - 1))) >> shift) as u64;
+    // Rounding can lift a number to the next unit: 1023.96K is 1.0M.
+    let (unit, tenths) = match UNITS.get(at + 1) {
+        Some((next, next_shift)) if tenths(shift) >= 10 * 1024 => (*next, tenths(*next_shift)),
+        _ => (unit, tenths(shift)),
+    };
+    format!("{}.{}{unit}", tenths / 10, tenths % 10)
 }
