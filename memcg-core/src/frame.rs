@@ -182,10 +182,7 @@ impl FrameTable {
     /// # Panics
     /// Above `u32::MAX - 1` pages (16 TiB): links would not fit.
     pub fn new(pages: usize) -> FrameTable {
-        assert!(
-            pages < u32::MAX as usize,
-            "a frame table holds fewer than 2^32 - 1 pages"
-        );
+        assert!(pages < u32::MAX as usize, "a frame table holds fewer than 2^32 - 1 pages");
         let mut counts = [0; FrameState::ALL.len()];
         counts[FrameState::Absent as usize] = pages as u64;
         FrameTable {
@@ -215,10 +212,7 @@ impl FrameTable {
     /// Sets the state of page `i`; flags stay. An impossible transition is a bug of the caller and stops a debug build.
     pub fn set(&mut self, i: usize, state: FrameState) {
         let from = self.state(i);
-        debug_assert!(
-            from.can_become(state),
-            "page {i} is {from:?} and cannot become {state:?}"
-        );
+        debug_assert!(from.can_become(state), "page {i} is {from:?} and cannot become {state:?}");
         self.put(i, from, state);
     }
 
@@ -229,11 +223,7 @@ impl FrameTable {
     pub fn try_set(&mut self, i: usize, state: FrameState) -> Result<(), BadTransition> {
         let from = self.state(i);
         if !from.can_become(state) {
-            return Err(BadTransition {
-                index: i,
-                from,
-                to: state,
-            });
+            return Err(BadTransition { index: i, from, to: state });
         }
         self.put(i, from, state);
         Ok(())
@@ -260,10 +250,7 @@ impl FrameTable {
         if i >= end {
             return (state, i);
         }
-        let same = self.bytes[i..end]
-            .iter()
-            .take_while(|byte| **byte & STATE == state as u8)
-            .count();
+        let same = self.bytes[i..end].iter().take_while(|byte| **byte & STATE == state as u8).count();
         (state, i + same)
     }
 
@@ -274,11 +261,7 @@ impl FrameTable {
 
     /// Number of pages that are charged to memory ([`FrameState::is_charged`]).
     pub fn charged(&self) -> u64 {
-        FrameState::ALL
-            .iter()
-            .filter(|state| state.is_charged())
-            .map(|state| self.count(*state))
-            .sum()
+        FrameState::ALL.iter().filter(|state| state.is_charged()).map(|state| self.count(*state)).sum()
     }
 
     /// Whether a fault waits for the claim on page `i` to end.

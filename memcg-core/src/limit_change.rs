@@ -161,20 +161,14 @@ impl LimitChange {
         tree.check_patch(id, patch)?;
         let usage = tree.usage(id);
         let old = tree.limits(id).max;
-        let lowered = patch
-            .max
-            .and_then(Limit::as_pages)
-            .filter(|new| usage > *new && Limit::Pages(*new) < old);
+        let lowered = patch.max.and_then(Limit::as_pages).filter(|new| usage > *new && Limit::Pages(*new) < old);
         let new = match (lowered, mode) {
             (None, _) | (Some(_), Mode::Force) => {
                 let generation = tree.set_limits(id, patch)?;
                 return Ok(Begun::Committed(outcome(tree, id, generation)));
             }
             (Some(new), Mode::Refuse) => {
-                return Err(SetLimitError::BelowUsage {
-                    usage,
-                    limit: Limit::Pages(new),
-                });
+                return Err(SetLimitError::BelowUsage { usage, limit: Limit::Pages(new) });
             }
             (Some(new), Mode::Reclaim) => new,
         };
@@ -218,17 +212,11 @@ impl LimitChange {
         }
         if now >= self.deadline {
             tree.end_pending(self.id, false);
-            return Step::NotReached {
-                usage,
-                lowest: self.lowest,
-            };
+            return Step::NotReached { usage, lowest: self.lowest };
         }
         let ceiling = self.ceiling();
         tree.set_ceiling(self.id, Some(ceiling));
-        Step::Waiting {
-            ceiling,
-            progress: self.at_request.saturating_sub(self.lowest),
-        }
+        Step::Waiting { ceiling, progress: self.at_request.saturating_sub(self.lowest) }
     }
 
     /// Gives up before the deadline: the old limit stays, the ceiling goes. No effect on a change that has ended.
@@ -262,9 +250,5 @@ impl LimitChange {
 
 fn outcome(tree: &Tree, id: NodeId, generation: u64) -> Outcome {
     let node = tree.snapshot(id);
-    Outcome {
-        generation,
-        usage: node.memory.usage,
-        overcharge: node.overcharge,
-    }
+    Outcome { generation, usage: node.memory.usage, overcharge: node.overcharge }
 }

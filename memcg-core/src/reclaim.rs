@@ -22,9 +22,7 @@ pub fn effective_high(high: Limit, max: Limit) -> Limit {
     match (high, max) {
         (Limit::Pages(_), _) => high.min(max),
         (Limit::Max, Limit::Max) => Limit::Max,
-        (Limit::Max, Limit::Pages(max)) => {
-            Limit::Pages(max.saturating_sub(HIGH_MARGIN.max(Pages(max.0 / HIGH_SHARE))))
-        }
+        (Limit::Max, Limit::Pages(max)) => Limit::Pages(max.saturating_sub(HIGH_MARGIN.max(Pages(max.0 / HIGH_SHARE)))),
     }
 }
 

@@ -118,23 +118,11 @@ impl Stock {
         room: Option<Pages>,
     ) -> Result<Pages, StockError> {
         if epoch < self.epoch {
-            return Err(StockError::OldEpoch {
-                got: epoch,
-                known: self.epoch,
-            });
+            return Err(StockError::OldEpoch { got: epoch, known: self.epoch });
         }
         let recount = epoch > self.epoch;
-        let known = if recount {
-            self.held().0
-        } else {
-            self.granted_total
-        };
-        let new = granted_total
-            .checked_sub(known)
-            .ok_or(StockError::TotalFell {
-                got: granted_total,
-                known,
-            })?;
+        let known = if recount { self.held().0 } else { self.granted_total };
+        let new = granted_total.checked_sub(known).ok_or(StockError::TotalFell { got: granted_total, known })?;
         if recount {
             self.epoch = epoch;
             self.returned_total = 0;
@@ -185,22 +173,14 @@ impl Stock {
             return None;
         }
         self.stock = self.stock.saturating_sub(pages);
-        Some(StockReservation {
-            account: self,
-            pages,
-            source: Source::Stock,
-        })
+        Some(StockReservation { account: self, pages, source: Source::Stock })
     }
 
     /// Takes exactly one page from the reserve, for a fault that cannot wait; it becomes debt. `None` when the reserve
     /// is used up, which its size makes impossible for guest faults.
     pub fn prepare_reserve(&mut self) -> Option<StockReservation<'_>> {
         self.reserve = self.reserve.checked_sub(Pages::ONE)?;
-        Some(StockReservation {
-            account: self,
-            pages: Pages::ONE,
-            source: Source::Reserve,
-        })
+        Some(StockReservation { account: self, pages: Pages::ONE, source: Source::Reserve })
     }
 
     /// `pages` guest pages are gone: their charge repays the reserve first, the rest is stock.
@@ -250,18 +230,12 @@ impl Stock {
         let now = self.want_now(waiting);
         let left = self.stock.saturating_sub(waiting);
         let batch = self.effective_batch();
-        if left.0 * 2 < batch.0 {
-            now + batch.saturating_sub(left)
-        } else {
-            now
-        }
+        if left.0 * 2 < batch.0 { now + batch.saturating_sub(left) } else { now }
     }
 
     /// The batch with its caps.
     fn effective_batch(&self) -> Pages {
-        let near = self
-            .room
-            .map_or(STOCK_CAP, |room| Pages((room.0 / ROOM_SHARE).max(1)));
+        let near = self.room.map_or(STOCK_CAP, |room| Pages((room.0 / ROOM_SHARE).max(1)));
         self.batch.min(near).min(self.stock_max).min(STOCK_CAP)
     }
 

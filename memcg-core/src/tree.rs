@@ -15,7 +15,8 @@
 //!
 //! | semantics row | rule here |
 //! | --- | --- |
-//! | 1, 3, B1 | `pages <= limit.saturating_sub(usage)`, all or nothing; limit 0 refuses the first page; 512 pages with room for 511 are refused whole |
+//! | 1, 3, B1 | `pages <= limit.saturating_sub(usage)`; limit 0 refuses the first page |
+//! | 3, 64, H4 | all or nothing: 512 pages with room for 511 are refused whole |
 //! | 2, 10, 119 | a new node has usage 0, failcnt 0, no limit; the root exists first, its limit is the host's budget |
 //! | 4, B65 | an uncharge below zero is clamped, counted, and stops a debug build |
 //! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
@@ -71,9 +72,7 @@ pub struct NodeId {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddError {
     /// Not a name.
-    #[error(
-        "{0:?} is not a name: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', the first a letter or digit"
-    )]
+    #[error("{0:?} is not a name: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', the first a letter or digit")]
     BadName(String),
     /// The parent has a child of that name.
     #[error("{0:?} exists already: choose another name")]
@@ -178,16 +177,8 @@ impl Tree {
     pub fn new(budget: Limit) -> Tree {
         let mut root = Node::new("/".to_owned(), None, 0);
         root.limits.max = budget;
-        let slots = vec![Slot {
-            life: 0,
-            node: Some(root),
-        }];
-        Tree {
-            slots,
-            free: Vec::new(),
-            root: NodeId { index: 0, life: 0 },
-            next_ticket: 1,
-        }
+        let slots = vec![Slot { life: 0, node: Some(root) }];
+        Tree { slots, free: Vec::new(), root: NodeId { index: 0, life: 0 }, next_ticket: 1 }
     }
 
     /// The root: the host.
@@ -232,17 +223,11 @@ impl Tree {
             Some(index) => {
                 let slot = &mut self.slots[index as usize];
                 slot.node = Some(node);
-                NodeId {
-                    index,
-                    life: slot.life,
-                }
+                NodeId { index, life: slot.life }
             }
             None => {
                 let index = u32::try_from(self.slots.len()).expect("fewer than 2^32 nodes");
-                self.slots.push(Slot {
-                    life: 0,
-                    node: Some(node),
-                });
+                self.slots.push(Slot { life: 0, node: Some(node) });
                 NodeId { index, life: 0 }
             }
         }
@@ -258,17 +243,11 @@ impl Tree {
             return Err(RemoveError::Root);
         };
         if !node.children.is_empty() {
-            return Err(RemoveError::HasChildren {
-                name: node.name.clone(),
-                children: node.children.len(),
-            });
+            return Err(RemoveError::HasChildren { name: node.name.clone(), children: node.children.len() });
         }
         if !node.counters.is_free() {
             let usage = node.counters.memory.usage + node.counters.swap.usage;
-            return Err(RemoveError::Charged {
-                name: node.name.clone(),
-                usage,
-            });
+            return Err(RemoveError::Charged { name: node.name.clone(), usage });
         }
         let above = self.node_mut(parent);
         above.children.retain(|child| *child != id);
@@ -296,16 +275,13 @@ impl Tree {
 
     /// Offline nodes that [`Self::remove`] would now free, children before their parents are free.
     pub fn reapable(&self) -> Vec<NodeId> {
-        let free =
-            |node: &Node| !node.online && node.children.is_empty() && node.counters.is_free();
+        let free = |node: &Node| !node.online && node.children.is_empty() && node.counters.is_free();
         self.ids().filter(|id| free(self.node(*id))).collect()
     }
 
     /// Whether `id` is a node of this tree that has not been removed.
     pub fn contains(&self, id: NodeId) -> bool {
-        self.slots
-            .get(id.index as usize)
-            .is_some_and(|slot| slot.life == id.life && slot.node.is_some())
+        self.slots.get(id.index as usize).is_some_and(|slot| slot.life == id.life && slot.node.is_some())
     }
 
     /// All nodes, the root first; otherwise in no particular order.
@@ -313,10 +289,7 @@ impl Tree {
         (0u32..)
             .zip(&self.slots)
             .filter(|(_, slot)| slot.node.is_some())
-            .map(|(index, slot)| NodeId {
-                index,
-                life: slot.life,
-            })
+            .map(|(index, slot)| NodeId { index, life: slot.life })
     }
 
     /// The node above, `None` for the root.
@@ -340,9 +313,7 @@ impl Tree {
 
     /// The online node at a path such as `/build/vm1`; `/` and the empty path are the root.
     pub fn find(&self, path: &str) -> Option<NodeId> {
-        path.split('/')
-            .filter(|part| !part.is_empty())
-            .try_fold(self.root, |at, name| self.child(at, name))
+        path.split('/').filter(|part| !part.is_empty()).try_fold(self.root, |at, name| self.child(at, name))
     }
 
     /// Name of the node within its parent, `/` for the root.
@@ -357,11 +328,7 @@ impl Tree {
         names.pop();
         names.push("");
         names.reverse();
-        if names.len() == 1 {
-            "/".to_owned()
-        } else {
-            names.join("/")
-        }
+        if names.len() == 1 { "/".to_owned() } else { names.join("/") }
     }
 
     /// `id` and its ancestors, the root last.
@@ -375,21 +342,13 @@ impl Tree {
     }
 
     fn node(&self, id: NodeId) -> &Node {
-        let slot = self
-            .slots
-            .get(id.index as usize)
-            .filter(|slot| slot.life == id.life);
-        slot.and_then(|slot| slot.node.as_ref())
-            .expect("the id is of a node of this tree")
+        let slot = self.slots.get(id.index as usize).filter(|slot| slot.life == id.life);
+        slot.and_then(|slot| slot.node.as_ref()).expect("the id is of a node of this tree")
     }
 
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        let slot = self
-            .slots
-            .get_mut(id.index as usize)
-            .filter(|slot| slot.life == id.life);
-        slot.and_then(|slot| slot.node.as_mut())
-            .expect("the id is of a node of this tree")
+        let slot = self.slots.get_mut(id.index as usize).filter(|slot| slot.life == id.life);
+        slot.and_then(|slot| slot.node.as_mut()).expect("the id is of a node of this tree")
     }
 
     /// Calls `f` on `id` and its ancestors, upwards.
@@ -407,7 +366,5 @@ impl Tree {
 fn is_name(name: &str) -> bool {
     name.len() <= MAX_NAME
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
 }

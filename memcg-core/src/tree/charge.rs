@@ -39,9 +39,7 @@ pub struct Crossed {
 }
 
 impl Crossed {
-    const NONE: Crossed = Crossed {
-        ids: [None; MAX_LEVELS],
-    };
+    const NONE: Crossed = Crossed { ids: [None; MAX_LEVELS] };
 
     /// The nodes, the lowest first.
     pub fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
@@ -91,6 +89,7 @@ pub struct Refused {
 pub struct Reservation<'t> {
     tree: &'t mut Tree,
     id: NodeId,
+    kind: Kind,
     charge: Charge,
     /// What is refunded on drop.
     open: Pages,
@@ -112,16 +111,13 @@ impl Reservation<'_> {
     pub fn commit_part(mut self, used: Pages) -> Charge {
         let used = used.min(self.open);
         self.open = self.open.saturating_sub(used);
-        Charge {
-            pages: used,
-            ..self.charge
-        }
+        Charge { pages: used, ..self.charge }
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        self.tree.uncharge(self.id, self.open);
+        self.tree.uncharge_as(self.id, self.kind, self.open);
     }
 }
 
@@ -130,27 +126,20 @@ impl Node {
     fn limit(&self, which: Which) -> Limit {
         match which {
             Which::Vmm => self.limits.vmm_max,
-            Which::Memory => self
-                .limits
-                .max
-                .min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
+            Which::Memory => self.limits.max.min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
             Which::Swap => self.limits.swap_max,
         }
     }
 
     /// What could still be charged to one counter here, `None` without a limit.
     fn room(&self, which: Which) -> Option<Pages> {
-        self.limit(which)
-            .as_pages()
-            .map(|limit| limit.saturating_sub(self.counters.get(which).usage))
+        self.limit(which).as_pages().map(|limit| limit.saturating_sub(self.counters.get(which).usage))
     }
 
     /// By how much `pages` would not fit. Without a limit only 64 bits are in the way.
     fn short(&self, which: Which, pages: Pages) -> Option<Pages> {
         let usage = self.counters.get(which).usage;
-        let room = self
-            .room(which)
-            .unwrap_or(Pages(u64::MAX).saturating_sub(usage));
+        let room = self.room(which).unwrap_or(Pages(u64::MAX).saturating_sub(usage));
         (pages > room).then(|| pages.saturating_sub(room))
     }
 
@@ -182,49 +171,24 @@ impl Tree {
     ///
     /// # Errors
     /// As [`Self::try_charge`].
-    pub fn try_charge_as(
-        &mut self,
-        id: NodeId,
-        kind: Kind,
-        pages: Pages,
-        mode: Mode,
-    ) -> Result<Charge, Refused> {
-        let mut charge = Charge {
-            pages,
-            crossed_high: Crossed::NONE,
-            forced_at: None,
-        };
+    pub fn try_charge_as(&mut self, id: NodeId, kind: Kind, pages: Pages, mode: Mode) -> Result<Charge, Refused> {
+        let mut charge = Charge { pages, crossed_high: Crossed::NONE, forced_at: None };
         if pages.is_zero() {
             return Ok(charge);
         }
         if !self.node(id).online && mode != Mode::NoFail {
-            return Err(Refused {
-                level: id,
-                short_by: pages,
-                by_vmm: false,
-            });
+            return Err(Refused { level: id, short_by: pages, by_vmm: false });
         }
         for &which in kind.counters() {
             let Some((level, short_by)) = self.first_short(id, which, pages) else {
                 continue;
             };
-            let refused = Refused {
-                level,
-                short_by,
-                by_vmm: which == Which::Vmm,
-            };
+            let refused = Refused { level, short_by, by_vmm: which == Which::Vmm };
             if mode != Mode::NoFail {
                 self.count_refusal(level, which, mode);
                 return Err(refused);
             }
-            if self.ancestry(id).any(|at| {
-                self.node(at)
-                    .counters
-                    .get(which)
-                    .usage
-                    .checked_add(pages)
-                    .is_none()
-            }) {
+            if self.ancestry(id).any(|at| self.node(at).counters.get(which).usage.checked_add(pages).is_none()) {
                 return Err(refused);
             }
             charge.forced_at = charge.forced_at.or(Some(level));
@@ -261,24 +225,14 @@ impl Tree {
         Ok(charge)
     }
 
-    /// Charges as many guest pages as fit, at least `min` and at most `want`: what is wanted ahead of need shrinks, what
-    /// faults wait for does not. With a `min` of zero this always succeeds, if only with zero pages, and getting none
+    /// Charges as many guest pages as fit, at least `min` and at most `want`: what is wanted ahead of need shrinks,
+    /// what faults wait for does not. With a `min` of zero this always succeeds, if only with zero pages, and getting none
     /// counts as a batch miss.
     ///
     /// # Errors
     /// [`Refused`] when not even `min` fits, counted by `mode`.
-    pub fn charge_up_to(
-        &mut self,
-        id: NodeId,
-        want: Pages,
-        min: Pages,
-        mode: Mode,
-    ) -> Result<Charge, Refused> {
-        let room = if self.node(id).online {
-            self.margin(id).unwrap_or(want)
-        } else {
-            Pages::ZERO
-        };
+    pub fn charge_up_to(&mut self, id: NodeId, want: Pages, min: Pages, mode: Mode) -> Result<Charge, Refused> {
+        let room = if self.node(id).online { self.margin(id).unwrap_or(want) } else { Pages::ZERO };
         let pages = want.min(room).max(min);
         if pages.is_zero()
             && !want.is_zero()
@@ -293,19 +247,17 @@ impl Tree {
     ///
     /// # Errors
     /// As [`Self::try_charge`].
-    pub fn reserve(
-        &mut self,
-        id: NodeId,
-        pages: Pages,
-        mode: Mode,
-    ) -> Result<Reservation<'_>, Refused> {
-        let charge = self.try_charge(id, pages, mode)?;
-        Ok(Reservation {
-            tree: self,
-            id,
-            charge,
-            open: pages,
-        })
+    pub fn reserve(&mut self, id: NodeId, pages: Pages, mode: Mode) -> Result<Reservation<'_>, Refused> {
+        self.reserve_as(id, Kind::Guest, pages, mode)
+    }
+
+    /// [`Self::reserve`] for any kind.
+    ///
+    /// # Errors
+    /// As [`Self::try_charge`].
+    pub fn reserve_as(&mut self, id: NodeId, kind: Kind, pages: Pages, mode: Mode) -> Result<Reservation<'_>, Refused> {
+        let charge = self.try_charge_as(id, kind, pages, mode)?;
+        Ok(Reservation { tree: self, id, kind, charge, open: pages })
     }
 
     /// Takes `pages` of guest memory off `id` and all its ancestors. Never fails, never blocks.
@@ -358,9 +310,7 @@ impl Tree {
     /// Guest memory that could be charged to `id` before the nearest limit of any ancestor is met, a ceiling included;
     /// `None` when there is no limit at all.
     pub fn margin(&self, id: NodeId) -> Option<Pages> {
-        self.ancestry(id)
-            .filter_map(|at| self.node(at).room(Which::Memory))
-            .min()
+        self.ancestry(id).filter_map(|at| self.node(at).room(Which::Memory)).min()
     }
 
     /// The stock that the VM `id` may hold: at most 8 MiB, one eighth of its room, and its part of one eighth of each
@@ -371,19 +321,13 @@ impl Tree {
             let node = self.node(at);
             reclaim::stock_max(None, node.room(Which::Memory), node.members)
         };
-        let groups = self
-            .ancestry(id)
-            .skip(1)
-            .map(part)
-            .min()
-            .unwrap_or(reclaim::STOCK_CAP);
+        let groups = self.ancestry(id).skip(1).map(part).min().unwrap_or(reclaim::STOCK_CAP);
         reclaim::stock_max(own, None, 1).min(groups)
     }
 
     /// The lowest level where `pages` do not fit, and by how much.
     fn first_short(&self, id: NodeId, which: Which, pages: Pages) -> Option<(NodeId, Pages)> {
-        self.ancestry(id)
-            .find_map(|at| self.node(at).short(which, pages).map(|short| (at, short)))
+        self.ancestry(id).find_map(|at| self.node(at).short(which, pages).map(|short| (at, short)))
     }
 
     fn count_refusal(&mut self, level: NodeId, which: Which, mode: Mode) {

@@ -86,54 +86,26 @@ impl Tree {
         if let Limit::Pages(max) = node.limits.max
             && memory.saturating_sub(max) > node.overcharge
         {
-            found.push(Violation::OverLimit {
-                path: path(),
-                usage: memory,
-                overcharge: node.overcharge,
-            });
+            found.push(Violation::OverLimit { path: path(), usage: memory, overcharge: node.overcharge });
         }
         if vmm > memory {
-            found.push(Violation::VmmAboveMemory {
-                path: path(),
-                vmm,
-                memory,
-            });
+            found.push(Violation::VmmAboveMemory { path: path(), vmm, memory });
         }
         let counters = |id: NodeId| {
             let counters = &self.node(id).counters;
-            [
-                ("memory", counters.memory),
-                ("vmm", counters.vmm),
-                ("swap", counters.swap),
-            ]
+            [("memory", counters.memory), ("vmm", counters.vmm), ("swap", counters.swap)]
         };
         for (n, (counter, value)) in counters(id).into_iter().enumerate() {
-            let below: Pages = node
-                .children
-                .iter()
-                .map(|child| counters(*child)[n].1.usage)
-                .sum();
+            let below: Pages = node.children.iter().map(|child| counters(*child)[n].1.usage).sum();
             let sum = value.own + below;
             if sum != value.usage {
-                found.push(Violation::Sum {
-                    path: path(),
-                    counter,
-                    usage: value.usage,
-                    sum,
-                });
+                found.push(Violation::Sum { path: path(), counter, usage: value.usage, sum });
             }
             if value.peak < value.usage {
-                found.push(Violation::Peak {
-                    path: path(),
-                    counter,
-                });
+                found.push(Violation::Peak { path: path(), counter });
             }
             if value.underflows > 0 {
-                found.push(Violation::Underflow {
-                    path: path(),
-                    counter,
-                    count: value.underflows,
-                });
+                found.push(Violation::Underflow { path: path(), counter, count: value.underflows });
             }
         }
         let members = match node.children.as_slice() {
@@ -141,11 +113,7 @@ impl Tree {
             children => children.iter().map(|child| self.node(*child).members).sum(),
         };
         if members != node.members {
-            found.push(Violation::Members {
-                path: path(),
-                members: node.members,
-                found: members,
-            });
+            found.push(Violation::Members { path: path(), members: node.members, found: members });
         }
     }
 }

@@ -56,10 +56,7 @@ pub struct LimitPatch {
 impl LimitPatch {
     /// A patch of `memory.max` alone.
     pub fn max(max: Limit) -> LimitPatch {
-        LimitPatch {
-            max: Some(max),
-            ..LimitPatch::default()
-        }
+        LimitPatch { max: Some(max), ..LimitPatch::default() }
     }
 
     /// The limits that `limits` become.
@@ -76,8 +73,7 @@ impl LimitPatch {
 
     /// This patch without what `later` sets.
     fn without(self, later: &LimitPatch) -> LimitPatch {
-        let keep =
-            |mine: Option<Limit>, later: Option<Limit>| if later.is_some() { None } else { mine };
+        let keep = |mine: Option<Limit>, later: Option<Limit>| if later.is_some() { None } else { mine };
         LimitPatch {
             min: keep(self.min, later.min),
             low: keep(self.low, later.low),
@@ -94,9 +90,7 @@ impl LimitPatch {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetLimitError {
     /// `min`, `low` or `high` above `max`.
-    #[error(
-        "{knob} {value} would be above memory.max {max}: lower {knob} too, or both in one request"
-    )]
+    #[error("{knob} {value} would be above memory.max {max}: lower {knob} too, or both in one request")]
     AboveMax {
         /// The limit at fault, such as `memory.min`.
         knob: &'static str,
@@ -106,9 +100,7 @@ pub enum SetLimitError {
         max: Limit,
     },
     /// Somebody else changed limits meanwhile.
-    #[error(
-        "the limits have changed meanwhile (generation {actual}, not {expected}): read them again and decide anew"
-    )]
+    #[error("the limits have changed meanwhile (generation {actual}, not {expected}): read them again and decide anew")]
     Stale {
         /// The generation that the caller has seen.
         expected: u64,
@@ -146,7 +138,7 @@ pub(super) struct PendingMax {
 }
 
 impl Tree {
-    /// Sets limits at once. `max` is **not** compared with usage: below it, this is a forced change and the excess is an
+    /// Sets limits at once. `max` is **not** compared with usage: below it, the change is forced and the excess is an
     /// overcharge; [`crate::limit_change`] offers the alternatives. A new `max` supersedes a pending one. Returns the
     /// node's new generation, or the old one when nothing was different.
     ///
@@ -180,10 +172,7 @@ impl Tree {
         if let Some(expected) = patch.if_generation
             && expected != node.generation
         {
-            return Err(SetLimitError::Stale {
-                expected,
-                actual: node.generation,
-            });
+            return Err(SetLimitError::Stale { expected, actual: node.generation });
         }
         let new = patch.apply(node.limits);
         check_order(&new)?;
@@ -195,10 +184,7 @@ impl Tree {
         }
         let usage = node.counters.vmm.usage;
         if patch.vmm_max.is_some() && Limit::Pages(usage) > new.vmm_max {
-            return Err(SetLimitError::VmmBelowUsage {
-                usage,
-                limit: new.vmm_max,
-            });
+            return Err(SetLimitError::VmmBelowUsage { usage, limit: new.vmm_max });
         }
         Ok(())
     }
@@ -217,10 +203,7 @@ impl Tree {
     /// What background reclaim of `id` should aim at: the effective high limit, of the pending limits if there are any.
     pub fn reclaim_high(&self, id: NodeId) -> Limit {
         let node = self.node(id);
-        let limits = node
-            .pending
-            .as_ref()
-            .map_or(node.limits, |pending| pending.patch.apply(node.limits));
+        let limits = node.pending.as_ref().map_or(node.limits, |pending| pending.patch.apply(node.limits));
         reclaim::effective_high(limits.high, limits.max)
     }
 
@@ -237,12 +220,7 @@ impl Tree {
 
     /// Whether the change with this ticket still waits.
     pub(crate) fn is_pending(&self, id: NodeId, ticket: u64) -> bool {
-        self.contains(id)
-            && self
-                .node(id)
-                .pending
-                .as_ref()
-                .is_some_and(|pending| pending.ticket == ticket)
+        self.contains(id) && self.node(id).pending.as_ref().is_some_and(|pending| pending.ticket == ticket)
     }
 
     /// Whether the pending change of `id` could come into force now. Only `vmm.max` can be in the way beside `max`
@@ -252,8 +230,7 @@ impl Tree {
         let fits = |pending: &PendingMax| {
             let new = pending.patch.apply(node.limits);
             let (memory, vmm) = (node.counters.memory.usage, node.counters.vmm.usage);
-            Limit::Pages(memory) <= new.max
-                && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
+            Limit::Pages(memory) <= new.max && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
         };
         node.pending.as_ref().is_some_and(fits)
     }
@@ -263,11 +240,7 @@ impl Tree {
         let node = self.node_mut(id);
         node.ceiling = None;
         if let Some(pending) = node.pending.take() {
-            let new = if commit {
-                pending.patch.apply(node.limits)
-            } else {
-                node.limits
-            };
+            let new = if commit { pending.patch.apply(node.limits) } else { node.limits };
             node.install(new);
         }
         node.generation
@@ -291,18 +264,10 @@ impl Node {
 /// Whether the limits fit each other. [`Limit::Max`] fits everything: "all of it" for `min` and `low`, "not set" for
 /// `high`.
 fn check_order(limits: &Limits) -> Result<(), SetLimitError> {
-    let knobs = [
-        ("memory.min", limits.min),
-        ("memory.low", limits.low),
-        ("memory.high", limits.high),
-    ];
+    let knobs = [("memory.min", limits.min), ("memory.low", limits.low), ("memory.high", limits.high)];
     for (knob, value) in knobs {
         if !value.is_max() && value > limits.max {
-            return Err(SetLimitError::AboveMax {
-                knob,
-                value,
-                max: limits.max,
-            });
+            return Err(SetLimitError::AboveMax { knob, value, max: limits.max });
         }
     }
     Ok(())
