@@ -1,0 +1,10 @@
+//! Tests of `memcg-core` through its public interface. One binary, one file per module.
+
+mod charge;
+mod frame;
+mod limit_change;
+mod limits;
+mod reclaim;
+mod stock;
+mod tree_model;
+mod units;

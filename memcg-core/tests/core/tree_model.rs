@@ -1,0 +1,377 @@
+//! Random sequences against a model so naive that it cannot be wrong: every sum is computed from scratch.
+
+use memcg_core::reclaim::effective_high;
+use memcg_core::tree::{Kind, LimitPatch, Mode, NodeId, NodeSnapshot, Refused, Tree};
+use memcg_core::units::{Limit, Pages};
+use proptest::prelude::*;
+
+/// What is charged to one node itself, and its limits.
+#[derive(Clone, Debug)]
+struct Node {
+    id: NodeId,
+    parent: Option<usize>,
+    guest: u64,
+    vmm: u64,
+    swap: u64,
+    max: Limit,
+    high: Limit,
+    vmm_max: Limit,
+    swap_max: Limit,
+    ceiling: Option<u64>,
+    gone: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Model {
+    nodes: Vec<Node>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum What {
+    Memory,
+    Vmm,
+    Swap,
+}
+
+impl Model {
+    fn chain(&self, node: usize) -> Vec<usize> {
+        std::iter::successors(Some(node), |n| self.nodes[*n].parent).collect()
+    }
+
+    /// Own + children, by looking at every node.
+    fn usage(&self, node: usize, what: What) -> u64 {
+        let below = |n: &usize| !self.nodes[*n].gone && self.chain(*n).contains(&node);
+        let own = |n: usize| {
+            let n = &self.nodes[n];
+            match what {
+                What::Memory => n.guest + n.vmm,
+                What::Vmm => n.vmm,
+                What::Swap => n.swap,
+            }
+        };
+        (0..self.nodes.len()).filter(below).map(own).sum()
+    }
+
+    fn limit(&self, node: usize, what: What) -> Limit {
+        let n = &self.nodes[node];
+        match what {
+            What::Memory => n.max.min(n.ceiling.map_or(Limit::Max, |c| Limit::Pages(Pages(c)))),
+            What::Vmm => n.vmm_max,
+            What::Swap => n.swap_max,
+        }
+    }
+
+    fn fits(&self, node: usize, what: What, pages: u64) -> bool {
+        Limit::Pages(Pages(self.usage(node, what) + pages)) <= self.limit(node, what)
+    }
+
+    /// Who would refuse, and for which counter.
+    fn refuser(&self, node: usize, kind: Kind, pages: u64) -> Option<(usize, What)> {
+        if pages == 0 {
+            return None;
+        }
+        let whats: &[What] = match kind {
+            Kind::Guest => &[What::Memory],
+            Kind::Overhead => &[What::Vmm, What::Memory],
+            Kind::Swap => &[What::Swap],
+        };
+        whats.iter().find_map(|what| {
+            self.chain(node).into_iter().find(|level| !self.fits(*level, *what, pages)).map(|level| (level, *what))
+        })
+    }
+
+    fn own(&mut self, node: usize, kind: Kind) -> &mut u64 {
+        let n = &mut self.nodes[node];
+        match kind {
+            Kind::Guest => &mut n.guest,
+            Kind::Overhead => &mut n.vmm,
+            Kind::Swap => &mut n.swap,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Add(usize),
+    Remove(usize),
+    Charge(usize, Kind, u64, Mode),
+    Uncharge(usize, Kind, u64),
+    UpTo(usize, u64, u64),
+    Reserve(usize, u64, u64),
+    Limits(usize, Option<u64>, Option<u64>, Option<u64>, Option<u64>),
+    Ceiling(usize, Option<u64>),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let node = 0usize..64;
+    let kind = prop_oneof![4 => Just(Kind::Guest), 1 => Just(Kind::Overhead), 1 => Just(Kind::Swap)];
+    let mode =
+        prop_oneof![Just(Mode::Wait), Just(Mode::Again), Just(Mode::NoWait), Just(Mode::NoRetry), Just(Mode::NoFail)];
+    let pages = prop_oneof![0u64..8, 0u64..600];
+    let limit = prop::option::of(0u64..1000);
+    prop_oneof![
+        2 => node.clone().prop_map(Op::Add),
+        1 => node.clone().prop_map(Op::Remove),
+        8 => (node.clone(), kind.clone(), pages.clone(), mode).prop_map(|(n, k, p, m)| Op::Charge(n, k, p, m)),
+        5 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
+        2 => (node.clone(), pages.clone(), 0u64..4).prop_map(|(n, w, m)| Op::UpTo(n, w, m)),
+        2 => (node.clone(), pages.clone(), pages).prop_map(|(n, p, u)| Op::Reserve(n, p, u)),
+        3 => (node.clone(), limit.clone(), limit.clone(), limit.clone(), limit.clone())
+            .prop_map(|(n, a, b, c, d)| Op::Limits(n, a, b, c, d)),
+        1 => (node, limit).prop_map(|(n, c)| Op::Ceiling(n, c)),
+    ]
+}
+
+fn to_limit(pages: Option<u64>) -> Limit {
+    Limit::from(pages.map(Pages))
+}
+
+struct Run {
+    tree: Tree,
+    model: Model,
+}
+
+impl Run {
+    fn new() -> Run {
+        let tree = Tree::new(Limit::Max);
+        let root = Node {
+            id: tree.root(),
+            parent: None,
+            guest: 0,
+            vmm: 0,
+            swap: 0,
+            max: Limit::Max,
+            high: Limit::Max,
+            vmm_max: Limit::Max,
+            swap_max: Limit::Max,
+            ceiling: None,
+            gone: false,
+        };
+        Run { tree, model: Model { nodes: vec![root] } }
+    }
+
+    /// A node that is still there.
+    fn pick(&self, n: usize) -> usize {
+        let alive: Vec<usize> = (0..self.model.nodes.len()).filter(|n| !self.model.nodes[*n].gone).collect();
+        alive[n % alive.len()]
+    }
+
+    fn snapshots(&self) -> Vec<(NodeId, NodeSnapshot)> {
+        self.tree.ids().map(|id| (id, self.tree.snapshot(id))).collect()
+    }
+
+    /// A refused charge: nothing has changed but one count at one level, and the model would have refused there too.
+    fn check_refused(
+        &self,
+        before: &[(NodeId, NodeSnapshot)],
+        refused: Refused,
+        expected: Option<(usize, What)>,
+        mode: Mode,
+    ) {
+        let (level, what) = expected.expect("the model would have granted it");
+        assert_eq!(refused.level, self.model.nodes[level].id);
+        assert_eq!(refused.by_vmm, what == What::Vmm);
+        for ((id, mut old), (_, new)) in before.iter().cloned().zip(self.snapshots()) {
+            if id == refused.level {
+                let counter = match what {
+                    What::Memory => &mut old.memory,
+                    What::Vmm => &mut old.vmm,
+                    What::Swap => &mut old.swap,
+                };
+                match mode {
+                    Mode::Wait => {
+                        counter.failcnt += 1;
+                        old.max_hits += u64::from(what == What::Memory);
+                    }
+                    Mode::NoWait => counter.would_block += 1,
+                    Mode::NoRetry => counter.batch_misses += 1,
+                    Mode::Again => {}
+                    Mode::NoFail => unreachable!("never refused here"),
+                }
+            }
+            assert_eq!(old, new, "semantics row 63: a refused charge changes nothing but one failcnt");
+        }
+    }
+
+    fn charge(&mut self, node: usize, kind: Kind, pages: u64, mode: Mode) {
+        let id = self.model.nodes[node].id;
+        let before = self.snapshots();
+        let expected = self.model.refuser(node, kind, pages);
+        match self.tree.try_charge_as(id, kind, Pages(pages), mode) {
+            Ok(charge) => {
+                assert!(expected.is_none() || mode == Mode::NoFail, "the model would have refused");
+                assert_eq!(charge.forced_at, expected.map(|(level, _)| self.model.nodes[level].id));
+                let memory_before: Vec<u64> = self.before(node);
+                *self.model.own(node, kind) += pages;
+                let crossed: Vec<NodeId> = charge.crossed_high.iter().collect();
+                assert_eq!(crossed, self.crossings(node, &memory_before), "edge-triggered (row 115)");
+            }
+            Err(refused) => self.check_refused(&before, refused, expected, mode),
+        }
+    }
+
+    fn before(&self, node: usize) -> Vec<u64> {
+        self.model.chain(node).into_iter().map(|level| self.model.usage(level, What::Memory)).collect()
+    }
+
+    fn crossings(&self, node: usize, before: &[u64]) -> Vec<NodeId> {
+        let crosses = |(level, before): &(usize, &u64)| {
+            let n = &self.model.nodes[*level];
+            let high = effective_high(n.high, n.max);
+            let above = |usage: u64| Limit::Pages(Pages(usage)) > high;
+            !above(**before) && above(self.model.usage(*level, What::Memory))
+        };
+        self.model.chain(node).into_iter().zip(before).filter(crosses).map(|(l, _)| self.model.nodes[l].id).collect()
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Add(n) => {
+                let parent = self.pick(n);
+                let name = format!("n{}", self.model.nodes.len());
+                let Ok(id) = self.tree.add(self.model.nodes[parent].id, &name) else {
+                    return;
+                };
+                let node = Node { id, parent: Some(parent), ..Run::new().model.nodes[0].clone() };
+                self.model.nodes.push(node);
+            }
+            Op::Remove(n) => {
+                let node = self.pick(n);
+                let empty = [What::Memory, What::Swap].iter().all(|what| self.model.usage(node, *what) == 0);
+                let leaf = self.model.nodes.iter().all(|other| other.gone || other.parent != Some(node));
+                let removed = self.tree.remove(self.model.nodes[node].id).is_ok();
+                assert_eq!(removed, node != 0 && empty && leaf);
+                self.model.nodes[node].gone = removed;
+            }
+            Op::Charge(n, kind, pages, mode) => {
+                let node = self.pick(n);
+                self.charge(node, kind, pages, mode);
+            }
+            Op::Uncharge(n, kind, pages) => {
+                let node = self.pick(n);
+                let pages = pages.min(*self.model.own(node, kind));
+                self.tree.uncharge_as(self.model.nodes[node].id, kind, Pages(pages));
+                *self.model.own(node, kind) -= pages;
+            }
+            Op::UpTo(n, want, min) => {
+                let node = self.pick(n);
+                let id = self.model.nodes[node].id;
+                let room = self.tree.margin(id).map_or(u64::MAX, |room| room.0);
+                match self.tree.charge_up_to(id, Pages(want), Pages(min), Mode::Wait) {
+                    Ok(charge) => {
+                        assert_eq!(charge.pages.0, want.min(room).max(min));
+                        self.model.nodes[node].guest += charge.pages.0;
+                    }
+                    Err(_) => assert!(room < min),
+                }
+            }
+            Op::Reserve(n, pages, used) => {
+                let node = self.pick(n);
+                let id = self.model.nodes[node].id;
+                let expected = self.model.refuser(node, Kind::Guest, pages);
+                match self.tree.reserve(id, Pages(pages), Mode::NoWait) {
+                    Ok(reservation) if used > pages => drop(reservation),
+                    Ok(reservation) => {
+                        let _ = reservation.commit_part(Pages(used));
+                        self.model.nodes[node].guest += used;
+                    }
+                    Err(refused) => assert_eq!(Some(refused.level), expected.map(|(l, _)| self.model.nodes[l].id)),
+                }
+            }
+            Op::Limits(n, max, high, vmm_max, swap_max) => {
+                let node = self.pick(n);
+                let patch = LimitPatch {
+                    max: Some(to_limit(max)),
+                    high: Some(to_limit(high)),
+                    vmm_max: Some(to_limit(vmm_max)),
+                    swap_max: Some(to_limit(swap_max)),
+                    ..LimitPatch::default()
+                };
+                let before = self.tree.snapshot(self.model.nodes[node].id);
+                let ok = self.tree.set_limits(self.model.nodes[node].id, &patch).is_ok();
+                let fits_vmm = Limit::Pages(Pages(self.model.usage(node, What::Vmm))) <= to_limit(vmm_max);
+                assert_eq!(ok, fits_vmm && (high.is_none() || to_limit(high) <= to_limit(max)));
+                if ok {
+                    let n = &mut self.model.nodes[node];
+                    n.max = to_limit(max);
+                    n.high = to_limit(high);
+                    n.vmm_max = to_limit(vmm_max);
+                    n.swap_max = to_limit(swap_max);
+                } else {
+                    assert_eq!(self.tree.snapshot(self.model.nodes[node].id), before);
+                }
+            }
+            Op::Ceiling(n, ceiling) => {
+                let node = self.pick(n);
+                self.tree.set_ceiling(self.model.nodes[node].id, ceiling.map(Pages));
+                self.model.nodes[node].ceiling = ceiling;
+            }
+        }
+    }
+
+    /// The invariants, at every moment.
+    fn check(&self) {
+        assert_eq!(self.tree.check(), [], "the tree's own check");
+        for (n, node) in self.model.nodes.iter().enumerate().filter(|(_, node)| !node.gone) {
+            let real = self.tree.snapshot(node.id);
+            let usage = |what| Pages(self.model.usage(n, what));
+            assert_eq!(real.memory.usage, usage(What::Memory));
+            assert_eq!(real.vmm.usage, usage(What::Vmm));
+            assert_eq!(real.swap.usage, usage(What::Swap));
+            assert!(real.vmm.usage <= real.memory.usage && real.memory.usage <= real.memory.peak);
+            let over = node.max.as_pages().map_or(Pages::ZERO, |max| usage(What::Memory).saturating_sub(max));
+            assert_eq!(real.overcharge, over);
+            let room = |level: usize| {
+                let limit = self.model.limit(level, What::Memory).as_pages()?;
+                Some(limit.saturating_sub(Pages(self.model.usage(level, What::Memory))))
+            };
+            assert_eq!(self.tree.margin(node.id), self.model.chain(n).into_iter().filter_map(room).min());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// semantics rows 1-5, 57, 63, 78, 115, 120 and invariants 1, 2, 3, 5, 6 of the design, over any sequence.
+    #[test]
+    fn the_tree_agrees_with_the_model(ops in prop::collection::vec(op(), 1..80)) {
+        let mut run = Run::new();
+        for op in ops {
+            run.apply(op);
+            run.check();
+        }
+        // semantics row 60: everybody leaves, nothing stays behind.
+        for node in run.model.nodes.iter().filter(|node| !node.gone) {
+            run.tree.uncharge_all(node.id);
+        }
+        let root = run.tree.snapshot(run.tree.root());
+        prop_assert_eq!((root.memory.usage, root.vmm.usage, root.swap.usage), (Pages(0), Pages(0), Pages(0)));
+        prop_assert_eq!(run.tree.check(), vec![]);
+    }
+
+    /// Without `NoFail`, forced limits and lower ceilings, usage is within every limit at every moment.
+    #[test]
+    fn usage_never_exceeds_a_limit(
+        limits in prop::array::uniform3(prop::option::of(0u64..500)),
+        ops in prop::collection::vec((0usize..2, 0u64..300, any::<bool>()), 0..200),
+    ) {
+        let mut tree = Tree::new(to_limit(limits[0]));
+        let group = tree.add(tree.root(), "group").unwrap();
+        let vms = [tree.add(group, "a").unwrap(), tree.add(group, "b").unwrap()];
+        tree.set_limits(group, &LimitPatch::max(to_limit(limits[1]))).unwrap();
+        tree.set_limits(vms[0], &LimitPatch::max(to_limit(limits[2]))).unwrap();
+        for (vm, pages, charge) in ops {
+            if charge {
+                let _ = tree.charge_up_to(vms[vm], Pages(pages), Pages(0), Mode::NoRetry);
+            } else {
+                tree.uncharge(vms[vm], Pages(pages).min(tree.usage(vms[vm])));
+            }
+            for id in tree.ids() {
+                let node = tree.snapshot(id);
+                prop_assert!(Limit::Pages(node.memory.usage) <= node.limits.max);
+                prop_assert!(Limit::Pages(node.memory.peak) <= node.limits.max);
+            }
+        }
+    }
+}
