@@ -47,21 +47,29 @@ pub fn ballast() -> PathBuf {
         return path.into();
     }
     let test = std::env::current_exe().expect("a test has a path");
-    let built = test.ancestors().skip(2).map(|dir| dir.join("ballast")).find(|p| p.is_file());
+    let built = test.ancestors().skip(1).map(|dir| dir.join("ballast")).find(|p| p.is_file());
     built.expect("the program is built first: cargo build -p ballast")
 }
 
-/// The freestanding payload that `scripts/guest --payload` builds.
+/// A file that `scripts/guest` built, by its name in the cache: `payload.bin`, `vmlinux`, `vmlinuz`, `initrd.img`.
+///
+/// # Panics
+/// When it has not been built.
+pub fn guest_file(name: &str) -> PathBuf {
+    let variable = |key: &str| std::env::var_os(key).map(PathBuf::from);
+    let cache = || Some(variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?.join("ballast"));
+    let guests = variable("BALLAST_GUEST").or_else(|| Some(variable("BALLAST_CACHE").or_else(cache)?.join("guest")));
+    let path = guests.unwrap_or_default().join(name);
+    assert!(path.is_file(), "{} has not been built: run scripts/guest", path.display());
+    path
+}
+
+/// The freestanding payload.
 ///
 /// # Panics
 /// When it has not been built.
 pub fn payload() -> PathBuf {
-    let path = std::env::var_os("BALLAST_PAYLOAD").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../guests/target/payload.bin"),
-        PathBuf::from,
-    );
-    assert!(path.is_file(), "no payload at {}: run scripts/guest --payload", path.display());
-    path
+    guest_file("payload.bin")
 }
 
 /// What stands in the way of guests on this host, if anything: no KVM, or no userfaultfd.
@@ -261,16 +269,18 @@ impl TestVm {
         serde_json::from_str(&body).expect("JSON")
     }
 
+    /// The VM as [`TestVm::show`] has it, if the control socket answers yet.
+    pub fn try_show(&self) -> Option<Value> {
+        let (status, body) = http(&self.socket, "GET", &format!("/vms/{}", self.name), None).ok()?;
+        serde_json::from_str(&body).ok().filter(|_| status == 200)
+    }
+
     /// Waits until the control socket answers and the VM is in `state`.
     ///
     /// # Panics
     /// When it is not in time.
     pub fn wait_state(&self, state: &str, seconds: u64) -> Value {
-        wait_until(&format!("{} is {state}", self.name), seconds, || {
-            let (status, body) = http(&self.socket, "GET", &format!("/vms/{}", self.name), None).ok()?;
-            let vm: Value = serde_json::from_str(&body).ok()?;
-            (status == 200 && vm["state"] == state).then_some(vm)
-        })
+        wait_until(&format!("{} is {state}", self.name), seconds, || self.try_show().filter(|vm| vm["state"] == state))
     }
 
     /// Changes limits: `PATCH /vms/{name}/memory`.

@@ -58,8 +58,8 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
                     3 | 4 => format!("touch {start} {} seed=3", pages * PAGE),
                     5 => format!("touch {start} {} stride=12K seed=3", pages * PAGE),
                     6 => format!("random {start} {} count={} seed={step}", pages * PAGE, pages / 2 + 1),
-                    7 | 8 => format!("inflate {start} {}", pages * PAGE),
-                    _ => format!("deflate {start} {}", pages * PAGE),
+                    7 | 8 => format!("balloon inflate {start} {}", pages * PAGE),
+                    _ => format!("balloon deflate {start} {}", pages * PAGE),
                 };
                 let answer = vm.command(&command, 20);
                 assert!(answer.starts_with("OK"), "step {step}, seed {seed}: `{command}`: {answer}");

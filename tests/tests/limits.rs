@@ -13,7 +13,7 @@ fn skipped(test: &str) -> bool {
 }
 
 fn held(vm: &TestVm) -> Value {
-    wait_until("the guest is held", 20, || Some(vm.show()).filter(|now| now["held"]["now"] == true))
+    wait_until("the guest is held", 20, || vm.try_show().filter(|now| now["held"]["now"] == true))
 }
 
 fn event<'e>(events: &'e [Value], kind: &str) -> Option<&'e Value> {
@@ -92,7 +92,7 @@ fn pause_resume_and_kill_work_within_a_second_at_the_limit_and_under_a_fault_sto
             .option("--oom", "deadline=60s")
             .cmdline("storm")
             .start();
-        wait_until("the storm has begun", 20, || (number(&vm.show(), "faults.events") > 200).then_some(()));
+        wait_until("the storm has begun", 20, || vm.try_show().filter(|now| number(now, "faults.events") > 200));
         for verb in ["pause", "resume", "pause", "kill"] {
             let start = Instant::now();
             let (status, body) = vm.post(verb);
@@ -146,6 +146,10 @@ fn refuse_reclaim_and_force_below_usage_do_what_they_say() {
     }
     let mut vm = TestVm::builder("modes").memory("size=128M,max=100M").cmdline("shell").start();
     vm.expect("READY", 10);
+    // The driver's own pages are there before nothing can be charged any more.
+    for command in ["balloon init", "balloon inflate 100M 8M", "balloon deflate 100M 8M"] {
+        assert!(vm.command(command, 10).starts_with("OK"), "{command}");
+    }
     assert!(vm.command("touch 16M 64M seed=2", 20).starts_with("OK"));
     let usage = number(&vm.show(), "memory.stat.guest_bytes");
     assert!(usage >= 64 * MIB);
@@ -154,18 +158,21 @@ fn refuse_reclaim_and_force_below_usage_do_what_they_say() {
     assert_eq!((status, body["code"].as_str()), (409, Some("limit_below_usage")), "{body}");
     assert_eq!(number(&vm.show(), "memory.max_bytes"), 100 * MIB, "the old limit stays");
 
-    let (status, body) = vm.patch("?mode=reclaim&wait_ms=300", &json!({"max_bytes": 32 * MIB}));
-    assert_eq!((status, body["code"].as_str()), (409, Some("limit_not_reached")), "{body}");
+    // Nobody gives anything back, so the request is accepted, and in the end it has failed.
+    let (status, body) = vm.patch("?mode=reclaim&wait_ms=100", &json!({"max_bytes": 32 * MIB}));
+    assert_eq!(status, 202, "{body}");
     let now = vm.show();
-    assert_eq!(number(&now, "memory.max_bytes"), 100 * MIB, "the old limit stays");
-    assert!(now["memory"]["max_pending_bytes"].is_null(), "{now}");
+    assert_eq!(number(&now, "memory.max_bytes"), 100 * MIB, "the old limit is in force");
+    assert_eq!(number(&now, "memory.max_pending_bytes"), 32 * MIB);
+    wait_until("the request ends", 30, || vm.show()["memory"]["max_pending_bytes"].is_null().then_some(()));
+    assert!(event(&vm.events(), "limit_not_reached").is_some());
+    assert_eq!(number(&vm.show(), "memory.max_bytes"), 100 * MIB, "the old limit stays");
 
     let (status, body) = vm.patch("?mode=force", &json!({"max_bytes": 32 * MIB}));
     assert_eq!(status, 200, "{body}");
     let over = number(&vm.show(), "memory.stat.overcharge_bytes");
     assert!(over >= 32 * MIB, "what is above the limit is reported: {over}");
-    vm.send("balloon init");
-    vm.send("inflate 48M 24M");
+    vm.send("balloon inflate 48M 24M");
     let less = wait_until("the overcharge falls", 20, || {
         let now = number(&vm.show(), "memory.stat.overcharge_bytes");
         assert!(now <= over, "an overcharge only falls: {now} after {over}");
@@ -218,11 +225,13 @@ fn a_limit_too_small_for_the_kernel_fails_and_names_the_smallest_that_would_do()
     let mut vm = TestVm::builder("small").memory("size=64M,max=256K").cmdline("shell").start();
     assert_eq!(vm.wait(10).code(), Some(125));
     let said = vm.errors();
-    let smallest = said.split_whitespace().find_map(|w| {
-        w.trim_matches(|c: char| !c.is_ascii_alphanumeric()).strip_prefix("max=").map(str::to_owned)
-    });
+    let smallest = said.split_once(",max=").map(|(_, rest)| rest.split_whitespace().next().unwrap_or_default());
     let smallest = smallest.unwrap_or_else(|| panic!("stderr names `max=SIZE`: {said}"));
-    let mut vm = TestVm::builder("small").memory(&format!("size=64M,max={smallest}")).cmdline("exit 3").start();
+    let mut vm = TestVm::builder("small").memory(&format!("size=64M,max={smallest}"))
+        .option("--oom", "action=kill,deadline=300ms")
+        .cmdline("shell")
+        .start();
+    // Loaded, it has not a page left for itself: it is held, and its policy ends it. That it got so far is the point.
     let status = vm.wait(20);
-    assert!(status.code() == Some(3) || status.code() == Some(137), "loading fits now: {status:?} {}", vm.errors());
+    assert_eq!(status.code(), Some(137), "{}", vm.errors());
 }

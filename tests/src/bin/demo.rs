@@ -15,6 +15,10 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 
 fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|panic| {
+        let message = panic.payload_as_str().unwrap_or("an unknown failure");
+        eprintln!("{}demo: {message}", clear());
+    }));
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ok = match arguments[..] {
