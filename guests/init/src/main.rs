@@ -24,7 +24,7 @@ verify                         read all of it back: VERIFY ok pages=N | VERIFY b
 free                           give all of it back to the kernel
 meminfo                        MEMINFO MemTotal=KiB MemFree=KiB ...
 vmstat                         VMSTAT balloon_inflate=N ...
-dmesg-check                    DMESG stalls=N ooms=N bugs=N
+dmesg-check                    DMESG stalls=N ooms=N bugs=N warnings=N, after the lines counted
 dmesg                          the kernel's messages
 drop-caches                    drop clean caches
 compact                        compact memory, so that free pages can be reported
@@ -199,14 +199,15 @@ fn check(log: &str) -> String {
         "blocked for more than",
     ];
     let ooms = ["invoked oom-killer"];
-    let bugs = ["BUG:", "Oops", "WARNING:", "general protection fault"];
+    let bugs = ["BUG:", "Oops", "general protection fault"];
+    let warnings = ["WARNING:"];
     let found = |words: &[&str]| -> Vec<String> {
         let matching = log
             .lines()
             .filter(|line| words.iter().any(|word| line.contains(word)));
         matching.map(str::to_owned).collect()
     };
-    let [stalls, ooms, bugs] = [&stalls[..], &ooms, &bugs].map(found);
+    let [stalls, ooms, bugs, warnings] = [&stalls[..], &ooms, &bugs, &warnings].map(found);
     let shown: String = [&stalls, &ooms, &bugs]
         .into_iter()
         .flatten()
