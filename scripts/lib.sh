@@ -57,7 +57,8 @@ update_package_lists() {
 find_package() {
     local regex found
     for regex; do
-        found=$(apt-cache search --names-only "$regex" | awk '{print $1}' | grep -Ev -e '-(dbg|unsigned)$' | sort -V | tail -1)
+        found=$(apt-cache search --names-only "$regex" | awk '{print $1}' | grep -Ev -e '-(dbg|unsigned)$' |
+            sort -V | tail -1)
         [ -n "$found" ] && { printf '%s\n' "$found"; return; }
     done
     return 1

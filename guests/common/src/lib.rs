@@ -15,8 +15,7 @@ pub const PAGE_WORDS: usize = 512;
 #[must_use]
 pub const fn pattern(seed: u64, page: u64, word: usize) -> u64 {
     // splitmix64's finisher: a bijection, cheap, and no two nearby inputs look alike.
-    let mut x =
-        seed.wrapping_mul(0xd134_2543_de82_ef95) ^ page.wrapping_mul(512).wrapping_add(word as u64);
+    let mut x = seed.wrapping_mul(0xd134_2543_de82_ef95) ^ page.wrapping_mul(512).wrapping_add(word as u64);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (x ^ (x >> 31)) | 1
@@ -70,20 +69,13 @@ impl<'a> Arguments<'a> {
     /// The plain word number `index`, options not counted.
     #[must_use]
     pub fn word(&self, index: usize) -> Option<&'a str> {
-        self.0
-            .split_ascii_whitespace()
-            .filter(|w| !w.contains('='))
-            .nth(index)
+        self.0.split_ascii_whitespace().filter(|w| !w.contains('=')).nth(index)
     }
 
     /// The value of option `name`.
     #[must_use]
     pub fn option(&self, name: &str) -> Option<&'a str> {
-        self.0.split_ascii_whitespace().find_map(|w| {
-            w.split_once('=')
-                .filter(|(key, _)| *key == name)
-                .map(|kv| kv.1)
-        })
+        self.0.split_ascii_whitespace().find_map(|w| w.split_once('=').filter(|(key, _)| *key == name).map(|kv| kv.1))
     }
 
     /// The number in plain word `index`; an error names it as `what`.
@@ -91,9 +83,7 @@ impl<'a> Arguments<'a> {
     /// # Errors
     /// The word is missing or is not a number.
     pub fn number(&self, index: usize, what: &'static str) -> Result<u64, BadArgument> {
-        self.word(index)
-            .and_then(parse_number)
-            .ok_or(BadArgument(what))
+        self.word(index).and_then(parse_number).ok_or(BadArgument(what))
     }
 
     /// The number in option `name`, or `default` without that option.
@@ -101,8 +91,7 @@ impl<'a> Arguments<'a> {
     /// # Errors
     /// The option's value is not a number.
     pub fn number_or(&self, name: &'static str, default: u64) -> Result<u64, BadArgument> {
-        self.option(name)
-            .map_or(Ok(default), |v| parse_number(v).ok_or(BadArgument(name)))
+        self.option(name).map_or(Ok(default), |v| parse_number(v).ok_or(BadArgument(name)))
     }
 
     /// How much of each page to write: option `full=1`.
@@ -110,11 +99,7 @@ impl<'a> Arguments<'a> {
     /// # Errors
     /// The option's value is not a number.
     pub fn fill(&self) -> Result<Fill, BadArgument> {
-        Ok(if self.number_or("full", 0)? == 0 {
-            Fill::Ends
-        } else {
-            Fill::Full
-        })
+        Ok(if self.number_or("full", 0)? == 0 { Fill::Ends } else { Fill::Full })
     }
 }
 
@@ -152,10 +137,7 @@ mod tests {
         assert_eq!(a.number_or("passes", 3), Ok(3));
         assert_eq!(a.fill(), Ok(Fill::Full));
         assert_eq!(a.number(2, "STRIDE"), Err(BadArgument("STRIDE")));
-        assert_eq!(
-            Arguments("seed=x").number_or("seed", 1),
-            Err(BadArgument("seed"))
-        );
+        assert_eq!(Arguments("seed=x").number_or("seed", 1), Err(BadArgument("seed")));
     }
 
     #[test]

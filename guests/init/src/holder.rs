@@ -20,26 +20,17 @@ pub struct Holder {
 impl Holder {
     /// Starts one, holding nothing.
     pub fn start() -> io::Result<Self> {
-        let mut child = Command::new("/init")
-            .arg(ARGUMENT)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
+        let mut child = Command::new("/init").arg(ARGUMENT).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(io::Error::other("no pipes"));
         };
-        Ok(Self {
-            child,
-            input,
-            output: BufReader::new(output),
-        })
+        Ok(Self { child, input, output: BufReader::new(output) })
     }
 
     /// Sends a command. The outer error means that the holder has died of it; the inner is the command's.
     pub fn ask(&mut self, command: &str) -> io::Result<Result<String, String>> {
         let mut answer = String::new();
-        let sent =
-            writeln!(self.input, "{command}").and_then(|()| self.output.read_line(&mut answer));
+        let sent = writeln!(self.input, "{command}").and_then(|()| self.output.read_line(&mut answer));
         if sent.is_err() || answer.is_empty() {
             return Err(io::Error::other(self.child.wait()?.to_string()));
         }
@@ -75,9 +66,7 @@ pub fn serve() {
             "verify" => println!("{}", verify(&regions)),
             _ => {
                 let pages: usize = regions.iter().map(|r| r.words.len() / PAGE_WORDS).sum();
-                regions
-                    .drain(..)
-                    .for_each(|region| sys::unmap(region.words));
+                regions.drain(..).for_each(|region| sys::unmap(region.words));
                 println!("FREE pages={pages}");
             }
         }
@@ -88,15 +77,9 @@ pub fn serve() {
 fn touch(arguments: Arguments<'_>) -> Result<Region, String> {
     let size = arguments.number(0, "SIZE").map_err(|e| e.to_string())?;
     let word_seed = arguments.number(1, "seed").unwrap_or(1);
-    let seed = arguments
-        .number_or("seed", word_seed)
-        .map_err(|e| e.to_string())?;
+    let seed = arguments.number_or("seed", word_seed).map_err(|e| e.to_string())?;
     let fill = arguments.fill().map_err(|e| e.to_string())?;
-    let bytes = size
-        .div_ceil(PAGE_SIZE)
-        .max(1)
-        .checked_mul(PAGE_SIZE)
-        .and_then(|b| usize::try_from(b).ok());
+    let bytes = size.div_ceil(PAGE_SIZE).max(1).checked_mul(PAGE_SIZE).and_then(|b| usize::try_from(b).ok());
     let bytes = bytes.ok_or("SIZE is too large")?;
     let words = sys::map(bytes).map_err(|e| format!("cannot map {bytes} bytes: {e}"))?;
     for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
@@ -112,10 +95,7 @@ fn verify(regions: &[Region]) -> String {
     let (mut pages, mut bad, mut first) = (0, 0, None);
     for region in regions {
         for (page, words) in region.words.chunks_exact(PAGE_WORDS).enumerate() {
-            let good = region
-                .fill
-                .words()
-                .all(|word| words[word] == pattern(region.seed, page as u64, word));
+            let good = region.fill.words().all(|word| words[word] == pattern(region.seed, page as u64, word));
             if !good {
                 bad += 1;
                 first.get_or_insert(pages);

@@ -65,11 +65,9 @@ fn start() -> Result<(), String> {
         sys::mount(kind, target).map_err(|e| format!("cannot mount {target}: {e}"))?;
     }
     console::open().map_err(|e| format!("cannot open the console: {e}"))?;
-    let order = fs::read_to_string("/modules/order")
-        .map_err(|e| format!("cannot read /modules/order: {e}"))?;
+    let order = fs::read_to_string("/modules/order").map_err(|e| format!("cannot read /modules/order: {e}"))?;
     for module in order.lines() {
-        sys::load_module(&format!("/modules/{module}"))
-            .map_err(|e| format!("cannot load {module}: {e}"))?;
+        sys::load_module(&format!("/modules/{module}")).map_err(|e| format!("cannot load {module}: {e}"))?;
     }
     Ok(())
 }
@@ -139,31 +137,19 @@ fn ask(verb: &str, rest: &str, holder: &mut Option<Holder>) -> Result<String, St
             *holder = Some(running);
             answer
         }
-        Err(error) => Err(format!(
-            "the process that held the memory is gone ({error}); so is the memory"
-        )),
+        Err(error) => Err(format!("the process that held the memory is gone ({error}); so is the memory")),
     }
 }
 
 /// Writes `text` to `path`, which is one of the kernel's files.
 fn write_line(path: &str, text: &str) -> Result<String, String> {
-    fs::write(path, text)
-        .map(|()| String::new())
-        .map_err(|e| format!("cannot write to {path:?}: {e}"))
+    fs::write(path, text).map(|()| String::new()).map_err(|e| format!("cannot write to {path:?}: {e}"))
 }
 
 /// The lines of `/proc/meminfo` that say how large the guest thinks it is, in KiB.
 fn meminfo() -> io::Result<String> {
     let text = fs::read_to_string("/proc/meminfo")?;
-    let wanted = [
-        "MemTotal",
-        "MemFree",
-        "MemAvailable",
-        "Cached",
-        "AnonPages",
-        "Slab",
-        "Balloon",
-    ];
+    let wanted = ["MemTotal", "MemFree", "MemAvailable", "Cached", "AnonPages", "Slab", "Balloon"];
     let found = text.lines().filter_map(|line| {
         let (key, value) = line.split_once(':')?;
         let value = value.trim().trim_end_matches(" kB");
@@ -175,14 +161,7 @@ fn meminfo() -> io::Result<String> {
 /// The lines of `/proc/vmstat` that a balloon or a shortage changes.
 fn vmstat() -> io::Result<String> {
     let text = fs::read_to_string("/proc/vmstat")?;
-    let wanted = [
-        "balloon_inflate",
-        "balloon_deflate",
-        "oom_kill",
-        "pgfault",
-        "pgmajfault",
-        "nr_free_pages",
-    ];
+    let wanted = ["balloon_inflate", "balloon_deflate", "oom_kill", "pgfault", "pgmajfault", "nr_free_pages"];
     let found = text.lines().filter_map(|line| {
         let (key, value) = line.split_once(' ')?;
         wanted.contains(&key).then(|| format!(" {key}={value}"))
@@ -192,32 +171,16 @@ fn vmstat() -> io::Result<String> {
 
 /// Counts the messages which say that something was late, killed or broken; shows the first few of them.
 fn check(log: &str) -> String {
-    let stalls = [
-        "detected stall",
-        "self-detected",
-        "soft lockup",
-        "blocked for more than",
-    ];
+    let stalls = ["detected stall", "self-detected", "soft lockup", "blocked for more than"];
     let ooms = ["invoked oom-killer"];
     let bugs = ["BUG:", "Oops", "general protection fault"];
     let warnings = ["WARNING:"];
     let found = |words: &[&str]| -> Vec<String> {
-        let matching = log
-            .lines()
-            .filter(|line| words.iter().any(|word| line.contains(word)));
+        let matching = log.lines().filter(|line| words.iter().any(|word| line.contains(word)));
         matching.map(str::to_owned).collect()
     };
     let [stalls, ooms, bugs, warnings] = [&stalls[..], &ooms, &bugs, &warnings].map(found);
-    let shown: String = [&stalls, &ooms, &bugs]
-        .into_iter()
-        .flatten()
-        .take(8)
-        .map(|line| format!("| {line}\n"))
-        .collect();
-    format!(
-        "{shown}DMESG stalls={} ooms={} bugs={}",
-        stalls.len(),
-        ooms.len(),
-        bugs.len()
-    )
+    let shown: String =
+        [&stalls, &ooms, &bugs, &warnings].into_iter().flatten().take(8).map(|line| format!("| {line}\n")).collect();
+    format!("{shown}DMESG stalls={} ooms={} bugs={} warnings={}", stalls.len(), ooms.len(), bugs.len(), warnings.len())
 }

@@ -7,26 +7,14 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 
 fn check(result: i64) -> io::Result<i64> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Mounts a virtual file system of type `kind` on `target`. One that is there already is as good.
 pub fn mount(kind: &str, target: &str) -> io::Result<()> {
     let (kind, target) = (CString::new(kind)?, CString::new(target)?);
     // SAFETY: all three strings are NUL-terminated and outlive the call; the data may be null.
-    let result = unsafe {
-        libc::mount(
-            kind.as_ptr(),
-            target.as_ptr(),
-            kind.as_ptr(),
-            0,
-            ptr::null(),
-        )
-    };
+    let result = unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, ptr::null()) };
     match check(result.into()) {
         Err(error) if error.raw_os_error() != Some(libc::EBUSY) => Err(error),
         _ => Ok(()),
@@ -37,8 +25,7 @@ pub fn mount(kind: &str, target: &str) -> io::Result<()> {
 pub fn load_module(path: &str) -> io::Result<()> {
     let file = File::open(path)?;
     // SAFETY: the descriptor is open during the call and the parameters are an empty NUL-terminated string.
-    let result =
-        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
     match check(result) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
@@ -85,8 +72,7 @@ pub fn kernel_log() -> String {
     const SYSLOG_ACTION_READ_ALL: i32 = 3;
     let mut buffer = vec![0u8; 1 << 20];
     // SAFETY: the length is the buffer's, and the kernel writes no more than that.
-    let length =
-        unsafe { libc::klogctl(SYSLOG_ACTION_READ_ALL, buffer.as_mut_ptr().cast(), 1 << 20) };
+    let length = unsafe { libc::klogctl(SYSLOG_ACTION_READ_ALL, buffer.as_mut_ptr().cast(), 1 << 20) };
     buffer.truncate(usize::try_from(length).unwrap_or(0));
     String::from_utf8_lossy(&buffer).into_owned()
 }

@@ -131,13 +131,7 @@ pub struct Balloon {
 impl Balloon {
     /// A driver without a device.
     pub const fn new() -> Self {
-        Self {
-            window: None,
-            features: 0,
-            queue_size: QUEUE_SIZE,
-            actual: 0,
-            given: 0,
-        }
+        Self { window: None, features: 0, queue_size: QUEUE_SIZE, actual: 0, given: 0 }
     }
 
     /// Obeys `balloon VERB ...`.
@@ -164,20 +158,15 @@ impl Balloon {
             Some("report") => {
                 let (start, end) = range(arguments)?;
                 let queue = self.reporting_queue()?;
-                let length = u32::try_from((end - start) * PAGE_SIZE)
-                    .map_err(|_| Error::Other("SIZE is too large"))?;
+                let length = u32::try_from((end - start) * PAGE_SIZE).map_err(|_| Error::Other("SIZE is too large"))?;
                 self.submit(queue, start * PAGE_SIZE, length, true)?;
                 self.describe(end - start, answer)
             }
             Some("auto") => self.follow(arguments, answer),
             Some("raw") => {
                 let queue = usize::try_from(arguments.number(1, "QUEUE")?).unwrap_or(usize::MAX);
-                let (gpa, length) = (
-                    arguments.number(2, "GPA")?,
-                    io::dword(arguments.number(3, "LENGTH")?),
-                );
-                let used =
-                    self.submit(queue, gpa, length, arguments.number_or("write", 0)? != 0)?;
+                let (gpa, length) = (arguments.number(2, "GPA")?, io::dword(arguments.number(3, "LENGTH")?));
+                let used = self.submit(queue, gpa, length, arguments.number_or("write", 0)? != 0)?;
                 let _ = write!(answer, " used={used}");
                 Ok(())
             }
@@ -186,9 +175,7 @@ impl Balloon {
                 *self = Self::new();
                 Ok(())
             }
-            _ => Err(Error::Other(
-                "balloon init|status|inflate|deflate|report|auto|raw|reset",
-            )),
+            _ => Err(Error::Other("balloon init|status|inflate|deflate|report|auto|raw|reset")),
         }
     }
 
@@ -197,21 +184,14 @@ impl Balloon {
         let wanted = arguments.number_or("features", feature::MUST_TELL_HOST)? | feature::VERSION_1;
         let skip = usize::try_from(arguments.number_or("device", 0)?).unwrap_or(usize::MAX);
         let is_balloon = |window: &u64| {
-            read32(window + register::MAGIC) == MAGIC
-                && read32(window + register::DEVICE_ID) == BALLOON_ID
+            read32(window + register::MAGIC) == MAGIC && read32(window + register::DEVICE_ID) == BALLOON_ID
         };
-        let window = (0..WINDOW_COUNT)
-            .map(|i| WINDOWS + i * WINDOW_BYTES)
-            .filter(is_balloon)
-            .nth(skip);
+        let window = (0..WINDOW_COUNT).map(|i| WINDOWS + i * WINDOW_BYTES).filter(is_balloon).nth(skip);
         let window = window.ok_or(Error::Other("no virtio-balloon device"))?;
         if read32(window + register::VERSION) != 2 {
             return Err(Error::Other("the device is not of version 2"));
         }
-        *self = Self {
-            window: Some(window),
-            ..Self::new()
-        };
+        *self = Self { window: Some(window), ..Self::new() };
         let mut state = 0;
         self.write(register::STATUS, state)?;
         for bit in [status::ACKNOWLEDGE, status::DRIVER] {
@@ -226,10 +206,7 @@ impl Balloon {
         self.features = offered & wanted;
         for half in 0..2 {
             self.write(register::DRIVER_FEATURES_SELECT, half)?;
-            self.write(
-                register::DRIVER_FEATURES,
-                (self.features >> (32 * half)) as u32,
-            )?;
+            self.write(register::DRIVER_FEATURES, (self.features >> (32 * half)) as u32)?;
         }
         state |= status::FEATURES_OK;
         self.write(register::STATUS, state)?;
@@ -241,29 +218,19 @@ impl Balloon {
         }
         state |= status::DRIVER_OK;
         self.write(register::STATUS, state)?;
-        let _ = write!(
-            answer,
-            " offered={offered:#x} features={:#x} queues={}",
-            self.features,
-            self.queues()
-        );
+        let _ = write!(answer, " offered={offered:#x} features={:#x} queues={}", self.features, self.queues());
         Ok(())
     }
 
     /// How many queues the agreed features bring; numbers are dense.
     fn queues(&self) -> usize {
         let optional = [feature::STATS, feature::FREE_PAGE_HINT, feature::REPORTING];
-        2 + optional
-            .iter()
-            .filter(|bit| self.features & **bit != 0)
-            .count()
+        2 + optional.iter().filter(|bit| self.features & **bit != 0).count()
     }
 
     fn reporting_queue(&self) -> Result<usize, Error> {
         if self.features & feature::REPORTING == 0 {
-            return Err(Error::Other(
-                "page reporting was not agreed on: balloon init features=0x20",
-            ));
+            return Err(Error::Other("page reporting was not agreed on: balloon init features=0x20"));
         }
         Ok(self.queues() - 1)
     }
@@ -280,19 +247,10 @@ impl Balloon {
         unsafe { memory.write_bytes(0, 1) };
         self.write(register::QUEUE_SIZE, self.queue_size.into())?;
         // SAFETY: only computes the addresses of fields.
-        let parts = unsafe {
-            [
-                &raw const (*memory).descriptors as u64,
-                &raw const (*memory).available as u64,
-            ]
-        };
+        let parts = unsafe { [&raw const (*memory).descriptors as u64, &raw const (*memory).available as u64] };
         // SAFETY: as above.
         let used = unsafe { &raw const (*memory).used as u64 };
-        let registers = [
-            register::QUEUE_DESCRIPTORS,
-            register::QUEUE_AVAILABLE,
-            register::QUEUE_USED,
-        ];
+        let registers = [register::QUEUE_DESCRIPTORS, register::QUEUE_AVAILABLE, register::QUEUE_USED];
         for (register, address) in registers.into_iter().zip([parts[0], parts[1], used]) {
             self.write(register, address as u32)?;
             self.write(register + 4, (address >> 32) as u32)?;
@@ -308,13 +266,8 @@ impl Balloon {
         while first < end {
             let count = (end - first).min(BATCH as u64);
             for i in 0..count {
-                // SAFETY: `i` is below BATCH, the array's length; no buffer is in flight, so the device does not read it.
-                unsafe {
-                    numbers
-                        .cast::<u32>()
-                        .add(i as usize)
-                        .write_volatile((first + i) as u32)
-                };
+                // SAFETY: `i` is below BATCH, the array's length; no buffer is in flight that holds it.
+                unsafe { numbers.cast::<u32>().add(i as usize).write_volatile((first + i) as u32) };
             }
             self.submit(queue, numbers as u64, count as u32 * 4, false)?;
             first += count;
@@ -323,13 +276,7 @@ impl Balloon {
     }
 
     /// Gives one buffer to the device and waits until it comes back; returns the length that the device reports.
-    fn submit(
-        &mut self,
-        queue: usize,
-        address: u64,
-        length: u32,
-        device_writes: bool,
-    ) -> Result<u32, Error> {
+    fn submit(&mut self, queue: usize, address: u64, length: u32, device_writes: bool) -> Result<u32, Error> {
         if queue >= self.queues() {
             return Err(Error::Other("there is no such queue"));
         }
@@ -340,12 +287,7 @@ impl Balloon {
             let seen = (&raw const (*memory).used.index).read_volatile();
             let index = (&raw const (*memory).available.index).read_volatile();
             let flags = if device_writes { DEVICE_WRITES } else { 0 };
-            (&raw mut (*memory).descriptors[0]).write_volatile(Descriptor {
-                address,
-                length,
-                flags,
-                next: 0,
-            });
+            (&raw mut (*memory).descriptors[0]).write_volatile(Descriptor { address, length, flags, next: 0 });
             let slot = usize::from(index % self.queue_size);
             (&raw mut (*memory).available.entries[slot]).write_volatile(0);
             fence(SeqCst);
@@ -423,17 +365,13 @@ impl Balloon {
     }
 
     fn describe(&mut self, pages: u64, answer: &mut Line) -> Result<(), Error> {
-        let (target, actual) = (
-            self.read(register::CONFIG_NUM_PAGES)?,
-            self.read(register::CONFIG_ACTUAL)?,
-        );
+        let (target, actual) = (self.read(register::CONFIG_NUM_PAGES)?, self.read(register::CONFIG_ACTUAL)?);
         let _ = write!(answer, " pages={pages} target={target} actual={actual}");
         Ok(())
     }
 
     fn window(&self) -> Result<u64, Error> {
-        self.window
-            .ok_or(Error::Other("no device yet: balloon init"))
+        self.window.ok_or(Error::Other("no device yet: balloon init"))
     }
 
     fn read(&self, register: u64) -> Result<u32, Error> {
@@ -444,7 +382,8 @@ impl Balloon {
         let address = self.window()? + register;
         // SAFETY: a device register of 32 bits; no memory of this program is there.
         unsafe {
-            core::arch::asm!("mov dword ptr [{}], {:e}", in(reg) address, in(reg) value, options(nostack, preserves_flags));
+            core::arch::asm!("mov dword ptr [{}], {:e}", in(reg) address, in(reg) value,
+                options(nostack, preserves_flags));
         }
         Ok(())
     }
@@ -456,9 +395,7 @@ fn range(arguments: Arguments<'_>) -> Result<(u64, u64), Error> {
     if start % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
         return Err(Error::Other("START and SIZE must be multiples of 4K"));
     }
-    let end = start
-        .checked_add(size)
-        .ok_or(Error::Other("START + SIZE is too large"))?;
+    let end = start.checked_add(size).ok_or(Error::Other("START + SIZE is too large"))?;
     Ok((start / PAGE_SIZE, end / PAGE_SIZE))
 }
 
@@ -473,7 +410,8 @@ fn read32(address: u64) -> u32 {
     // SAFETY: a device register of 32 bits; where no device is, the monitor answers with something, and nothing else
     // happens.
     unsafe {
-        core::arch::asm!("mov {:e}, dword ptr [{}]", out(reg) value, in(reg) address, options(nostack, preserves_flags));
+        core::arch::asm!("mov {:e}, dword ptr [{}]", out(reg) value, in(reg) address,
+            options(nostack, preserves_flags));
     }
     value
 }

@@ -19,9 +19,7 @@ const POLL_MS: u32 = 2;
 
 fn out32(port: u16, value: u32) {
     // SAFETY: the ports used here change nothing in this guest's memory; I/O is allowed at this privilege level.
-    unsafe {
-        asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags))
-    };
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
 fn in8(port: u16) -> u8 {
@@ -33,7 +31,7 @@ fn in8(port: u16) -> u8 {
 
 /// Prints text with one instruction.
 pub fn print(text: &str) {
-    // SAFETY: reads `text.len()` bytes from the text, which is what `rep outsb` is asked for; the direction flag is clear.
+    // SAFETY: `rep outsb` is asked to read `text.len()` bytes from the text's start; the direction flag is clear.
     unsafe {
         asm!("rep outsb", in("dx") COM1, inout("rsi") text.as_ptr() => _, inout("rcx") text.len() => _,
             options(nostack, preserves_flags, readonly));
@@ -102,10 +100,7 @@ pub struct Line {
 impl Line {
     /// An empty one.
     pub const fn new() -> Self {
-        Self {
-            bytes: [0; 512],
-            length: 0,
-        }
+        Self { bytes: [0; 512], length: 0 }
     }
 
     /// Makes it empty again.

@@ -55,27 +55,14 @@ impl Work {
         if start % PAGE_SIZE != 0 || stride == 0 || stride % PAGE_SIZE != 0 {
             return Err(Error::Other("START and stride must be multiples of 4K"));
         }
-        let end = start
-            .checked_add(size)
-            .ok_or(Error::Other("START + SIZE is too large"))?;
+        let end = start.checked_add(size).ok_or(Error::Other("START + SIZE is too large"))?;
         let read = match arguments.option("mode") {
             None | Some("write") => false,
             Some("read") => true,
             Some(_) => return Err(Error::Other("mode must be read or write")),
         };
-        let (seed, passes) = (
-            arguments.number_or("seed", 1)?,
-            arguments.number_or("passes", 1)?,
-        );
-        Ok(Self {
-            start,
-            end,
-            stride,
-            seed,
-            passes,
-            fill: arguments.fill()?,
-            read,
-        })
+        let (seed, passes) = (arguments.number_or("seed", 1)?, arguments.number_or("passes", 1)?);
+        Ok(Self { start, end, stride, seed, passes, fill: arguments.fill()?, read })
     }
 
     fn pages(&self) -> u64 {
@@ -91,11 +78,7 @@ impl Work {
     fn share(&self, cpu: u64, cpus: u64) -> Self {
         let pages = self.pages();
         let at = |n: u64| (self.start + pages * n / cpus * self.stride).min(self.end);
-        Self {
-            start: at(cpu),
-            end: at(cpu + 1),
-            ..*self
-        }
+        Self { start: at(cpu), end: at(cpu + 1), ..*self }
     }
 
     fn run(&self) {
@@ -113,65 +96,35 @@ impl Work {
 
 fn fill(page: u64, seed: u64, fill: Fill) {
     for word in fill.words() {
-        poke(
-            page + word as u64 * 8,
-            pattern(seed, page / PAGE_SIZE, word),
-        );
+        poke(page + word as u64 * 8, pattern(seed, page / PAGE_SIZE, word));
     }
 }
 
 /// `touch`: writes or reads each page.
 pub fn touch(arguments: Arguments<'_>, cpus: u64, answer: &mut Line) -> Result<(), Error> {
     let work = Work::parse(arguments)?;
-    let cpus = if arguments.option("cpus") == Some("all") {
-        cpus
-    } else {
-        1
-    };
+    let cpus = if arguments.option("cpus") == Some("all") { cpus } else { 1 };
     let before = io::cycles();
     together(&work, cpus);
     let spent = io::cycles().wrapping_sub(before);
-    let _ = write!(
-        answer,
-        " pages={} passes={} cpus={cpus} cycles={spent}",
-        work.pages(),
-        work.passes
-    );
+    let _ = write!(answer, " pages={} passes={} cpus={cpus} cycles={spent}", work.pages(), work.passes);
     Ok(())
 }
 
 /// `storm`: touches with all vCPUs, for ever if `passes` is not given.
-pub fn storm(
-    arguments: Arguments<'_>,
-    ram: u64,
-    cpus: u64,
-    answer: &mut Line,
-) -> Result<(), Error> {
+pub fn storm(arguments: Arguments<'_>, ram: u64, cpus: u64, answer: &mut Line) -> Result<(), Error> {
     let mut work = if arguments.word(0).is_some() {
         Work::parse(arguments)?
     } else {
         let end = ram.min(LOW_RAM_END);
-        Work {
-            start: STORM_START.min(end),
-            end,
-            stride: PAGE_SIZE,
-            seed: 1,
-            passes: 1,
-            fill: Fill::Ends,
-            read: false,
-        }
+        Work { start: STORM_START.min(end), end, stride: PAGE_SIZE, seed: 1, passes: 1, fill: Fill::Ends, read: false }
     };
     work.passes = arguments.number_or("passes", u64::MAX)?;
     if work.passes == u64::MAX {
         io::answer("OK ", "storm", " started");
     }
     together(&work, cpus);
-    let _ = write!(
-        answer,
-        " pages={} passes={} cpus={cpus}",
-        work.pages(),
-        work.passes
-    );
+    let _ = write!(answer, " pages={} passes={} cpus={cpus}", work.pages(), work.passes);
     Ok(())
 }
 
@@ -190,7 +143,7 @@ pub fn random(arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> 
     Ok(())
 }
 
-/// `hot`: adds one to a counter in each page, each pass. All pages' counters agree before and after, or writes were lost.
+/// `hot`: adds one to a counter in each page, each pass. The counters of all pages agree, or writes were lost.
 pub fn hot(arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> {
     let work = Work::parse(arguments)?;
     let mut lost = 0u64;
@@ -202,17 +155,8 @@ pub fn hot(arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> {
             poke(counter, pass + 1);
         }
     }
-    let _ = write!(
-        answer,
-        " pages={} passes={} lost={lost}",
-        work.pages(),
-        work.passes
-    );
-    if lost == 0 {
-        Ok(())
-    } else {
-        Err(Error::Other("writes were lost"))
-    }
+    let _ = write!(answer, " pages={} passes={} lost={lost}", work.pages(), work.passes);
+    if lost == 0 { Ok(()) } else { Err(Error::Other("writes were lost")) }
 }
 
 /// `verify`: reads each page and compares. With `zero=ok` a page may be all zeroes instead, with `zero=only` it must.
@@ -296,18 +240,9 @@ pub fn serve(cpu: u64) -> ! {
             continue;
         }
         seen = round;
-        let [start, end, stride, seed, passes, full, read] =
-            core::array::from_fn(|i| SHARED.work[i].load(SeqCst));
+        let [start, end, stride, seed, passes, full, read] = core::array::from_fn(|i| SHARED.work[i].load(SeqCst));
         let fill = if full == 0 { Fill::Ends } else { Fill::Full };
-        let work = Work {
-            start,
-            end,
-            stride,
-            seed,
-            passes,
-            fill,
-            read: read != 0,
-        };
+        let work = Work { start, end, stride, seed, passes, fill, read: read != 0 };
         work.share(cpu, SHARED.cpus.load(SeqCst)).run();
         SHARED.done.fetch_add(1, SeqCst);
     }
