@@ -78,6 +78,8 @@ const POLLS: u32 = 60_000;
 const ROUND_MS: u32 = 10;
 /// Descriptor flag: the device writes.
 const DEVICE_WRITES: u16 = 2;
+/// Flag of the available ring: no interrupt, please.
+const NO_INTERRUPT: u16 = 1;
 
 /// One split queue, in a page of its own, laid out as the device reads it.
 #[repr(C, align(4096))]
@@ -244,7 +246,10 @@ impl Balloon {
         self.queue_size = QUEUE_SIZE.min(max as u16);
         let memory = area_queue(queue);
         // SAFETY: the pointer is to one of the area's queues, which lives for ever; nothing is in flight on it yet.
-        unsafe { memory.write_bytes(0, 1) };
+        unsafe {
+            memory.write_bytes(0, 1);
+            (&raw mut (*memory).available.flags).write_volatile(NO_INTERRUPT);
+        }
         self.write(register::QUEUE_SIZE, self.queue_size.into())?;
         // SAFETY: only computes the addresses of fields.
         let parts = unsafe { [&raw const (*memory).descriptors as u64, &raw const (*memory).available as u64] };

@@ -14,6 +14,8 @@ const EXIT: u16 = 0x504;
 const WAIT: u16 = 0x508;
 /// Prints a line with the value and the monitor's clock.
 const MARK: u16 = 0x50c;
+/// Mask registers of the two old interrupt controllers, which are open at reset.
+const INTERRUPT_MASKS: [u16; 2] = [0x21, 0xa1];
 /// Milliseconds between two looks at the serial port.
 const POLL_MS: u32 = 2;
 
@@ -22,11 +24,22 @@ fn out32(port: u16, value: u32) {
     unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
+fn out8(port: u16, value: u8) {
+    // SAFETY: as above.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) };
+}
+
 fn in8(port: u16) -> u8 {
     let value: u8;
     // SAFETY: as above.
     unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, preserves_flags)) };
     value
+}
+
+/// Keeps interrupts away. There is no descriptor table to take one with, and a device may raise one whenever its
+/// configuration changes, even if its driver only polls.
+pub fn mask_interrupts() {
+    INTERRUPT_MASKS.into_iter().for_each(|port| out8(port, 0xff));
 }
 
 /// Prints text with one instruction.

@@ -92,6 +92,7 @@ extern "C" fn payload_main(cmdline: *const u8, ram: u64, cpu: u64, cpus: u64) ->
     if cpu != 0 {
         memory::serve(cpu);
     }
+    io::mask_interrupts();
     let mut session = Session { ram, cpus, balloon: Balloon::new(), answer: Line::new() };
     // SAFETY: the monitor promises a NUL-terminated command line there, which nothing changes while the guest runs.
     let commands = unsafe { core::ffi::CStr::from_ptr(cmdline.cast()) };
