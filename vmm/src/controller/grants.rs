@@ -112,7 +112,7 @@ impl Actor {
 
     /// Charges at most `pages` that faults wait for and returns how many. In mode `Wait` what does not fit counts as
     /// a failure.
-    fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
+    pub fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
         let node = self.vms[&id].node;
         let fits = self
             .tree

@@ -12,7 +12,7 @@
 use std::time::Duration;
 
 use memcg_core::tree::Mode;
-use memcg_core::units::{Pages, human};
+use memcg_core::units::Pages;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -136,33 +136,17 @@ impl Actor {
         vm.greeted = true;
         vm.patience = None;
         vm.reserve_target = reserve_target;
-        if let Err(refused) = self.tree.try_charge(vm.node, reserve_target, Mode::Wait) {
-            let smallest = reserve_target;
-            let at = if refused.level == vm.node {
-                "memory.max"
-            } else {
-                "the limit of all VMs"
-            };
-            let message = format!(
-                "{at} does not leave the {} that a VM with {} vCPUs keeps in reserve",
-                human(reserve_target.bytes()),
-                vm.cpus
-            );
-            self.kill(
-                id,
-                VmEnd::Failed {
-                    message,
-                    smallest_max: Some(smallest),
-                },
-            );
-            return;
-        }
-        vm.granted_total = reserve_target.0;
-        if vm.accounting {
-            let stock = self.tree.stock_max(self.vms[&id].node).0;
+        // What does not fit is missing from the reserve, and the loader's first want is refused too: only the worker
+        // knows what the kernel needs, so it is the one to fail and to name the smallest limit that would do.
+        let got = self.charge_need(id, reserve_target.0, Mode::Wait);
+        let short = got < reserve_target.0;
+        let vm = self.vms.get_mut(&id).expect("checked");
+        vm.refused = short;
+        if vm.accounting && !short {
+            let stock = self.tree.stock_max(vm.node).0;
             self.charge_ahead(id, stock);
         }
-        self.send_grant(id, false);
+        self.send_grant(id, short);
     }
 
     fn loaded(&mut self, id: VmId, plan: u64) {

@@ -36,7 +36,7 @@ impl Actor {
             guest_stats: vm
                 .guest_stats
                 .as_ref()
-                .map(|(stats, at)| GuestStatsView::new(stats, millis_since(*at))),
+                .map(|(stats, at)| GuestStatsView::new(stats, stats.age_ms.saturating_add(millis_since(*at)))),
             held: held_view(vm),
             oom: OomView {
                 action: vm.oom.action,
