@@ -45,13 +45,8 @@ impl hyper::body::Body for Lines {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0
-            .poll_recv(cx)
-            .map(|line| line.map(|line| Ok(Frame::data(line))))
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(cx).map(|line| line.map(|line| Ok(Frame::data(line))))
     }
 }
 
@@ -67,10 +62,7 @@ pub(super) async fn events(
     let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
     let (lines, body) = mpsc::channel(QUEUE);
     tokio::spawn(feed(shared, query, lines));
-    let headers = [
-        ("content-type", "application/x-ndjson"),
-        ("cache-control", "no-store"),
-    ];
+    let headers = [("content-type", "application/x-ndjson"), ("cache-control", "no-store")];
     Ok((headers, Body::new(Lines(body))).into_response())
 }
 

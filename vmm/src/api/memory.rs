@@ -27,60 +27,33 @@ pub const MAX_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 #[serde(deny_unknown_fields)]
 pub struct MemoryPatch {
     /// Never reclaimed below this.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub min_bytes: Option<Option<u64>>,
     /// Reclaimed below this only in need.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub low_bytes: Option<Option<u64>>,
     /// Reclaim starts here.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub high_bytes: Option<Option<u64>>,
     /// No charge is granted above this.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub max_bytes: Option<Option<u64>>,
     /// No eviction above this.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub swap_max_bytes: Option<Option<u64>>,
     /// Overhead above this is refused.
-    #[serde(
-        default,
-        deserialize_with = "present",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub vmm_max_bytes: Option<Option<u64>>,
 }
 
 /// Tells `null` from absent.
-#[expect(
-    clippy::option_option,
-    reason = "absent, null and a number are three things"
-)]
+#[expect(clippy::option_option, reason = "absent, null and a number are three things")]
 fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
     Option::deserialize(from).map(Some)
 }
@@ -159,15 +132,18 @@ pub(super) async fn patch(
     let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
     // The type of the content is not asked for: curl says it is a form.
     let body = body.map_err(|error| {
-        let code = if error.status() == StatusCode::PAYLOAD_TOO_LARGE {
-            Code::TooLarge
-        } else {
-            Code::BadRequest
-        };
+        let code = if error.status() == StatusCode::PAYLOAD_TOO_LARGE { Code::TooLarge } else { Code::BadRequest };
         Refusal::new(code, error.body_text())
     })?;
-    let patch: MemoryPatch = serde_json::from_slice(&body)
-        .map_err(|error| Refusal::new(Code::BadRequest, format!("the body: {error}")))?;
+    // A list would do for a structure of optional fields, and change nothing.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Refusal::new(
+            Code::BadRequest,
+            "the body must be a JSON object such as {\"max_bytes\": 268435456}",
+        ));
+    }
+    let patch: MemoryPatch =
+        serde_json::from_slice(&body).map_err(|error| Refusal::new(Code::BadRequest, format!("the body: {error}")))?;
     let wait = query.wait_ms.map(Duration::from_millis);
     if wait.is_some_and(|wait| wait > MAX_WAIT) {
         let message = format!("wait_ms is at most {} (a day)", MAX_WAIT.as_millis());
@@ -178,18 +154,8 @@ pub(super) async fn patch(
         ChangeMode::Force => Mode::Force,
         ChangeMode::Refuse => Mode::Refuse,
     };
-    let patch = LimitPatch {
-        if_generation: query.generation,
-        ..patch.limits()?
-    };
-    let changed = shared
-        .controller
-        .change(&name, MemoryChange { patch, mode, wait })
-        .await?;
-    let status = if changed.in_force {
-        StatusCode::OK
-    } else {
-        StatusCode::ACCEPTED
-    };
+    let patch = LimitPatch { if_generation: query.generation, ..patch.limits()? };
+    let changed = shared.controller.change(&name, MemoryChange { patch, mode, wait }).await?;
+    let status = if changed.in_force { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok((status, Json(changed.view)).into_response())
 }

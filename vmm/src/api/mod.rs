@@ -34,16 +34,12 @@ struct Shared {
 }
 
 #[derive(OpenApi)]
-#[openapi(info(
-    title = "ballast",
-    description = "KVM guests under memory limits that hold"
-))]
+#[openapi(info(title = "ballast", description = "KVM guests under memory limits that hold"))]
 struct Document;
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status = StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         (status, Json(self)).into_response()
     }
 }
@@ -63,10 +59,7 @@ fn described() -> OpenApiRouter<Shared> {
 /// The OpenAPI document as JSON.
 pub fn document() -> String {
     // Made of strings and maps with string keys: cannot fail.
-    described()
-        .into_openapi()
-        .to_pretty_json()
-        .unwrap_or_default()
+    described().into_openapi().to_pretty_json().unwrap_or_default()
 }
 
 /// The routes, served by `controller`; followers of events end when `stopping` becomes true.
@@ -77,22 +70,13 @@ pub fn router(controller: Controller, stopping: watch::Receiver<bool>) -> Router
     router
         .route("/openapi.json", axum::routing::get(openapi))
         .fallback(async |uri: axum::http::Uri| {
-            Refusal::new(
-                Code::NotFound,
-                format!("there is nothing at {}", uri.path()),
-            )
+            Refusal::new(Code::NotFound, format!("there is nothing at {}", uri.path()))
         })
         .method_not_allowed_fallback(async |method: axum::http::Method, uri: axum::http::Uri| {
-            Refusal::new(
-                Code::MethodNotAllowed,
-                format!("{} has no method {method}", uri.path()),
-            )
+            Refusal::new(Code::MethodNotAllowed, format!("{} has no method {method}", uri.path()))
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(Shared {
-            controller,
-            stopping,
-        })
+        .with_state(Shared { controller, stopping })
 }
 
 /// The host and the controller.
@@ -112,10 +96,7 @@ async fn list(State(shared): State<Shared>) -> Result<Json<Vec<VmView>>, Refusal
     get, path = "/vms/{name}", params(("name" = String, Path, description = "name of the VM")),
     responses((status = 200, body = VmView), (status = 404, body = Refusal)),
 )]
-async fn show(
-    State(shared): State<Shared>,
-    Path(name): Path<String>,
-) -> Result<Json<VmView>, Refusal> {
+async fn show(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
     shared.controller.show(&name).await.map(Json)
 }
 
@@ -125,10 +106,7 @@ async fn show(
     responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
         (status = 503, body = Refusal)),
 )]
-async fn pause(
-    State(shared): State<Shared>,
-    Path(name): Path<String>,
-) -> Result<Json<VmView>, Refusal> {
+async fn pause(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
     shared.controller.pause(&name).await.map(Json)
 }
 
@@ -138,10 +116,7 @@ async fn pause(
     responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
         (status = 503, body = Refusal)),
 )]
-async fn resume(
-    State(shared): State<Shared>,
-    Path(name): Path<String>,
-) -> Result<Json<VmView>, Refusal> {
+async fn resume(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
     shared.controller.resume(&name).await.map(Json)
 }
 
@@ -150,9 +125,6 @@ async fn resume(
     post, path = "/vms/{name}/kill", params(("name" = String, Path, description = "name of the VM")),
     responses((status = 200, body = VmView), (status = 404, body = Refusal)),
 )]
-async fn kill(
-    State(shared): State<Shared>,
-    Path(name): Path<String>,
-) -> Result<Json<VmView>, Refusal> {
+async fn kill(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
     shared.controller.kill(&name).await.map(Json)
 }

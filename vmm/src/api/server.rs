@@ -64,9 +64,7 @@ impl Drop for SocketFile {
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path)
-        .ok()
-        .map(|meta| (meta.dev(), meta.ino()))
+    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// Makes the socket at `path`, mode 0600, with the directory above it if that is missing (mode 0700). The file of
@@ -77,26 +75,14 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 pub fn bind(path: &Path) -> Result<Bound, BindError> {
     check_socket_path(path)?;
     let name = || path.display().to_string();
-    let failed = |source| BindError::System {
-        path: name(),
-        source,
-    };
-    if let Some(parent) = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-    {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(parent)
-            .map_err(failed)?;
+    let failed = |source| BindError::System { path: name(), source };
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return Err(BindError::NotASocket(name())),
         Ok(_) => match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed)?
-            }
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(failed)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(failed(e)),
             Ok(_) => return Err(BindError::InUse(name())),
@@ -110,10 +96,7 @@ pub fn bind(path: &Path) -> Result<Bound, BindError> {
     rustix::process::umask(before);
     let listener = listener.map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
-    let file = SocketFile {
-        path: path.to_owned(),
-        identity: identity(path),
-    };
+    let file = SocketFile { path: path.to_owned(), identity: identity(path) };
     Ok(Bound { listener, file })
 }
 
@@ -142,28 +125,17 @@ pub fn serve(bound: Bound, controller: Controller) -> io::Result<Server> {
             // Without a sender there is no server any more either.
             let _ = stopped.wait_for(|stopping| *stopping).await;
         };
-        if let Err(error) = axum::serve(listener, router)
-            .with_graceful_shutdown(shutdown)
-            .await
-        {
+        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(shutdown).await {
             tracing::error!(%error, "the interface has ended");
         }
     });
-    Ok(Server {
-        task,
-        stopping,
-        file,
-    })
+    Ok(Server { task, stopping, file })
 }
 
 impl Server {
     /// Takes no more requests, gives those under way a second to be answered, and removes the socket.
     pub async fn stop(self) {
-        let Self {
-            task,
-            stopping,
-            file,
-        } = self;
+        let Self { task, stopping, file } = self;
         drop(file);
         stopping.send_replace(true);
         if tokio::time::timeout(GRACE, task).await.is_err() {

@@ -13,35 +13,22 @@ use super::{Failure, NOT_REACHED, chain};
 use crate::controller::error::{Code, Refusal};
 
 /// Sends a request and returns the answer with its body still to come.
-pub async fn open(
-    socket: &Path,
-    method: Method,
-    target: &str,
-    body: String,
-) -> Result<Response<Incoming>, Failure> {
+pub async fn open(socket: &Path, method: Method, target: &str, body: String) -> Result<Response<Incoming>, Failure> {
     let lost = |error: &dyn std::error::Error| {
-        Failure::error(format!(
-            "the controller at {} does not answer: {}",
-            socket.display(),
-            chain(error)
-        ))
+        Failure::error(format!("the controller at {} does not answer: {}", socket.display(), chain(error)))
     };
-    let stream = tokio::net::UnixStream::connect(socket)
-        .await
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::ConnectionRefused => Failure::error(format!(
-                "nobody listens at {} any more: its VM has ended without removing the file",
-                socket.display()
-            )),
-            std::io::ErrorKind::PermissionDenied => Failure::error(format!(
-                "no permission to use {}: only the user who started the VM may",
-                socket.display()
-            )),
-            _ => lost(&error),
-        })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| lost(&error))?;
+    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => Failure::error(format!(
+            "nobody listens at {} any more: its VM has ended without removing the file",
+            socket.display()
+        )),
+        std::io::ErrorKind::PermissionDenied => {
+            Failure::error(format!("no permission to use {}: only the user who started the VM may", socket.display()))
+        }
+        _ => lost(&error),
+    })?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "the connection has ended");
@@ -54,10 +41,7 @@ pub async fn open(
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| lost(&error))?;
-    sender
-        .send_request(request)
-        .await
-        .map_err(|error| lost(&error))
+    sender.send_request(request).await.map_err(|error| lost(&error))
 }
 
 /// Sends a request and reads the whole answer; a refusal becomes a failure with its sentence.
@@ -70,23 +54,16 @@ pub async fn request(
     let answer = open(socket, method, target, body).await?;
     let status = answer.status();
     let body = answer.into_body().collect().await;
-    let body = body
-        .map_err(|error| Failure::error(format!("the answer was cut off: {}", chain(&error))))?
-        .to_bytes();
-    if status.is_success() {
-        Ok((status, body))
-    } else {
-        Err(refused(status, &body))
-    }
+    let body = body.map_err(|error| Failure::error(format!("the answer was cut off: {}", chain(&error))))?.to_bytes();
+    if status.is_success() { Ok((status, body)) } else { Err(refused(status, &body)) }
 }
 
 /// The failure that an answer from 400 upwards stands for.
 pub fn refused(status: StatusCode, body: &[u8]) -> Failure {
     match serde_json::from_slice::<Refusal>(body) {
-        Ok(refusal) if refusal.code == Code::LimitNotReached => Failure {
-            message: refusal.message,
-            status: NOT_REACHED,
-        },
+        Ok(refusal) if refusal.code == Code::LimitNotReached => {
+            Failure { message: refusal.message, status: NOT_REACHED }
+        }
         Ok(refusal) => Failure::error(refusal.message),
         Err(_) => Failure::error(format!("the controller answered {status}")),
     }
@@ -94,6 +71,5 @@ pub fn refused(status: StatusCode, body: &[u8]) -> Failure {
 
 /// Reads an answer's JSON.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body)
-        .map_err(|error| Failure::error(format!("the answer makes no sense: {error}")))
+    serde_json::from_slice(body).map_err(|error| Failure::error(format!("the answer makes no sense: {error}")))
 }

@@ -38,16 +38,11 @@ impl Raw {
             | InputModes::IGNCR
             | InputModes::ICRNL
             | InputModes::IXON);
-        raw.local_modes &= !(LocalModes::ECHO
-            | LocalModes::ECHONL
-            | LocalModes::ICANON
-            | LocalModes::ISIG
-            | LocalModes::IEXTEN);
+        raw.local_modes &=
+            !(LocalModes::ECHO | LocalModes::ECHONL | LocalModes::ICANON | LocalModes::ISIG | LocalModes::IEXTEN);
         raw.special_codes[SpecialCodeIndex::VMIN] = 1;
         raw.special_codes[SpecialCodeIndex::VTIME] = 0;
-        *BEFORE
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(before);
+        *BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(before);
         let raw_mode = Self(());
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -67,10 +62,7 @@ impl Drop for Raw {
 
 /// Puts the terminal back as it was; the second time does nothing.
 fn restore() {
-    let before = BEFORE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-        .take();
+    let before = BEFORE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     if let Some(before) = before {
         // A terminal that is gone needs no restoring.
         let _ = rustix::termios::tcsetattr(std::io::stdin(), OptionalActions::Drain, &before);
@@ -94,34 +86,25 @@ pub fn start(guest: UnixStream) -> std::io::Result<Console> {
     let stdin_is_terminal = std::io::stdin().is_terminal();
     // A process in the background may neither change the terminal nor read from it.
     let foreground = stdin_is_terminal
-        && rustix::termios::tcgetpgrp(std::io::stdin())
-            .is_ok_and(|group| group == rustix::process::getpgrp());
+        && rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp());
     let interactive = foreground && std::io::stdout().is_terminal();
-    let raw = if interactive {
-        Some(Raw::enter()?)
-    } else {
-        None
-    };
+    let raw = if interactive { Some(Raw::enter()?) } else { None };
 
     let (done, drained) = oneshot::channel();
     let output = guest.try_clone()?;
-    thread::Builder::new()
-        .name("console-out".to_owned())
-        .spawn(move || {
-            pump_out(output);
-            // Whoever has stopped waiting does not mind.
-            let _ = done.send(());
-        })?;
+    thread::Builder::new().name("console-out".to_owned()).spawn(move || {
+        pump_out(output);
+        // Whoever has stopped waiting does not mind.
+        let _ = done.send(());
+    })?;
     let mut left = None;
     if foreground || !stdin_is_terminal {
         let (leave, leaving) = oneshot::channel();
-        thread::Builder::new()
-            .name("console-in".to_owned())
-            .spawn(move || {
-                if pump_in(guest, interactive) {
-                    let _ = leave.send(());
-                }
-            })?;
+        thread::Builder::new().name("console-in".to_owned()).spawn(move || {
+            if pump_in(guest, interactive) {
+                let _ = leave.send(());
+            }
+        })?;
         left = Some(leaving);
     }
     Ok(Console { raw, drained, left })
@@ -140,11 +123,7 @@ fn pump_out(mut guest: UnixStream) {
             Err(_) => return,
         };
         let mut stdout = std::io::stdout().lock();
-        open = open
-            && stdout
-                .write_all(&buffer[..length])
-                .and_then(|()| stdout.flush())
-                .is_ok();
+        open = open && stdout.write_all(&buffer[..length]).and_then(|()| stdout.flush()).is_ok();
     }
 }
 
@@ -161,11 +140,7 @@ fn pump_in(mut guest: UnixStream, interactive: bool) -> bool {
             Err(_) => return false,
         };
         let typed = &buffer[..length];
-        let end = if interactive {
-            typed.iter().position(|byte| *byte == LEAVE)
-        } else {
-            None
-        };
+        let end = if interactive { typed.iter().position(|byte| *byte == LEAVE) } else { None };
         if guest.write_all(&typed[..end.unwrap_or(length)]).is_err() {
             return false;
         }

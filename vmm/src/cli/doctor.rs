@@ -11,18 +11,9 @@ const LITTLE_MEMORY: u64 = 64 << 20;
 /// Checks everything and prints a line for each; 0 when VMs can run with limits.
 pub fn doctor() -> u8 {
     let checks = [
-        (
-            "kernel",
-            host::check_kernel().map(|release| format!("Linux {release}")),
-        ),
-        (
-            "kvm",
-            host::open_kvm().map(|_| "/dev/kvm can be used".to_owned()),
-        ),
-        (
-            "userfaultfd",
-            host::open_userfaultfd().map(|_| "/dev/userfaultfd has what limits need".to_owned()),
-        ),
+        ("kernel", host::check_kernel().map(|release| format!("Linux {release}"))),
+        ("kvm", host::open_kvm().map(|_| "/dev/kvm can be used".to_owned())),
+        ("userfaultfd", host::open_userfaultfd().map(|_| "/dev/userfaultfd has what limits need".to_owned())),
         ("memory", memory()),
     ];
     let (mut status, mut out) = (DONE, String::new());
@@ -31,10 +22,7 @@ pub fn doctor() -> u8 {
             Ok(text) => out.push_str(&format!("ok    {what:12} {text}\n")),
             Err(Problem { what: problem, fix }) => {
                 status = ERROR;
-                out.push_str(&format!(
-                    "FAIL  {what:12} {problem}\n      {:12} {fix}\n",
-                    "do this:"
-                ));
+                out.push_str(&format!("FAIL  {what:12} {problem}\n      {:12} {fix}\n", "do this:"));
             }
         }
     }
@@ -54,9 +42,5 @@ fn memory() -> Result<String, Problem> {
             fix: "free some: ps aux --sort=-rss | head".to_owned(),
         });
     }
-    Ok(format!(
-        "{} of {} available",
-        human(memory.available),
-        human(memory.total)
-    ))
+    Ok(format!("{} of {} available", human(memory.available), human(memory.total)))
 }

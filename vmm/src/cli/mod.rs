@@ -46,13 +46,7 @@ pub const LOG_VARIABLE: &str = "BALLAST_LOG";
 
 /// Launches KVM guests under memory limits that hold.
 #[derive(Debug, Parser)]
-#[command(
-    name = "ballast",
-    version,
-    about,
-    propagate_version = false,
-    disable_help_subcommand = true
-)]
+#[command(name = "ballast", version, about, propagate_version = false, disable_help_subcommand = true)]
 pub struct Cli {
     /// How much is logged on stderr: off, error, warn, info, debug or trace
     #[arg(long, global = true, value_name = "LEVEL", env = LOG_VARIABLE, default_value = "warn",
@@ -123,26 +117,17 @@ pub struct Failure {
 impl Failure {
     /// An error of the usual kind.
     pub fn error(message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            status: ERROR,
-        }
+        Self { message: message.into(), status: ERROR }
     }
 
     /// A command line that makes no sense.
     pub fn usage(message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            status: USAGE,
-        }
+        Self { message: message.into(), status: USAGE }
     }
 
     /// `run` failed before or beside the guest.
     fn run(message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            status: RUN_FAILED,
-        }
+        Self { message: message.into(), status: RUN_FAILED }
     }
 }
 
@@ -160,15 +145,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Sends the log to stderr. `level` is one of those of `--log`; anything else counts as `warn`.
 pub fn init_log(level: &str) {
-    let level = level
-        .parse()
-        .unwrap_or(tracing_subscriber::filter::LevelFilter::WARN);
+    let level = level.parse().unwrap_or(tracing_subscriber::filter::LevelFilter::WARN);
     // A second call in one process (tests) changes nothing.
-    let _ = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .try_init();
+    let _ = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).try_init();
 }
 
 /// Reads the command line and does what it says.
@@ -182,10 +161,7 @@ pub fn main() -> ExitCode {
         }
     };
     init_log(&cli.log);
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-    {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("ballast: the runtime cannot be started: {error}");

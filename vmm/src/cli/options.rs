@@ -18,24 +18,14 @@ const MAX_SIZE: Pages = Pages((1 << 32) - 1);
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Goes through `key=value` pairs; every key may occur once.
-fn each_pair(
-    text: &str,
-    known: &[&str],
-    mut set: impl FnMut(&str, &str) -> Result<(), String>,
-) -> Result<(), String> {
+fn each_pair(text: &str, known: &[&str], mut set: impl FnMut(&str, &str) -> Result<(), String>) -> Result<(), String> {
     let mut seen = Vec::new();
     for pair in text.split(',') {
         let Some((key, value)) = pair.split_once('=') else {
-            return Err(format!(
-                "{pair:?} is not KEY=VALUE; the keys are {}",
-                known.join(", ")
-            ));
+            return Err(format!("{pair:?} is not KEY=VALUE; the keys are {}", known.join(", ")));
         };
         if !known.contains(&key) {
-            return Err(format!(
-                "there is no key {key:?}; the keys are {}",
-                known.join(", ")
-            ));
+            return Err(format!("there is no key {key:?}; the keys are {}", known.join(", ")));
         }
         if seen.contains(&key) {
             return Err(format!("{key} is given twice"));
@@ -48,9 +38,7 @@ fn each_pair(
 
 /// A limit from a size or `max`.
 pub fn limit(text: &str) -> Result<Limit, String> {
-    parse_size(text)
-        .and_then(SizeArg::to_limit)
-        .map_err(|error| error.to_string())
+    parse_size(text).and_then(SizeArg::to_limit).map_err(|error| error.to_string())
 }
 
 fn on_off(text: &str) -> Result<bool, String> {
@@ -66,9 +54,7 @@ fn on_off(text: &str) -> Result<bool, String> {
 /// # Errors
 /// A sentence that says what to write.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor: u64 = match unit {
         "ms" => 1,
@@ -76,15 +62,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         "m" => 60_000,
         "h" => 3_600_000,
         _ => {
-            return Err(format!(
-                "{text:?} is not a duration: write a number with ms, s, m or h such as 5s"
-            ));
+            return Err(format!("{text:?} is not a duration: write a number with ms, s, m or h such as 5s"));
         }
     };
-    let millis = number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(factor));
+    let millis = number.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
     match millis.map(Duration::from_millis) {
         Some(duration) if duration <= MAX_DURATION => Ok(duration),
         _ if number.is_empty() => Err(format!("{text:?} has no number: write for example 5s")),
@@ -112,11 +93,7 @@ impl FromStr for MemoryArg {
         each_pair(text, &keys, |key, value| {
             match key {
                 "size" => {
-                    size = Some(
-                        parse_size(value)
-                            .and_then(SizeArg::to_pages)
-                            .map_err(|error| error.to_string())?,
-                    );
+                    size = Some(parse_size(value).and_then(SizeArg::to_pages).map_err(|error| error.to_string())?);
                 }
                 "track" => track = Some(on_off(value)?),
                 "max" => limits.max = Some(limit(value)?),
@@ -134,22 +111,13 @@ impl FromStr for MemoryArg {
         }
         // The core judges how limits go together; a tree of its own is the way to ask.
         let mut tree = Tree::new(Limit::Max);
-        let node = tree
-            .add(tree.root(), "new")
-            .map_err(|error| error.to_string())?;
-        tree.check_patch(node, &limits)
-            .map_err(|error| error.to_string())?;
+        let node = tree.add(tree.root(), "new").map_err(|error| error.to_string())?;
+        tree.check_patch(node, &limits).map_err(|error| error.to_string())?;
         let limited = limits_something(&limits);
         if limited && track == Some(false) {
-            return Err(
-                "track=off contradicts a limit: without accounting there are none".to_owned(),
-            );
+            return Err("track=off contradicts a limit: without accounting there are none".to_owned());
         }
-        Ok(Self {
-            size,
-            limits,
-            accounting: limited || track == Some(true),
-        })
+        Ok(Self { size, limits, accounting: limited || track == Some(true) })
     }
 }
 
@@ -164,10 +132,7 @@ pub struct BalloonArg {
 
 impl Default for BalloonArg {
     fn default() -> Self {
-        Self {
-            deflate_on_oom: false,
-            stats_interval_s: 1,
-        }
+        Self { deflate_on_oom: false, stats_interval_s: 1 }
     }
 }
 
@@ -176,31 +141,24 @@ impl FromStr for BalloonArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut arg = Self::default();
-        each_pair(
-            text,
-            &["free_page_reporting", "deflate_on_oom", "stats_interval"],
-            |key, value| {
-                match key {
-                    "deflate_on_oom" => arg.deflate_on_oom = on_off(value)?,
-                    "stats_interval" => {
-                        let interval = duration(value)?;
-                        if interval.subsec_millis() != 0 {
-                            return Err(format!("{value:?} is not a whole number of seconds"));
-                        }
-                        arg.stats_interval_s =
-                            u32::try_from(interval.as_secs()).map_err(|error| error.to_string())?;
+        each_pair(text, &["free_page_reporting", "deflate_on_oom", "stats_interval"], |key, value| {
+            match key {
+                "deflate_on_oom" => arg.deflate_on_oom = on_off(value)?,
+                "stats_interval" => {
+                    let interval = duration(value)?;
+                    if interval.subsec_millis() != 0 {
+                        return Err(format!("{value:?} is not a whole number of seconds"));
                     }
-                    _ => {
-                        if on_off(value)? {
-                            return Err(
-                                "this version has no free page reporting: leave it off".to_owned()
-                            );
-                        }
+                    arg.stats_interval_s = u32::try_from(interval.as_secs()).map_err(|error| error.to_string())?;
+                }
+                _ => {
+                    if on_off(value)? {
+                        return Err("this version has no free page reporting: leave it off".to_owned());
                     }
                 }
-                Ok(())
-            },
-        )?;
+            }
+            Ok(())
+        })?;
         Ok(arg)
     }
 }
@@ -214,36 +172,30 @@ impl FromStr for OomArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut policy = OomPolicy::default();
-        each_pair(
-            text,
-            &["action", "priority", "preference", "deadline"],
-            |key, value| {
-                match key {
-                    "action" => {
-                        policy.action = match value {
-                            "pause" => OomAction::Pause,
-                            "kill" => OomAction::Kill,
-                            _ => return Err(format!("{value:?} is neither pause nor kill")),
-                        };
-                    }
-                    "preference" => {
-                        policy.preference = match value {
-                            "none" => OomPreference::None,
-                            "avoid" => OomPreference::Avoid,
-                            "omit" => OomPreference::Omit,
-                            _ => return Err(format!("{value:?} is none of none, avoid and omit")),
-                        };
-                    }
-                    "priority" => {
-                        policy.priority = value
-                            .parse()
-                            .map_err(|_| format!("{value:?} is not a whole number"))?;
-                    }
-                    _ => policy.deadline = scaled(duration(value)?),
+        each_pair(text, &["action", "priority", "preference", "deadline"], |key, value| {
+            match key {
+                "action" => {
+                    policy.action = match value {
+                        "pause" => OomAction::Pause,
+                        "kill" => OomAction::Kill,
+                        _ => return Err(format!("{value:?} is neither pause nor kill")),
+                    };
                 }
-                Ok(())
-            },
-        )?;
+                "preference" => {
+                    policy.preference = match value {
+                        "none" => OomPreference::None,
+                        "avoid" => OomPreference::Avoid,
+                        "omit" => OomPreference::Omit,
+                        _ => return Err(format!("{value:?} is none of none, avoid and omit")),
+                    };
+                }
+                "priority" => {
+                    policy.priority = value.parse().map_err(|_| format!("{value:?} is not a whole number"))?;
+                }
+                _ => policy.deadline = scaled(duration(value)?),
+            }
+            Ok(())
+        })?;
         Ok(Self(policy))
     }
 }
@@ -254,8 +206,7 @@ impl FromStr for OomArg {
 /// A sentence that says what a name is made of.
 pub fn name(text: &str) -> Result<String, String> {
     let mut tree = Tree::new(Limit::Max);
-    tree.add(tree.root(), text)
-        .map_err(|error| error.to_string())?;
+    tree.add(tree.root(), text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
 }
 
@@ -291,16 +242,10 @@ mod tests {
             ("size=1000", "size: 1000 bytes is not a multiple"),
             ("size=-1", "negative"),
             ("size=1G,size=2G", "given twice"),
-            (
-                "size=1G,limit=5M",
-                "no key \"limit\"; the keys are size, max",
-            ),
+            ("size=1G,limit=5M", "no key \"limit\"; the keys are size, max"),
             ("size=1G,max", "\"max\" is not KEY=VALUE"),
             ("size=1G,max=50%", "max: \"50%\" is a percentage"),
-            (
-                "size=1G,max=64M,min=128M",
-                "memory.min 128M would be above memory.max 64M",
-            ),
+            ("size=1G,max=64M,min=128M", "memory.min 128M would be above memory.max 64M"),
             ("size=1G,max=64M,high=65M", "memory.high"),
             ("size=1G,max=64M,track=off", "contradicts"),
             ("size=1G,track=yes", "neither on nor off"),
@@ -318,38 +263,21 @@ mod tests {
         assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
-        for text in [
-            "",
-            "5",
-            "s",
-            "-5s",
-            "1.5s",
-            "5 s",
-            "99999999999999999999s",
-            "25h",
-        ] {
+        for text in ["", "5", "s", "-5s", "1.5s", "5 s", "99999999999999999999s", "25h"] {
             assert!(duration(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn oom_and_balloon_are_read() {
-        let OomArg(policy) = "action=kill,priority=-3,preference=omit,deadline=2s"
-            .parse()
-            .unwrap();
+        let OomArg(policy) = "action=kill,priority=-3,preference=omit,deadline=2s".parse().unwrap();
         assert_eq!(policy.action, OomAction::Kill);
         assert_eq!(policy.priority, -3);
         assert_eq!(policy.preference, OomPreference::Omit);
         assert_eq!(policy.deadline, scaled(Duration::from_secs(2)));
         assert!("action=stop".parse::<OomArg>().is_err());
         let balloon: BalloonArg = "deflate_on_oom=on,stats_interval=0s".parse().unwrap();
-        assert_eq!(
-            balloon,
-            BalloonArg {
-                deflate_on_oom: true,
-                stats_interval_s: 0
-            }
-        );
+        assert_eq!(balloon, BalloonArg { deflate_on_oom: true, stats_interval_s: 0 });
         assert!("stats_interval=500ms".parse::<BalloonArg>().is_err());
         assert!("free_page_reporting=on".parse::<BalloonArg>().is_err());
     }

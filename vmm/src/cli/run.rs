@@ -30,7 +30,7 @@ pub struct RunArgs {
     /// The balloon: deflate_on_oom=on|off,stats_interval=1s
     #[arg(long, value_name = "WORDS", value_parser = str::parse::<BalloonArg>)]
     balloon: Option<BalloonArg>,
-    /// When the VM is held at its limit for too long: action=pause|kill,deadline=5s,priority=N,preference=none|avoid|omit
+    /// For a VM held at its limit too long: action=pause|kill,deadline=5s,priority=N,preference=none|avoid|omit
     #[arg(long, value_name = "WORDS", value_parser = str::parse::<OomArg>)]
     oom: Option<OomArg>,
     /// Kernel: bzImage, ELF with a PVH note, or a flat payload
@@ -40,12 +40,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Kernel command line
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     cmdline: String,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_CPUS))]
@@ -59,20 +54,12 @@ pub struct RunArgs {
 
 /// Opens a file that the guest is made of.
 fn open(what: &str, path: &Path) -> Result<File, Failure> {
-    let failed = |error| {
-        Failure::run(format!(
-            "the {what} {} cannot be opened: {error}",
-            path.display()
-        ))
-    };
+    let failed = |error| Failure::run(format!("the {what} {} cannot be opened: {error}", path.display()));
     let file = File::open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         Ok(file)
     } else {
-        Err(Failure::run(format!(
-            "the {what} {} is not a file",
-            path.display()
-        )))
+        Err(Failure::run(format!("the {what} {} is not a file", path.display())))
     }
 }
 
@@ -120,22 +107,14 @@ impl Drop for Directory {
 
 /// Runs a VM until it ends.
 pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
-    let vm_name = args
-        .name
-        .clone()
-        .unwrap_or_else(|| format!("vm-{}", process::id()));
+    let vm_name = args.name.clone().unwrap_or_else(|| format!("vm-{}", process::id()));
     let listen = socket::to_listen(&args.socket, &vm_name);
     let directory = socket::vm_directory(&listen);
     let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
-    spawn::check_socket_path(&spawn::worker_socket(&directory))
-        .map_err(|error| as_failure(&error))?;
+    spawn::check_socket_path(&spawn::worker_socket(&directory)).map_err(|error| as_failure(&error))?;
     let kernel = open("kernel", &args.kernel)?;
-    let initrd = args
-        .initrd
-        .as_deref()
-        .map(|path| open("initial ramdisk", path))
-        .transpose()?;
+    let initrd = args.initrd.as_deref().map(|path| open("initial ramdisk", path)).transpose()?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
     if args.memory.accounting {
@@ -160,9 +139,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
         cpus: args.cpus,
         accounting: args.memory.accounting,
         limits: args.memory.limits,
-        oom: args
-            .oom
-            .map_or_else(OomPolicy::default, |OomArg(policy)| policy),
+        oom: args.oom.map_or_else(OomPolicy::default, |OomArg(policy)| policy),
     };
     let mut end = controller
         .adopt(spec, launched.handle, launched.watch, launched.link)
@@ -234,15 +211,13 @@ fn conclude(end: VmEnd, name: &str, memory: &MemoryArg) -> Result<u8, Failure> {
     match end {
         VmEnd::Guest(ExitReason::PowerOff | ExitReason::Reset) => Ok(DONE),
         VmEnd::Guest(ExitReason::Status(status)) => Ok(status),
-        VmEnd::Guest(ExitReason::TripleFault) => Err(Failure {
-            message: format!("the guest {name} stopped with a triple fault"),
-            status: ERROR,
-        }),
+        VmEnd::Guest(ExitReason::TripleFault) => {
+            Err(Failure { message: format!("the guest {name} stopped with a triple fault"), status: ERROR })
+        }
         VmEnd::Guest(ExitReason::Error) => Err(Failure::run(format!("the VM {name} failed"))),
-        VmEnd::Killed(KilledBy::Request) => Err(Failure {
-            message: format!("the VM {name} was killed on request"),
-            status: KILLED,
-        }),
+        VmEnd::Killed(KilledBy::Request) => {
+            Err(Failure { message: format!("the VM {name} was killed on request"), status: KILLED })
+        }
         VmEnd::Killed(KilledBy::Policy) => Err(Failure {
             message: format!(
                 "the VM {name} was killed: it was held at memory.max {} for too long; raise max, or choose --oom \
@@ -251,27 +226,13 @@ fn conclude(end: VmEnd, name: &str, memory: &MemoryArg) -> Result<u8, Failure> {
             ),
             status: KILLED,
         }),
-        VmEnd::Failed {
-            message,
-            smallest_max: Some(smallest),
-        } => {
+        VmEnd::Failed { message, smallest_max: Some(smallest) } => {
             let bytes = smallest.bytes();
-            let exact = if human(bytes).contains('.') {
-                bytes.to_string()
-            } else {
-                human(bytes)
-            };
-            Err(Failure::run(format!(
-                "{message}: use max={exact} or more in --memory"
-            )))
+            let exact = if human(bytes).contains('.') { bytes.to_string() } else { human(bytes) };
+            Err(Failure::run(format!("{message}: use max={exact} or more in --memory")))
         }
-        VmEnd::Failed {
-            message,
-            smallest_max: None,
-        } => Err(Failure::run(message)),
-        VmEnd::Died { message } => Err(Failure::run(format!(
-            "the worker of the VM {name} {message}"
-        ))),
+        VmEnd::Failed { message, smallest_max: None } => Err(Failure::run(message)),
+        VmEnd::Died { message } => Err(Failure::run(format!("the worker of the VM {name} {message}"))),
     }
 }
 
@@ -295,31 +256,16 @@ mod tests {
         assert_eq!(status(VmEnd::Guest(ExitReason::Error)), 125);
         assert_eq!(status(VmEnd::Killed(KilledBy::Policy)), 137);
         assert_eq!(status(VmEnd::Killed(KilledBy::Request)), 137);
-        assert_eq!(
-            status(VmEnd::Died {
-                message: "vanished".to_owned()
-            }),
-            125
-        );
+        assert_eq!(status(VmEnd::Died { message: "vanished".to_owned() }), 125);
         assert_eq!(signal_status(15), 143);
     }
 
     #[test]
     fn the_smallest_limit_is_named_so_that_it_can_be_typed() {
         let memory: MemoryArg = "size=64M,max=1M".parse().unwrap();
-        let end = |pages| VmEnd::Failed {
-            message: "too small".to_owned(),
-            smallest_max: Some(Pages(pages)),
-        };
+        let end = |pages| VmEnd::Failed { message: "too small".to_owned(), smallest_max: Some(Pages(pages)) };
         let sentence = |pages| conclude(end(pages), "web", &memory).unwrap_err().message;
-        assert_eq!(
-            sentence(2048),
-            "too small: use max=8M or more in --memory"
-        );
-        assert!(
-            sentence(2049).contains("max=8392704 "),
-            "{}",
-            sentence(2049)
-        );
+        assert_eq!(sentence(2048), "too small: use max=8M or more in --memory");
+        assert!(sentence(2049).contains("max=8392704 "), "{}", sentence(2049));
     }
 }

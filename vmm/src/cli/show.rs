@@ -14,8 +14,7 @@ use crate::controller::view::{VmState, VmView};
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
     let vm = name(vm).map_err(Failure::usage)?;
     let socket = socket::to_reach(arg, &vm)?;
-    let (_, body) =
-        client::request(&socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
+    let (_, body) = client::request(&socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
     let text = if json {
         let value: Value = client::decode(&body)?;
         format!("{value:#}\n")
@@ -29,9 +28,7 @@ pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> 
 
 /// A JSON value without quotes.
 pub fn plain(value: &Value) -> String {
-    value
-        .as_str()
-        .map_or_else(|| value.to_string(), str::to_owned)
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 fn limit(bytes: Option<u64>) -> String {
@@ -52,43 +49,24 @@ fn table(vm: &VmView) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "{label:10}{text}");
     };
-    let stale = if vm.stale {
-        ", the worker does not answer: last known numbers"
-    } else {
-        ""
-    };
+    let stale = if vm.stale { ", the worker does not answer: last known numbers" } else { "" };
     let plural = if vm.cpus == 1 { "" } else { "s" };
     line(
         &vm.name,
-        format!(
-            " {state}, pid {}, {} vCPU{plural}, {} of RAM{stale}",
-            vm.pid,
-            vm.cpus,
-            human(vm.size_bytes)
-        ),
+        format!(" {state}, pid {}, {} vCPU{plural}, {} of RAM{stale}", vm.pid, vm.cpus, human(vm.size_bytes)),
     );
     if !vm.accounting {
-        line(
-            "  memory",
-            " not tracked: started without a limit and without track=on".to_owned(),
-        );
+        line("  memory", " not tracked: started without a limit and without track=on".to_owned());
         return out;
     }
     let memory = &vm.memory;
-    let mut used = format!(
-        " {} of {}, peak {}",
-        human(memory.current_bytes),
-        limit(memory.max_bytes),
-        human(memory.peak_bytes)
-    );
+    let mut used =
+        format!(" {} of {}, peak {}", human(memory.current_bytes), limit(memory.max_bytes), human(memory.peak_bytes));
     if let Some(pending) = memory.max_pending_bytes {
         used.push_str(&format!(", going to {}", human(pending)));
     }
     if memory.stat.overcharge_bytes > 0 {
-        used.push_str(&format!(
-            ", {} above the limit",
-            human(memory.stat.overcharge_bytes)
-        ));
+        used.push_str(&format!(", {} above the limit", human(memory.stat.overcharge_bytes)));
     }
     line("  memory", used);
     let stat = &memory.stat;
@@ -118,23 +96,12 @@ fn table(vm: &VmView) -> String {
     let events = &memory.events;
     line(
         "  events",
-        format!(
-            " high {}, max {}, failcnt {}, oom {}",
-            events.high, events.max, events.failcnt, events.oom
-        ),
+        format!(" high {}, max {}, failcnt {}, oom {}", events.high, events.max, events.failcnt, events.oom),
     );
-    let ready = if vm.balloon.ready {
-        ""
-    } else {
-        ", the guest has no driver running"
-    };
+    let ready = if vm.balloon.ready { "" } else { ", the guest has no driver running" };
     line(
         "  balloon",
-        format!(
-            " target {}, actual {}{ready}",
-            human(vm.balloon.target_bytes),
-            human(vm.balloon.actual_bytes)
-        ),
+        format!(" target {}, actual {}{ready}", human(vm.balloon.target_bytes), human(vm.balloon.actual_bytes)),
     );
     if let Some(guest) = &vm.guest_stats {
         let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), human);
@@ -151,10 +118,7 @@ fn table(vm: &VmView) -> String {
     }
     let mut held = format!(" {:.1} ms in all", vm.held.total_us as f64 / 1e3);
     if let Some(deadline) = vm.held.deadline_ms {
-        held.push_str(&format!(
-            ", the policy acts in {:.1} s",
-            deadline as f64 / 1e3
-        ));
+        held.push_str(&format!(", the policy acts in {:.1} s", deadline as f64 / 1e3));
     }
     line("  held", held);
     out

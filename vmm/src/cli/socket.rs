@@ -12,10 +12,7 @@ const SYSTEM: &str = "/run/ballast";
 /// Directories with sockets, the first is where `run` makes its own.
 fn directories() -> Vec<PathBuf> {
     let user = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute());
-    user.map(|dir| PathBuf::from(dir).join("ballast"))
-        .into_iter()
-        .chain([PathBuf::from(SYSTEM)])
-        .collect()
+    user.map(|dir| PathBuf::from(dir).join("ballast")).into_iter().chain([PathBuf::from(SYSTEM)]).collect()
 }
 
 fn socket_name(name: &str) -> String {
@@ -44,10 +41,7 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
     let candidates = match &arg.socket {
         Some(path) if path.is_dir() => vec![path.join(socket_name(name))],
         Some(path) => vec![path.clone()],
-        None => directories()
-            .iter()
-            .map(|dir| dir.join(socket_name(name)))
-            .collect(),
+        None => directories().iter().map(|dir| dir.join(socket_name(name))).collect(),
     };
     let found = candidates.iter().find(|path| path.exists());
     found.cloned().ok_or_else(|| {
@@ -73,18 +67,10 @@ pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
     let mut alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
     match alive.len() {
         1 => Ok(alive.remove(0)),
-        0 => Err(Failure::error(
-            "no VM is running; `ballast run …` starts one, --socket says where else to look",
-        )),
+        0 => Err(Failure::error("no VM is running; `ballast run …` starts one, --socket says where else to look")),
         _ => {
-            let names: Vec<_> = alive
-                .iter()
-                .filter_map(|path| path.file_stem()?.to_str())
-                .collect();
-            Err(Failure::error(format!(
-                "several VMs are running, name one: {}",
-                names.join(", ")
-            )))
+            let names: Vec<_> = alive.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
+            Err(Failure::error(format!("several VMs are running, name one: {}", names.join(", "))))
         }
     }
 }
@@ -97,10 +83,7 @@ fn sockets_in(dir: &Path) -> Vec<PathBuf> {
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
         .map(|entry| entry.path())
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "sock")
-        })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "sock"))
         .filter(|path| UnixStream::connect(path).is_ok())
         .collect();
     found.sort();
@@ -114,42 +97,26 @@ mod tests {
     #[test]
     fn a_directory_is_completed_and_a_file_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let in_dir = SocketArg {
-            socket: Some(dir.path().to_owned()),
-        };
+        let in_dir = SocketArg { socket: Some(dir.path().to_owned()) };
         assert_eq!(to_listen(&in_dir, "web"), dir.path().join("web.sock"));
-        let file = SocketArg {
-            socket: Some(dir.path().join("x")),
-        };
+        let file = SocketArg { socket: Some(dir.path().join("x")) };
         assert_eq!(to_listen(&file, "web"), dir.path().join("x"));
-        assert_eq!(
-            vm_directory(&dir.path().join("web.sock")),
-            dir.path().join("web.d")
-        );
+        assert_eq!(vm_directory(&dir.path().join("web.sock")), dir.path().join("web.d"));
     }
 
     #[test]
     fn a_missing_vm_is_an_error_that_says_where_it_looked() {
         let dir = tempfile::tempdir().unwrap();
-        let arg = SocketArg {
-            socket: Some(dir.path().to_owned()),
-        };
+        let arg = SocketArg { socket: Some(dir.path().to_owned()) };
         let failure = to_reach(&arg, "web").unwrap_err();
         assert!(failure.message.contains("web.sock"), "{failure}");
-        assert!(
-            the_only(&arg)
-                .unwrap_err()
-                .message
-                .contains("no VM is running")
-        );
+        assert!(the_only(&arg).unwrap_err().message.contains("no VM is running"));
     }
 
     #[test]
     fn the_only_socket_that_answers_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let arg = SocketArg {
-            socket: Some(dir.path().to_owned()),
-        };
+        let arg = SocketArg { socket: Some(dir.path().to_owned()) };
         drop(std::os::unix::net::UnixListener::bind(dir.path().join("dead.sock")).unwrap());
         let _a = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
         assert_eq!(the_only(&arg).unwrap(), dir.path().join("a.sock"));

@@ -42,9 +42,7 @@ fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
     let mut patch = MemoryPatch::default();
     for pair in limits {
         let Some((key, value)) = pair.split_once('=') else {
-            return Err(format!(
-                "{pair:?} is not LIMIT=SIZE: write for example memory.max=256M"
-            ));
+            return Err(format!("{pair:?} is not LIMIT=SIZE: write for example memory.max=256M"));
         };
         let place = match key {
             "memory.min" => &mut patch.min_bytes,
@@ -63,11 +61,7 @@ fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
         if place.is_some() {
             return Err(format!("{key} is given twice"));
         }
-        *place = Some(
-            limit(value)
-                .map_err(|error| format!("{key}: {error}"))?
-                .as_bytes(),
-        );
+        *place = Some(limit(value).map_err(|error| format!("{key}: {error}"))?.as_bytes());
     }
     Ok(patch)
 }
@@ -98,10 +92,7 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
         return Ok(NOT_REACHED);
     }
     if view.memory.stat.overcharge_bytes > 0 {
-        eprintln!(
-            "ballast: in force; {} more than memory.max is in use",
-            human(view.memory.stat.overcharge_bytes)
-        );
+        eprintln!("ballast: in force; {} more than memory.max is in use", human(view.memory.stat.overcharge_bytes));
     }
     Ok(DONE)
 }
@@ -110,13 +101,7 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
 pub async fn act(args: &NameArg, verb: &str) -> Result<u8, Failure> {
     let vm = name(&args.name).map_err(Failure::usage)?;
     let socket = socket::to_reach(&args.socket, &vm)?;
-    let (_, body) = client::request(
-        &socket,
-        Method::POST,
-        &format!("/vms/{vm}/{verb}"),
-        String::new(),
-    )
-    .await?;
+    let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
     let view: VmView = client::decode(&body)?;
     if verb == "resume" && view.state == VmState::Running && view.held.now {
         eprintln!("ballast: {vm} goes on when it has memory: it is held at its limit");
@@ -154,8 +139,7 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
     let mut body = answer.into_body();
     let mut pending = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame =
-            frame.map_err(|error| Failure::error(format!("the events were cut off: {error}")))?;
+        let frame = frame.map_err(|error| Failure::error(format!("the events were cut off: {error}")))?;
         let Ok(data) = frame.into_data() else {
             continue;
         };
@@ -164,11 +148,7 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
             && let Some(end) = pending.iter().position(|byte| *byte == b'\n')
         {
             let line: Vec<_> = pending.drain(..=end).collect();
-            let text = if args.json {
-                line
-            } else {
-                event_line(&client::decode(&line)?).into_bytes()
-            };
+            let text = if args.json { line } else { event_line(&client::decode(&line)?).into_bytes() };
             let mut out = std::io::stdout().lock();
             if out.write_all(&text).and_then(|()| out.flush()).is_err() {
                 // Whoever reads has enough.
@@ -176,11 +156,7 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
             }
         }
     }
-    if status.is_success() {
-        Ok(DONE)
-    } else {
-        Err(client::refused(status, &pending))
-    }
+    if status.is_success() { Ok(DONE) } else { Err(client::refused(status, &pending)) }
 }
 
 /// An event for people: time of day (UTC), VM, what happened, and the numbers.
@@ -220,14 +196,8 @@ mod tests {
 
     #[test]
     fn limits_become_a_body() {
-        assert_eq!(
-            body(&["memory.max=256M"]).unwrap(),
-            r#"{"max_bytes":268435456}"#
-        );
-        assert_eq!(
-            body(&["memory.high=max", "swap.max=0"]).unwrap(),
-            r#"{"high_bytes":null,"swap_max_bytes":0}"#
-        );
+        assert_eq!(body(&["memory.max=256M"]).unwrap(), r#"{"max_bytes":268435456}"#);
+        assert_eq!(body(&["memory.high=max", "swap.max=0"]).unwrap(), r#"{"high_bytes":null,"swap_max_bytes":0}"#);
     }
 
     #[test]
@@ -252,9 +222,6 @@ mod tests {
             r#"{"seq":7,"time_ms":3723004,"event":"max_hit","vm":"web","usage_bytes":67108864,"held_ms":3}"#,
         )
         .unwrap();
-        assert_eq!(
-            event_line(&event),
-            "    7 01:02:03.004 web          max_hit            held_ms=3 usage=64M\n"
-        );
+        assert_eq!(event_line(&event), "    7 01:02:03.004 web          max_hit            held_ms=3 usage=64M\n");
     }
 }

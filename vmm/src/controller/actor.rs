@@ -28,9 +28,7 @@ use super::host;
 use super::link::FromLink;
 use super::spawn::Death;
 use super::view::{HostView, VmState, VmView};
-use super::vm::{
-    Awaited, KilledBy, OomPolicy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting, WorkerProcess,
-};
+use super::vm::{Awaited, KilledBy, OomPolicy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting, WorkerProcess};
 use crate::worker::protocol::{Report, ToWorker};
 
 /// How long a request for a view waits for the worker's numbers.
@@ -144,7 +142,7 @@ impl Actor {
     fn handle(&mut self, input: Input) {
         match input {
             Input::Request(request) => self.request(request),
-            Input::Worker(id, message) => self.from_worker(id, message),
+            Input::Worker(id, message) => self.heard(id, message),
             Input::Died(id, death) => self.worker_died(id, death),
             Input::Settled(id) => self.memory_is_back(id),
         }
@@ -167,12 +165,7 @@ impl Actor {
             .find(|(_, vm)| vm.state != VmState::Ended)
             .or_else(|| named().next_back())
             .map(|(id, _)| *id)
-            .ok_or_else(|| {
-                Refusal::new(
-                    Code::NotFound,
-                    format!("there is no VM named {name:?} here"),
-                )
-            })
+            .ok_or_else(|| Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here")))
     }
 
     /// Like [`Self::find`] for requests that need a worker.
@@ -181,10 +174,7 @@ impl Actor {
         if self.vms[&id].alive() {
             Ok(id)
         } else {
-            Err(Refusal::new(
-                Code::WrongState,
-                format!("the VM {name:?} has ended"),
-            ))
+            Err(Refusal::new(Code::WrongState, format!("the VM {name:?} has ended")))
         }
     }
 
@@ -221,23 +211,13 @@ impl Actor {
     }
 
     fn add(&mut self, new: NewVm) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        if self
-            .vms
-            .values()
-            .any(|vm| vm.name == new.name && vm.state != VmState::Ended)
-        {
-            return Err(Refusal::new(
-                Code::AlreadyExists,
-                format!("a VM named {:?} runs already", new.name),
-            ));
+        if self.vms.values().any(|vm| vm.name == new.name && vm.state != VmState::Ended) {
+            return Err(Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", new.name)));
         }
-        let node = self
-            .tree
-            .add(self.root, &new.name)
-            .map_err(|error| match error {
-                AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
-                _ => Refusal::new(Code::AlreadyExists, error.to_string()),
-            })?;
+        let node = self.tree.add(self.root, &new.name).map_err(|error| match error {
+            AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
+            _ => Refusal::new(Code::AlreadyExists, error.to_string()),
+        })?;
         if let Err(error) = self.tree.set_limits(node, &new.limits) {
             // Nothing is charged to it, so removing cannot fail.
             let _ = self.tree.remove(node);
@@ -275,6 +255,7 @@ impl Actor {
             balloon_sent: None,
             hold: None,
             oom_events: 0,
+            oom_killed: false,
             change: None,
             seq: 0,
             waiting: Vec::new(),
@@ -297,11 +278,7 @@ impl Actor {
             let seq = vm.next_seq();
             if vm.send(ToWorker::Query { seq }) {
                 let until = Instant::now() + host::scaled(VIEW_PATIENCE);
-                vm.waiting.push(Waiting {
-                    seq,
-                    until,
-                    what: Awaited::View(reply),
-                });
+                vm.waiting.push(Waiting { seq, until, what: Awaited::View(reply) });
                 return;
             }
         }
@@ -313,13 +290,7 @@ impl Actor {
     pub fn pause(&mut self, id: VmId, by: PausedBy, reply: Option<Reply<VmView>>) {
         let vm = self.vms.get_mut(&id).expect("found");
         if vm.state == VmState::Starting {
-            refuse(
-                reply,
-                Refusal::new(
-                    Code::WrongState,
-                    format!("the VM {:?} is still starting", vm.name),
-                ),
-            );
+            refuse(reply, Refusal::new(Code::WrongState, format!("the VM {:?} is still starting", vm.name)));
             return;
         }
         if vm.state == VmState::Paused {
@@ -344,16 +315,9 @@ impl Actor {
         vm.paused_by = Some(by);
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
-            vm.waiting.push(Waiting {
-                seq,
-                until,
-                what: Awaited::Paused(reply),
-            });
+            vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
         }
-        let details = self.account(
-            id,
-            json!({ "by": if by == PausedBy::User { "request" } else { "policy" } }),
-        );
+        let details = self.account(id, json!({ "by": if by == PausedBy::User { "request" } else { "policy" } }));
         let name = self.vms[&id].name.clone();
         self.event(EventKind::Paused, Some(&name), details);
     }
@@ -373,10 +337,7 @@ impl Actor {
             );
             let details = self.account(id, json!({ "missing_bytes": need.bytes() }));
             self.event(EventKind::ResumeRefused, Some(&name), details);
-            answer(
-                reply,
-                Err(Refusal::new(Code::ResumeRefused, message).usage(usage.bytes())),
-            );
+            answer(reply, Err(Refusal::new(Code::ResumeRefused, message).usage(usage.bytes())));
             return;
         }
         self.resume(id, "request", Some(reply));
@@ -401,11 +362,7 @@ impl Actor {
         }
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
-            vm.waiting.push(Waiting {
-                seq,
-                until,
-                what: Awaited::Paused(reply),
-            });
+            vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
         }
         let details = self.account(id, json!({ "by": by }));
         let name = self.vms[&id].name.clone();
@@ -470,10 +427,7 @@ impl Actor {
 impl Vm {
     fn next_deadline(&self) -> Option<Instant> {
         let answers = self.waiting.iter().map(|w| w.until);
-        let hold = self
-            .hold
-            .filter(|hold| !hold.acted && self.state == VmState::Running)
-            .map(|hold| hold.deadline);
+        let hold = self.hold.filter(|hold| !hold.acted && self.state == VmState::Running).map(|hold| hold.deadline);
         let change = self.change.as_ref().and_then(Change::next_deadline);
         answers.chain(hold).chain(change).chain(self.patience).min()
     }
@@ -494,8 +448,6 @@ fn refuse(reply: Option<Reply<VmView>>, refusal: Refusal) {
 pub(super) fn silent(name: &str) -> Refusal {
     Refusal::new(
         Code::Busy,
-        format!(
-            "the worker of the VM {name:?} does not answer: try again, or `ballast kill {name}`"
-        ),
+        format!("the worker of the VM {name:?} does not answer: try again, or `ballast kill {name}`"),
     )
 }

@@ -80,11 +80,7 @@ pub(super) struct Change {
 impl Change {
     /// When something has to be done about it.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.waiters
-            .iter()
-            .map(|waiter| waiter.until)
-            .chain([self.deadline])
-            .min()
+        self.waiters.iter().map(|waiter| waiter.until).chain([self.deadline]).min()
     }
 }
 
@@ -106,14 +102,8 @@ impl Actor {
             return;
         }
         let wait = change.wait.unwrap_or_else(|| host::scaled(DEADLINE));
-        let waiter = Waiter {
-            until: Instant::now() + wait,
-            reply,
-        };
-        let lowered = change
-            .patch
-            .max
-            .filter(|max| Limit::Pages(self.tree.usage(node)) > *max);
+        let waiter = Waiter { until: Instant::now() + wait, reply };
+        let lowered = change.patch.max.filter(|max| Limit::Pages(self.tree.usage(node)) > *max);
         if lowered.is_some() {
             if change.mode == Mode::Reclaim
                 && let Some(same) = vm.change.as_mut().filter(|same| same.patch == change.patch)
@@ -135,23 +125,12 @@ impl Actor {
 
     /// The stock is back, or will not come: begin.
     pub fn begin_change(&mut self, id: VmId, requested: Requested) {
-        let Requested {
-            change: MemoryChange { patch, mode, wait },
-            waiter,
-        } = requested;
+        let Requested { change: MemoryChange { patch, mode, wait }, waiter } = requested;
         let now = self.elapsed();
         let vm = &self.vms[&id];
         let before = self.tree.generation(vm.node);
         let deadline = host::scaled(DEADLINE).max(wait.unwrap_or_default());
-        let begun = LimitChange::begin_patch(
-            &mut self.tree,
-            vm.node,
-            &patch,
-            mode,
-            now,
-            deadline,
-            slack(vm.cpus),
-        );
+        let begun = LimitChange::begin_patch(&mut self.tree, vm.node, &patch, mode, now, deadline, slack(vm.cpus));
         let name = vm.name.clone();
         match begun {
             Err(error) => {
@@ -164,23 +143,14 @@ impl Actor {
                     self.limits_changed(id);
                 }
                 let view = self.vm_view(id, false);
-                answer(
-                    waiter.reply,
-                    Ok(Changed {
-                        in_force: true,
-                        view,
-                    }),
-                );
+                answer(waiter.reply, Ok(Changed { in_force: true, view }));
             }
             Ok(Begun::Pending(pending)) => {
                 self.drop_superseded(id);
                 let vm = self.vms.get_mut(&id).expect("found");
                 vm.change = Some(Change {
                     pending,
-                    patch: LimitPatch {
-                        if_generation: None,
-                        ..patch
-                    },
+                    patch: LimitPatch { if_generation: None, ..patch },
                     deadline: Instant::now() + deadline,
                     waiters: vec![waiter],
                     recall: None,
@@ -200,14 +170,9 @@ impl Actor {
             return;
         };
         let now = self.start.elapsed();
-        let replaced = vm
-            .change
-            .take_if(|change| change.pending.on_usage(&mut self.tree, now) == Step::Superseded);
+        let replaced = vm.change.take_if(|change| change.pending.on_usage(&mut self.tree, now) == Step::Superseded);
         if let Some(change) = replaced {
-            let refusal = Refusal::new(
-                Code::Superseded,
-                "a later change of memory.max took this one's place",
-            );
+            let refusal = Refusal::new(Code::Superseded, "a later change of memory.max took this one's place");
             for waiter in change.waiters {
                 answer(waiter.reply, Err(refusal.clone()));
             }
@@ -216,12 +181,7 @@ impl Actor {
 
     /// Drives every pending change.
     pub fn advance_changes(&mut self) {
-        let pending: Vec<_> = self
-            .vms
-            .iter()
-            .filter(|(_, vm)| vm.change.is_some())
-            .map(|(id, _)| *id)
-            .collect();
+        let pending: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.change.is_some()).map(|(id, _)| *id).collect();
         for id in pending {
             self.advance_change(id);
         }
@@ -246,13 +206,7 @@ impl Actor {
                 self.limits_changed(id);
                 for waiter in waiters {
                     let view = self.vm_view(id, false);
-                    answer(
-                        waiter.reply,
-                        Ok(Changed {
-                            in_force: true,
-                            view,
-                        }),
-                    );
+                    answer(waiter.reply, Ok(Changed { in_force: true, view }));
                 }
             }
             Step::NotReached { usage, lowest } => {
@@ -313,13 +267,7 @@ impl Actor {
         {
             let waiter = change.waiters.swap_remove(index);
             let view = self.vm_view(id, false);
-            answer(
-                waiter.reply,
-                Ok(Changed {
-                    in_force: false,
-                    view,
-                }),
-            );
+            answer(waiter.reply, Ok(Changed { in_force: false, view }));
         }
     }
 
@@ -337,11 +285,7 @@ impl Actor {
     }
 
     fn take_waiters(&mut self, id: VmId) -> Vec<Waiter> {
-        self.vms
-            .get_mut(&id)
-            .and_then(|vm| vm.change.take())
-            .map(|change| change.waiters)
-            .unwrap_or_default()
+        self.vms.get_mut(&id).and_then(|vm| vm.change.take()).map(|change| change.waiters).unwrap_or_default()
     }
 
     /// Limits have come into force: everybody concerned learns of it.
@@ -369,9 +313,7 @@ impl Actor {
         let code = match error {
             SetLimitError::AboveMax { .. } => Code::InvalidLimit,
             SetLimitError::Stale { .. } => Code::GenerationMismatch,
-            SetLimitError::VmmBelowUsage { .. } | SetLimitError::BelowUsage { .. } => {
-                Code::LimitBelowUsage
-            }
+            SetLimitError::VmmBelowUsage { .. } | SetLimitError::BelowUsage { .. } => Code::LimitBelowUsage,
         };
         Refusal::new(code, error.to_string())
             .usage(self.tree.usage(node).bytes())
@@ -384,8 +326,5 @@ pub fn limits_something(patch: &LimitPatch) -> bool {
     let capped = [patch.high, patch.max, patch.swap_max, patch.vmm_max];
     let protected = [patch.min, patch.low];
     capped.into_iter().flatten().any(|limit| !limit.is_max())
-        || protected
-            .into_iter()
-            .flatten()
-            .any(|limit| limit != Limit::ZERO)
+        || protected.into_iter().flatten().any(|limit| limit != Limit::ZERO)
 }

@@ -79,12 +79,7 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal without numbers.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self {
-            code,
-            message: message.into(),
-            usage_bytes: None,
-            generation: None,
-        }
+        Self { code, message: message.into(), usage_bytes: None, generation: None }
     }
 
     /// The same with the VM's usage in bytes.

@@ -78,23 +78,13 @@ impl EventLog {
     /// Adds an event and returns its sequence number. `details` must be a JSON object; anything else is left out.
     pub fn push(&mut self, event: EventKind, vm: Option<&str>, details: Value) -> u64 {
         self.last += 1;
-        let details = if let Value::Object(map) = details {
-            map
-        } else {
-            Map::new()
-        };
+        let details = if let Value::Object(map) = details { map } else { Map::new() };
         tracing::info!(seq = self.last, vm, ?event, ?details, "event");
         if self.ring.len() == RING {
             self.ring.pop_front();
         }
         let vm = vm.map(str::to_owned);
-        self.ring.push_back(Event {
-            seq: self.last,
-            time_ms: unix_ms(),
-            event,
-            vm,
-            details,
-        });
+        self.ring.push_back(Event { seq: self.last, time_ms: unix_ms(), event, vm, details });
         self.last
     }
 
@@ -110,25 +100,16 @@ impl EventLog {
         if since.saturating_add(1) < oldest {
             let dropped = oldest - 1 - since;
             let details = Map::from_iter([("dropped".to_owned(), Value::from(dropped))]);
-            events.push(Event {
-                seq: oldest - 1,
-                time_ms: unix_ms(),
-                event: EventKind::Dropped,
-                vm: None,
-                details,
-            });
+            events.push(Event { seq: oldest - 1, time_ms: unix_ms(), event: EventKind::Dropped, vm: None, details });
         }
-        let skip =
-            usize::try_from(since.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
+        let skip = usize::try_from(since.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
         events.extend(self.ring.iter().skip(skip).cloned());
         events
     }
 }
 
 fn unix_ms() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -170,16 +151,9 @@ mod tests {
     #[test]
     fn an_event_is_one_flat_object() {
         let mut log = EventLog::default();
-        log.push(
-            EventKind::LimitChanged,
-            Some("web"),
-            json!({ "max_bytes": 4096 }),
-        );
+        log.push(EventKind::LimitChanged, Some("web"), json!({ "max_bytes": 4096 }));
         let mut value = serde_json::to_value(&log.after(0)[0]).unwrap();
         value.as_object_mut().unwrap().remove("time_ms");
-        assert_eq!(
-            value,
-            json!({ "seq": 1, "event": "limit_changed", "vm": "web", "max_bytes": 4096 })
-        );
+        assert_eq!(value, json!({ "seq": 1, "event": "limit_changed", "vm": "web", "max_bytes": 4096 }));
     }
 }

@@ -58,9 +58,7 @@ impl Actor {
             return;
         };
         match vm.waiting.swap_remove(index).what {
-            Awaited::View(reply) | Awaited::Paused(reply) => {
-                answer(reply, Ok(self.vm_view(id, false)))
-            }
+            Awaited::View(reply) | Awaited::Paused(reply) => answer(reply, Ok(self.vm_view(id, false))),
             Awaited::Recall(requested) => self.begin_change(id, *requested),
         }
     }
@@ -77,13 +75,7 @@ impl Actor {
         let most = vm.size + vm.reserve_target + reclaim::STOCK_CAP;
         let useful = most.saturating_sub(vm.outstanding()).0;
         let need = vm.need().min(useful);
-        let want = vm
-            .report
-            .want
-            .max(vm.report.want_now)
-            .saturating_sub(vm.in_flight())
-            .min(useful)
-            .max(need);
+        let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
         let was_refused = vm.refused;
         let got = self.charge_need(id, need, if fresh { Mode::Wait } else { Mode::Again });
         let vm = self.vms.get_mut(&id).expect("checked");
@@ -114,10 +106,7 @@ impl Actor {
     /// a failure.
     pub fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
         let node = self.vms[&id].node;
-        let fits = self
-            .tree
-            .margin(node)
-            .map_or(pages, |room| room.0.min(pages));
+        let fits = self.tree.margin(node).map_or(pages, |room| room.0.min(pages));
         let charged = self.charged(id, |tree| tree.try_charge(node, Pages(fits), mode));
         if charged < pages {
             // Does not fit; the tree counts that.
@@ -129,17 +118,11 @@ impl Actor {
     /// Charges at most `pages` ahead of need.
     pub fn charge_ahead(&mut self, id: VmId, pages: u64) -> u64 {
         let node = self.vms[&id].node;
-        self.charged(id, |tree| {
-            tree.charge_up_to(node, Pages(pages), Pages::ZERO, Mode::NoRetry)
-        })
+        self.charged(id, |tree| tree.charge_up_to(node, Pages(pages), Pages::ZERO, Mode::NoRetry))
     }
 
     /// Does a charge and books it.
-    fn charged(
-        &mut self,
-        id: VmId,
-        charge: impl FnOnce(&mut Tree) -> Result<Charge, Refused>,
-    ) -> u64 {
+    fn charged(&mut self, id: VmId, charge: impl FnOnce(&mut Tree) -> Result<Charge, Refused>) -> u64 {
         let Ok(charge) = charge(&mut self.tree) else {
             return 0;
         };
@@ -160,21 +143,9 @@ impl Actor {
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
         let message = if vm.accounting {
-            ToWorker::Grant {
-                epoch: EPOCH,
-                granted_total,
-                stock_max,
-                room,
-                refused,
-            }
+            ToWorker::Grant { epoch: EPOCH, granted_total, stock_max, room, refused }
         } else {
-            ToWorker::Grant {
-                epoch: EPOCH,
-                granted_total: 0,
-                stock_max: 0,
-                room: u64::MAX,
-                refused: false,
-            }
+            ToWorker::Grant { epoch: EPOCH, granted_total: 0, stock_max: 0, room: u64::MAX, refused: false }
         };
         // A grant that was not taken is sent again with the next totals.
         vm.grant_due = !vm.send(message);
@@ -182,12 +153,7 @@ impl Actor {
 
     /// Sends the grants that are due: those that were dropped, and those after a change of limits.
     pub fn send_due(&mut self) {
-        let due: Vec<_> = self
-            .vms
-            .iter()
-            .filter(|(_, vm)| vm.grant_due && vm.alive())
-            .map(|(id, _)| *id)
-            .collect();
+        let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.grant_due && vm.alive()).map(|(id, _)| *id).collect();
         for id in due {
             let vm = &self.vms[&id];
             // A full queue empties only when the worker reads, and then it reports.
@@ -202,12 +168,7 @@ impl Actor {
         if !std::mem::take(&mut self.roomier) {
             return;
         }
-        let refused: Vec<_> = self
-            .vms
-            .iter()
-            .filter(|(_, vm)| vm.refused)
-            .map(|(id, _)| *id)
-            .collect();
+        let refused: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.refused).map(|(id, _)| *id).collect();
         for id in refused {
             self.serve(id, false);
         }
@@ -239,11 +200,7 @@ impl Actor {
             vm.hold = None;
         } else if vm.hold.is_none() {
             let since = Instant::now();
-            vm.hold = Some(Hold {
-                since,
-                deadline: since + vm.oom.deadline,
-                acted: false,
-            });
+            vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, acted: false });
         }
     }
 
@@ -259,11 +216,8 @@ impl Actor {
         }
         hold.acted = true;
         vm.oom_events += 1;
-        let action_name = if action == OomAction::Pause {
-            "pause"
-        } else {
-            "kill"
-        };
+        vm.oom_killed = action == OomAction::Kill;
+        let action_name = if action == OomAction::Pause { "pause" } else { "kill" };
         let details = self.account(id, json!({ "action": action_name }));
         let name = self.vms[&id].name.clone();
         self.event(EventKind::VictimSelected, Some(&name), details);
@@ -287,10 +241,7 @@ impl Actor {
         let map = details.as_object_mut().expect("just made");
         if let Some(hold) = vm.hold {
             let held = Instant::now().saturating_duration_since(hold.since);
-            map.insert(
-                "held_ms".to_owned(),
-                u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into(),
-            );
+            map.insert("held_ms".to_owned(), u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into());
         }
         if let Value::Object(more) = more {
             map.extend(more);
@@ -302,36 +253,20 @@ impl Actor {
 /// Tests a report against what this VM was granted and what it said before.
 fn check(vm: &Vm, report: &Report) -> Result<(), String> {
     if report.granted_total > vm.granted_total || report.granted_total < vm.report.granted_total {
-        return Err(format!(
-            "says it was granted {} pages, it was {}",
-            report.granted_total, vm.granted_total
-        ));
+        return Err(format!("says it was granted {} pages, it was {}", report.granted_total, vm.granted_total));
     }
     if report.returned_total < vm.returned_total {
-        return Err(format!(
-            "gave back {} pages, before it were {}",
-            report.returned_total, vm.returned_total
-        ));
+        return Err(format!("gave back {} pages, before it were {}", report.returned_total, vm.returned_total));
     }
     let Some(charged) = report.granted_total.checked_sub(report.returned_total) else {
-        return Err(format!(
-            "gave back {} of {} pages",
-            report.returned_total, report.granted_total
-        ));
+        return Err(format!("gave back {} of {} pages", report.returned_total, report.granted_total));
     };
-    let holds = [report.guest, report.stock, report.reserve]
-        .into_iter()
-        .try_fold(0u64, u64::checked_add);
+    let holds = [report.guest, report.stock, report.reserve].into_iter().try_fold(0u64, u64::checked_add);
     if vm.accounting && holds.is_none_or(|holds| holds > charged) {
-        return Err(format!(
-            "holds more than the {charged} pages that it was granted"
-        ));
+        return Err(format!("holds more than the {charged} pages that it was granted"));
     }
     if report.ballooned > vm.size.0 {
-        return Err(format!(
-            "says that {} of {} pages are in the balloon",
-            report.ballooned, vm.size.0
-        ));
+        return Err(format!("says that {} of {} pages are in the balloon", report.ballooned, vm.size.0));
     }
     Ok(())
 }

@@ -45,20 +45,13 @@ pub struct Problem {
 
 impl Problem {
     fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            fix: fix.into(),
-        }
+        Self { what: what.into(), fix: fix.into() }
     }
 }
 
 /// By how much deadlines are multiplied: 10 with `BALLAST_SLOW=1` (an emulated host), else 1.
 pub fn slowness() -> u32 {
-    if std::env::var_os("BALLAST_SLOW").is_some_and(|v| v == "1") {
-        10
-    } else {
-        1
-    }
+    if std::env::var_os("BALLAST_SLOW").is_some_and(|v| v == "1") { 10 } else { 1 }
 }
 
 /// `base`, or ten times as long on a host that was declared slow.
@@ -71,9 +64,7 @@ pub fn scaled(base: Duration) -> Duration {
 /// # Errors
 /// When procfs is not mounted.
 pub fn kernel_release() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease")?
-        .trim()
-        .to_owned())
+    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned())
 }
 
 /// Major and minor version out of a release such as `6.12.95+deb13-amd64`.
@@ -87,12 +78,8 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 /// # Errors
 /// A kernel older than [`OLDEST_KERNEL`], or one whose version cannot be read.
 pub fn check_kernel() -> Result<String, Problem> {
-    let release = kernel_release().map_err(|e| {
-        Problem::new(
-            format!("the kernel version cannot be read ({e})"),
-            "mount -t proc proc /proc",
-        )
-    })?;
+    let release = kernel_release()
+        .map_err(|e| Problem::new(format!("the kernel version cannot be read ({e})"), "mount -t proc proc /proc"))?;
     check_release(&release)?;
     Ok(release)
 }
@@ -101,10 +88,7 @@ fn check_release(release: &str) -> Result<(), Problem> {
     match kernel_version(release) {
         Some(version) if version >= OLDEST_KERNEL => Ok(()),
         _ => Err(Problem::new(
-            format!(
-                "Linux {}.{} or newer is required, this is {release}",
-                OLDEST_KERNEL.0, OLDEST_KERNEL.1
-            ),
+            format!("Linux {}.{} or newer is required, this is {release}", OLDEST_KERNEL.0, OLDEST_KERNEL.1),
             "install a newer kernel, on Debian: apt install -t bookworm-backports linux-image-amd64",
         )),
     }
@@ -122,12 +106,12 @@ pub fn open_kvm() -> Result<OwnedFd, Problem> {
     let device = open_device("/dev/kvm").map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => Problem::new(
             "there is no /dev/kvm",
-            "enable virtualization in the firmware (or nesting in the outer host), then: modprobe kvm_intel || modprobe kvm_amd",
+            "enable virtualization in the firmware (or nesting in the outer host), then: modprobe kvm_intel || \
+             modprobe kvm_amd",
         ),
-        io::ErrorKind::PermissionDenied => Problem::new(
-            "no permission to open /dev/kvm",
-            "sudo usermod -aG kvm $USER, then log in again",
-        ),
+        io::ErrorKind::PermissionDenied => {
+            Problem::new("no permission to open /dev/kvm", "sudo usermod -aG kvm $USER, then log in again")
+        }
         _ => Problem::new(format!("/dev/kvm cannot be opened ({e})"), "modprobe kvm_intel || modprobe kvm_amd"),
     })?;
     // SAFETY: KVM_GET_API_VERSION takes no argument and `device` is open for the whole call.
@@ -136,9 +120,7 @@ pub fn open_kvm() -> Result<OwnedFd, Problem> {
         Ok(device)
     } else {
         Err(Problem::new(
-            format!(
-                "/dev/kvm speaks version {version} of its interface, {KVM_API_VERSION} is needed"
-            ),
+            format!("/dev/kvm speaks version {version} of its interface, {KVM_API_VERSION} is needed"),
             "install a kernel with KVM",
         ))
     }
@@ -150,40 +132,27 @@ pub fn open_kvm() -> Result<OwnedFd, Problem> {
 /// A missing device, a lack of permission or a missing feature.
 pub fn open_userfaultfd() -> Result<OwnedFd, Problem> {
     let device = open_device("/dev/userfaultfd").map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => Problem::new(
-            "there is no /dev/userfaultfd",
-            "run a kernel with CONFIG_USERFAULTFD=y (any distribution's)",
-        ),
+        io::ErrorKind::NotFound => {
+            Problem::new("there is no /dev/userfaultfd", "run a kernel with CONFIG_USERFAULTFD=y (any distribution's)")
+        }
         io::ErrorKind::PermissionDenied => Problem::new(
             "no permission to open /dev/userfaultfd, which memory limits need",
             "echo 'KERNEL==\"userfaultfd\", GROUP=\"kvm\", MODE=\"0660\"' | sudo tee \
              /etc/udev/rules.d/60-ballast.rules && sudo udevadm trigger --name-match=userfaultfd",
         ),
-        _ => Problem::new(
-            format!("/dev/userfaultfd cannot be opened ({e})"),
-            "ls -l /dev/userfaultfd",
-        ),
+        _ => Problem::new(format!("/dev/userfaultfd cannot be opened ({e})"), "ls -l /dev/userfaultfd"),
     })?;
     let features = userfaultfd_features(&device).map_err(|e| {
-        Problem::new(
-            format!("/dev/userfaultfd gives no userfaultfd ({e})"),
-            "run a kernel with CONFIG_USERFAULTFD=y",
-        )
+        Problem::new(format!("/dev/userfaultfd gives no userfaultfd ({e})"), "run a kernel with CONFIG_USERFAULTFD=y")
     })?;
-    let missing: Vec<_> = NEEDED_FEATURES
-        .iter()
-        .filter(|(bit, _)| features & u64::from(*bit) == 0)
-        .map(|(_, name)| *name)
-        .collect();
+    let missing: Vec<_> =
+        NEEDED_FEATURES.iter().filter(|(bit, _)| features & u64::from(*bit) == 0).map(|(_, name)| *name).collect();
     if missing.is_empty() {
         Ok(device)
     } else {
         Err(Problem::new(
             format!("this kernel's userfaultfd lacks {}", missing.join(", ")),
-            format!(
-                "install Linux {}.{} or newer",
-                OLDEST_KERNEL.0, OLDEST_KERNEL.1
-            ),
+            format!("install Linux {}.{} or newer", OLDEST_KERNEL.0, OLDEST_KERNEL.1),
         ))
     }
 }
@@ -197,24 +166,10 @@ fn userfaultfd_features(device: &OwnedFd) -> io::Result<u64> {
     }
     // SAFETY: the ioctl has just created `fd`, nobody else owns it.
     let probe = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = uffdio_api {
-        api: u64::from(UFFD_API),
-        features: 0,
-        ioctls: 0,
-    };
+    let mut api = uffdio_api { api: u64::from(UFFD_API), features: 0, ioctls: 0 };
     // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which lives until the call returns.
-    let done = unsafe {
-        libc::ioctl(
-            probe.as_raw_fd(),
-            libc::c_ulong::from(UFFDIO_API),
-            &raw mut api,
-        )
-    };
-    if done < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(api.features)
-    }
+    let done = unsafe { libc::ioctl(probe.as_raw_fd(), libc::c_ulong::from(UFFDIO_API), &raw mut api) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(api.features) }
 }
 
 /// The host's memory in bytes.
@@ -232,22 +187,12 @@ pub struct HostMemory {
 /// When procfs is not mounted.
 pub fn memory() -> io::Result<HostMemory> {
     let text = io::read_to_string(File::open("/proc/meminfo")?)?;
-    Ok(HostMemory {
-        total: meminfo_field(&text, "MemTotal:"),
-        available: meminfo_field(&text, "MemAvailable:"),
-    })
+    Ok(HostMemory { total: meminfo_field(&text, "MemTotal:"), available: meminfo_field(&text, "MemAvailable:") })
 }
 
 fn meminfo_field(text: &str, key: &str) -> u64 {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key))
-        .unwrap_or_default();
-    line.split_whitespace()
-        .next()
-        .and_then(|kib| kib.parse::<u64>().ok())
-        .unwrap_or(0)
-        .saturating_mul(1024)
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default();
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024)
 }
 
 /// Waits until memory that a dead worker held has come back to the host: until `MemAvailable` grows by less than
@@ -286,10 +231,7 @@ mod tests {
     #[test]
     fn an_old_kernel_is_refused_with_a_sentence_that_names_both_versions() {
         let problem = check_release("6.1.0-44-amd64").unwrap_err();
-        assert_eq!(
-            problem.what,
-            "Linux 6.12 or newer is required, this is 6.1.0-44-amd64"
-        );
+        assert_eq!(problem.what, "Linux 6.12 or newer is required, this is 6.1.0-44-amd64");
         assert!(check_release("6.12.0").is_ok());
         assert!(check_release("5.19.0").is_err());
         assert!(check_release("7.0.0").is_ok());

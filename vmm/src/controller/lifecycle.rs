@@ -34,7 +34,7 @@ const RESERVE: (u64, u64) = (65, 64);
 
 impl Actor {
     /// Takes what came from a worker's socket. Nothing in it is believed before it is checked.
-    pub fn from_worker(&mut self, id: VmId, item: FromLink) {
+    pub fn heard(&mut self, id: VmId, item: FromLink) {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
@@ -63,22 +63,12 @@ impl Actor {
         }
         let greeted = vm.greeted;
         match message {
-            FromWorker::Hello {
-                ram,
-                reserve_target,
-                ..
-            } if !greeted => self.hello(id, ram, Pages(reserve_target)),
+            FromWorker::Hello { ram, reserve_target, .. } if !greeted => self.hello(id, ram, Pages(reserve_target)),
             FromWorker::Hello { .. } => self.lie(id, "said hello twice".to_owned()),
-            FromWorker::Failed {
-                message,
-                smallest_max,
-            } => {
+            FromWorker::Failed { message, smallest_max } => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
                 let message = message.chars().filter(|c| !c.is_control()).collect();
-                vm.cause = Some(VmEnd::Failed {
-                    message,
-                    smallest_max: smallest_max.map(Pages),
-                });
+                vm.cause = Some(VmEnd::Failed { message, smallest_max: smallest_max.map(Pages) });
             }
             FromWorker::Exited(reason) => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
@@ -107,32 +97,15 @@ impl Actor {
             sum.checked_add(slot.bytes)
         });
         if total != Some(vm.size.bytes()) {
-            self.lie(
-                id,
-                "has mapped another amount of RAM than it was told".to_owned(),
-            );
+            self.lie(id, "has mapped another amount of RAM than it was told".to_owned());
             return;
         }
-        let most = if vm.accounting {
-            RESERVE.0 * u64::from(vm.cpus) + RESERVE.1
-        } else {
-            0
-        };
+        let most = if vm.accounting { RESERVE.0 * u64::from(vm.cpus) + RESERVE.1 } else { 0 };
         if reserve_target.0 > most {
-            self.lie(
-                id,
-                format!("wants a reserve of {reserve_target}, at most {most} are needed"),
-            );
+            self.lie(id, format!("wants a reserve of {reserve_target}, at most {most} are needed"));
             return;
         }
-        vm.ram = slots
-            .iter()
-            .map(|s| RamView {
-                gpa: s.gpa,
-                hva: s.hva,
-                bytes: s.bytes,
-            })
-            .collect();
+        vm.ram = slots.iter().map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
         vm.greeted = true;
         vm.patience = None;
         vm.reserve_target = reserve_target;
@@ -191,19 +164,9 @@ impl Actor {
         if vm.death.is_some() {
             self.end(id);
         } else if vm.greeted {
-            self.kill(
-                id,
-                VmEnd::Died {
-                    message: "closed its socket and did not end".to_owned(),
-                },
-            );
+            self.kill(id, VmEnd::Died { message: "closed its socket and did not end".to_owned() });
         } else {
-            self.kill(
-                id,
-                VmEnd::Died {
-                    message: "did not say hello in time".to_owned(),
-                },
-            );
+            self.kill(id, VmEnd::Died { message: "did not say hello in time".to_owned() });
         }
     }
 
@@ -223,9 +186,7 @@ impl Actor {
         self.tree.set_offline(vm.node);
         vm.refused = false;
         vm.grant_due = false;
-        let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died {
-            message: death.to_string(),
-        });
+        let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
         let (kind, extra) = describe(&cause);
         let mut details = details;
         if let (Some(map), serde_json::Value::Object(extra)) = (details.as_object_mut(), extra) {
@@ -284,25 +245,14 @@ fn describe(cause: &VmEnd) -> (EventKind, serde_json::Value) {
                 ExitReason::TripleFault => ("triple_fault", None),
                 ExitReason::Error => ("error", None),
             };
-            (
-                EventKind::Stopped,
-                json!({ "reason": reason, "status": status }),
-            )
+            (EventKind::Stopped, json!({ "reason": reason, "status": status }))
         }
-        VmEnd::Killed(by) => (
-            EventKind::Killed,
-            json!({ "by": if *by == KilledBy::Policy { "policy" } else { "request" } }),
-        ),
-        VmEnd::Failed {
-            message,
-            smallest_max,
-        } => (
-            EventKind::WorkerDied,
-            json!({ "reason": message, "smallest_max_bytes": smallest_max.map(Pages::bytes) }),
-        ),
-        VmEnd::Died { message } => (
-            EventKind::WorkerDied,
-            json!({ "reason": format!("the worker {message}") }),
-        ),
+        VmEnd::Killed(by) => {
+            (EventKind::Killed, json!({ "by": if *by == KilledBy::Policy { "policy" } else { "request" } }))
+        }
+        VmEnd::Failed { message, smallest_max } => {
+            (EventKind::WorkerDied, json!({ "reason": message, "smallest_max_bytes": smallest_max.map(Pages::bytes) }))
+        }
+        VmEnd::Died { message } => (EventKind::WorkerDied, json!({ "reason": format!("the worker {message}") })),
     }
 }

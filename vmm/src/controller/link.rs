@@ -22,6 +22,7 @@ use crate::worker::protocol::{self, FromWorker, MAX_MESSAGE, ToWorker};
 pub const QUEUE: usize = 64;
 
 /// What arrives from a worker's socket.
+#[expect(clippy::large_enum_variant, reason = "nearly all are messages, and a box would be an allocation for each")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum FromLink {
     /// A well-formed message; its contents are still an allegation.
@@ -44,9 +45,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// Somebody else answers at the worker's socket.
-    #[error(
-        "the socket {path} belongs to process {found} of user {uid}, not to the worker {expected}"
-    )]
+    #[error("the socket {path} belongs to process {found} of user {uid}, not to the worker {expected}")]
     Stranger {
         /// Path of the socket.
         path: String,
@@ -65,25 +64,16 @@ pub enum ConnectError {
 /// When nobody listens or somebody else does.
 pub fn connect(path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
     let name = || path.display().to_string();
-    let failed = |e: Errno| ConnectError::Connect {
-        path: name(),
-        source: e.into(),
-    };
+    let failed = |e: Errno| ConnectError::Connect { path: name(), source: e.into() };
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-        .map_err(failed)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(failed)?;
     rustix::net::connect(&socket, &address).map_err(failed)?;
     // The credentials are those of the process that called listen().
     let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;
     let found = peer.pid.as_raw_nonzero().get();
     if found != pid || peer.uid != rustix::process::geteuid() {
-        return Err(ConnectError::Stranger {
-            path: name(),
-            found,
-            uid: peer.uid.as_raw(),
-            expected: pid,
-        });
+        return Err(ConnectError::Stranger { path: name(), found, uid: peer.uid.as_raw(), expected: pid });
     }
     Ok(socket)
 }
@@ -101,10 +91,7 @@ pub fn attach<I, W>(
     socket: OwnedFd,
     inbox: mpsc::Sender<I>,
     wrap: W,
-) -> io::Result<(
-    mpsc::Sender<ToWorker>,
-    impl Future<Output = ()> + Send + 'static,
-)>
+) -> io::Result<(mpsc::Sender<ToWorker>, impl Future<Output = ()> + Send + 'static)>
 where
     I: Send + 'static,
     W: Fn(FromLink) -> I + Send + 'static,
@@ -147,11 +134,7 @@ async fn write(socket: &AsyncFd<OwnedFd>, message: &ToWorker) -> io::Result<()> 
     let packet = protocol::encode(message, &mut buffer);
     loop {
         let mut ready = socket.writable().await?;
-        match rustix::net::send(
-            socket.get_ref(),
-            packet,
-            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-        ) {
+        match rustix::net::send(socket.get_ref(), packet, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(_) => return Ok(()),
             Err(Errno::AGAIN) => ready.clear_ready(),
             Err(Errno::INTR) => {}

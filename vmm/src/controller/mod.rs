@@ -86,14 +86,7 @@ impl Controller {
         let (news_sender, news) = watch::channel(0);
         let actor = Actor::new(budget, news_sender, inbox.downgrade());
         let task = tokio::spawn(actor.run(inputs));
-        (
-            Self {
-                inbox,
-                news,
-                next_id: Arc::new(AtomicU64::new(1)),
-            },
-            task,
-        )
+        (Self { inbox, news, next_id: Arc::new(AtomicU64::new(1)) }, task)
     }
 
     /// A number for a new VM.
@@ -116,32 +109,11 @@ impl Controller {
         let id = self.next_id();
         let kill = handle.clone();
         let adopt = async {
-            let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| {
-                Input::Worker(id, item)
-            })
-            .map_err(|e: io::Error| {
-                Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}"))
-            })?;
-            let VmSpec {
-                name,
-                size,
-                cpus,
-                accounting,
-                limits,
-                oom,
-            } = spec;
+            let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| Input::Worker(id, item))
+                .map_err(|e: io::Error| Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}")))?;
+            let VmSpec { name, size, cpus, accounting, limits, oom } = spec;
             let process = Box::new(handle);
-            let vm = NewVm {
-                id,
-                name,
-                size,
-                cpus,
-                accounting,
-                limits,
-                oom,
-                process,
-                to_worker,
-            };
+            let vm = NewVm { id, name, size, cpus, accounting, limits, oom, process, to_worker };
             let end = self.add(vm).await?;
             tokio::spawn(reader);
             let inbox = self.inbox.clone();
@@ -168,7 +140,7 @@ impl Controller {
     }
 
     /// Hands over what a worker sent.
-    pub async fn from_worker(&self, id: VmId, item: FromLink) {
+    pub async fn heard(&self, id: VmId, item: FromLink) {
         // A controller that is gone does not care.
         let _ = self.inbox.send(Input::Worker(id, item)).await;
     }
@@ -200,8 +172,7 @@ impl Controller {
     /// # Errors
     /// When there is none of this name.
     pub async fn show(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Show(name.to_owned(), reply))
-            .await
+        self.ask(|reply| Request::Show(name.to_owned(), reply)).await
     }
 
     /// Changes limits. Completes when they are in force, when they will not be, or when the client's time is over.
@@ -209,8 +180,7 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn change(&self, name: &str, change: MemoryChange) -> Result<Changed, Refusal> {
-        self.ask(|reply| Request::Change(name.to_owned(), change, reply))
-            .await
+        self.ask(|reply| Request::Change(name.to_owned(), change, reply)).await
     }
 
     /// Stops the vCPUs and completes when they stand still.
@@ -218,8 +188,7 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn pause(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Pause(name.to_owned(), reply))
-            .await
+        self.ask(|reply| Request::Pause(name.to_owned(), reply)).await
     }
 
     /// Lets the vCPUs go on.
@@ -227,8 +196,7 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn resume(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Resume(name.to_owned(), reply))
-            .await
+        self.ask(|reply| Request::Resume(name.to_owned(), reply)).await
     }
 
     /// Ends a VM and completes when its worker is gone.
@@ -236,8 +204,7 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn kill(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Kill(name.to_owned(), reply))
-            .await
+        self.ask(|reply| Request::Kill(name.to_owned(), reply)).await
     }
 
     /// The events after number `since`.
@@ -256,10 +223,7 @@ impl Controller {
     async fn ask<T>(&self, request: impl FnOnce(vm::Reply<T>) -> Request) -> Result<T, Refusal> {
         let (reply, result) = oneshot::channel();
         let stopping = || Refusal::new(Code::Stopping, "the controller is going away");
-        self.inbox
-            .send(Input::Request(request(reply)))
-            .await
-            .map_err(|_| stopping())?;
+        self.inbox.send(Input::Request(request(reply))).await.map_err(|_| stopping())?;
         result.await.map_err(|_| stopping())?
     }
 }

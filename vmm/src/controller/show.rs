@@ -6,10 +6,10 @@ use tokio::time::Instant;
 use super::actor::Actor;
 use super::host;
 use super::view::{
-    BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat,
-    MemoryView, OomView, VmState, VmView,
+    BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView, OomView,
+    VmState, VmView,
 };
-use super::vm::{KilledBy, Vm, VmEnd, VmId};
+use super::vm::{Vm, VmId};
 
 impl Actor {
     /// A VM as its worker last reported it and as the tree has it now. Pages that are on their way to the worker are
@@ -61,16 +61,14 @@ impl Actor {
             low_bytes: node.limits.low.as_bytes(),
             high_bytes: node.limits.high.as_bytes(),
             max_bytes: node.limits.max.as_bytes(),
-            max_pending_bytes: node
-                .max_pending
-                .and_then(memcg_core::units::Limit::as_bytes),
+            max_pending_bytes: node.max_pending.and_then(memcg_core::units::Limit::as_bytes),
             ceiling_bytes: node.ceiling.map(Pages::bytes),
             events: MemoryEvents {
                 high: node.high_hits,
                 max: node.max_hits,
                 failcnt: node.memory.failcnt,
                 oom: vm.oom_events,
-                oom_kill: u64::from(vm.cause == Some(VmEnd::Killed(KilledBy::Policy))),
+                oom_kill: u64::from(vm.oom_killed),
             },
             stat: MemoryStat {
                 guest_bytes: bytes(report.guest),
@@ -115,27 +113,19 @@ impl Actor {
             available_bytes: memory.available,
             budget_bytes: root.limits.max.as_bytes(),
             current_bytes: root.memory.usage.bytes(),
-            vms: self
-                .vms
-                .values()
-                .filter(|vm| vm.state != VmState::Ended)
-                .count(),
+            vms: self.vms.values().filter(|vm| vm.state != VmState::Ended).count(),
             last_event: self.events.last(),
         }
     }
 }
 
 fn held_view(vm: &Vm) -> HeldView {
-    let until = vm
-        .hold
-        .filter(|hold| !hold.acted && vm.state == VmState::Running)
-        .map(|hold| hold.deadline);
+    let until = vm.hold.filter(|hold| !hold.acted && vm.state == VmState::Running).map(|hold| hold.deadline);
     HeldView {
         now: vm.report.held && vm.state != VmState::Ended,
         total_us: vm.report.held_us,
         deadline_ms: until.map(|until| {
-            u64::try_from(until.saturating_duration_since(Instant::now()).as_millis())
-                .unwrap_or(u64::MAX)
+            u64::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u64::MAX)
         }),
     }
 }

@@ -68,9 +68,7 @@ pub enum SpawnError {
     #[error(transparent)]
     Host(#[from] Problem),
     /// The path of a socket does not fit into an address.
-    #[error(
-        "the socket path {0} is {1} bytes long, at most {MAX_SOCKET_PATH} are possible: choose a shorter --socket"
-    )]
+    #[error("the socket path {0} is {1} bytes long, at most {MAX_SOCKET_PATH} are possible: choose a shorter --socket")]
     PathTooLong(String, usize),
     /// A system call failed.
     #[error("{what}")]
@@ -116,31 +114,17 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
-    let Launch {
-        config,
-        kernel,
-        initrd,
-        directory,
-        log,
-    } = launch;
+    let Launch { config, kernel, initrd, directory, log } = launch;
     let path = worker_socket(&directory);
     check_socket_path(&path)?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
     let uffd_device = config.accounting.then(host::open_userfaultfd).transpose()?;
 
-    make_directory(&directory).map_err(system(format!(
-        "the directory {} cannot be made",
-        directory.display()
-    )))?;
-    let memfd =
-        config_memfd(&config).map_err(system("the worker's configuration cannot be written"))?;
-    let listener = bind(&path).map_err(system(format!(
-        "the worker's socket {} cannot be made",
-        path.display()
-    )))?;
-    let (console, far_console) =
-        UnixStream::pair().map_err(system("the console's socket pair cannot be made"))?;
+    make_directory(&directory).map_err(system(format!("the directory {} cannot be made", directory.display())))?;
+    let memfd = config_memfd(&config).map_err(system("the worker's configuration cannot be written"))?;
+    let listener = bind(&path).map_err(system(format!("the worker's socket {} cannot be made", path.display())))?;
+    let (console, far_console) = UnixStream::pair().map_err(system("the console's socket pair cannot be made"))?;
 
     let mut plan = ChildPlan::new(config.die_with_parent);
     for (source, target) in [
@@ -158,18 +142,11 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
             .map_err(system("no descriptor is left for the worker"))?;
         plan.give(copy, target);
     }
-    let child = spawn_child(&config.name, &log, plan)
-        .map_err(system("the worker process cannot be started"))?;
+    let child = spawn_child(&config.name, &log, plan).map_err(system("the worker process cannot be started"))?;
     drop(far_console);
-    let (handle, watch) =
-        supervise(child).map_err(system("the worker process cannot be watched"))?;
+    let (handle, watch) = supervise(child).map_err(system("the worker process cannot be watched"))?;
     match link::connect(&path, handle.pid()) {
-        Ok(link) => Ok(Launched {
-            handle,
-            watch,
-            link,
-            console,
-        }),
+        Ok(link) => Ok(Launched { handle, watch, link, console }),
         Err(error) => {
             handle.kill();
             Err(error.into())
@@ -179,11 +156,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
 
 /// Makes `directory` for this user alone; one that exists must be a directory of this user.
 fn make_directory(directory: &Path) -> io::Result<()> {
-    match std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-    {
+    match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
         _ => {}
     }
@@ -191,17 +164,11 @@ fn make_directory(directory: &Path) -> io::Result<()> {
 }
 
 fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
-    let memfd = rustix::fs::memfd_create(
-        "ballast-config",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )?;
+    let memfd = rustix::fs::memfd_create("ballast-config", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let mut file = File::from(memfd);
     file.write_all(&serde_json::to_vec(config)?)?;
     rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
-    rustix::fs::fcntl_add_seals(
-        &file,
-        SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL,
-    )?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(file.into())
 }
 
@@ -212,12 +179,7 @@ fn bind(path: &Path) -> io::Result<OwnedFd> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
@@ -234,16 +196,8 @@ struct ChildPlan {
 
 impl ChildPlan {
     fn new(die_with_parent: bool) -> Self {
-        let parent = if die_with_parent {
-            std::process::id().cast_signed()
-        } else {
-            0
-        };
-        Self {
-            sources: [-1; FIXED_END as usize],
-            owned: Vec::new(),
-            parent,
-        }
+        let parent = if die_with_parent { std::process::id().cast_signed() } else { 0 };
+        Self { sources: [-1; FIXED_END as usize], owned: Vec::new(), parent }
     }
 
     fn give(&mut self, source: OwnedFd, target: RawFd) {
@@ -254,11 +208,7 @@ impl ChildPlan {
     /// Runs in the child of a possibly multi-threaded process: async-signal-safe calls only.
     fn apply(&self) -> io::Result<()> {
         let check = |result: libc::c_long| {
-            if result < 0 {
-                Err(io::Error::last_os_error())
-            } else {
-                Ok(())
-            }
+            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
         };
         for target in fd::CONFIG..FIXED_END {
             let source = self.sources[target as usize];
@@ -268,24 +218,12 @@ impl ChildPlan {
                 check(unsafe { libc::dup2(source, target) }.into())?;
             } else {
                 // SAFETY: close_range takes numbers and, with this flag, only marks for closing at exec.
-                check(unsafe {
-                    libc::syscall(
-                        libc::SYS_close_range,
-                        target,
-                        target,
-                        libc::CLOSE_RANGE_CLOEXEC,
-                    )
-                })?;
+                check(unsafe { libc::syscall(libc::SYS_close_range, target, target, libc::CLOSE_RANGE_CLOEXEC) })?;
             }
         }
         // SAFETY: as above. Closing waits for the exec because the standard library's own pipe is in the range.
         check(unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                FIXED_END,
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
+            libc::syscall(libc::SYS_close_range, FIXED_END, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
         })?;
         // SAFETY: listen takes a number and a length.
         check(unsafe { libc::listen(fd::LISTEN, 4) }.into())?;
@@ -307,22 +245,12 @@ fn spawn_child(name: &str, log: &str, plan: ChildPlan) -> io::Result<Child> {
     // Occupies the fixed numbers, so that the pipe by which the standard library reports a failed exec is
     // not at one of them.
     let mut placeholders = vec![rustix::io::fcntl_dupfd_cloexec(&plan.owned[0], fd::CONFIG)?];
-    while placeholders
-        .last()
-        .is_some_and(|last| last.as_raw_fd() < FIXED_END)
-    {
+    while placeholders.last().is_some_and(|last| last.as_raw_fd() < FIXED_END) {
         placeholders.push(rustix::io::fcntl_dupfd_cloexec(&plan.owned[0], fd::CONFIG)?);
     }
     let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0("ballast")
-        .arg("worker")
-        .arg(name)
-        .env("BALLAST_LOG", log);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .process_group(0);
+    command.arg0("ballast").arg("worker").arg(name).env("BALLAST_LOG", log);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     // SAFETY: `apply` calls async-signal-safe functions only and touches no memory but its own.
     unsafe { command.pre_exec(move || plan.apply()) };
     command.spawn()
@@ -401,10 +329,7 @@ fn supervise(mut child: Child) -> io::Result<(WorkerHandle, DeathWatch)> {
         let id = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         // Not reaped yet, so the number is still this child's.
         let pidfd = Arc::new(rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?);
-        let handle = WorkerHandle {
-            pid,
-            pidfd: Arc::clone(&pidfd),
-        };
+        let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd) };
         // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
         let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         Ok((handle, watched))

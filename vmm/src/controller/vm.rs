@@ -151,6 +151,8 @@ pub(super) struct Vm {
     pub balloon_sent: Option<u32>,
     pub hold: Option<Hold>,
     pub oom_events: u64,
+    /// The policy has killed it.
+    pub oom_killed: bool,
     pub change: Option<Change>,
     pub seq: u32,
     pub waiting: Vec<Waiting>,
@@ -179,10 +181,7 @@ impl Vm {
 
     /// Pages that faults wait for, or that the reserve is short of.
     pub fn need(&self) -> u64 {
-        self.report
-            .want_now
-            .max(self.report.debt)
-            .saturating_sub(self.in_flight())
+        self.report.want_now.max(self.report.debt).saturating_sub(self.in_flight())
     }
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.

@@ -1,1 +1,254 @@
-//! Tests of the actor against a worker that is played by the test.
+//! The actor against a worker that the test plays, over the actor's own channels and in paused time: a deadline of
+//! ten seconds passes at once, and nothing but the actor's decisions is under test.
+
+mod grants;
+mod limits;
+mod requests;
+mod wire;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use memcg_core::tree::LimitPatch;
+use memcg_core::units::{Limit, Pages};
+use tokio::sync::{mpsc, oneshot};
+
+use super::error::Refusal;
+use super::events::{Event, EventKind};
+use super::link::FromLink;
+use super::spawn::Death;
+use super::view::{OomAction, VmView};
+use super::{Controller, NewVm, OomPolicy, VmEnd, VmId, WorkerProcess};
+use crate::worker::protocol::{ExitReason, FromWorker, RamSlot, Report, ToWorker};
+
+/// Pages of RAM of the VM under test: 256 MiB.
+const SIZE: u64 = 65536;
+
+/// Pages of its reserve: one vCPU.
+const RESERVE: u64 = 65 + 64;
+
+/// A process that is a flag.
+struct Puppet(Arc<AtomicBool>);
+
+impl WorkerProcess for Puppet {
+    fn pid(&self) -> i32 {
+        4711
+    }
+
+    fn kill(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A worker that does what the test says; it keeps an honest account unless it is told otherwise.
+struct FakeWorker {
+    controller: Controller,
+    id: VmId,
+    inbox: mpsc::Receiver<ToWorker>,
+    killed: Arc<AtomicBool>,
+    end: oneshot::Receiver<VmEnd>,
+    /// What it says in its next report.
+    report: Report,
+    /// The last grant: total, largest stock, room, refused.
+    grant: (u64, u64, u64, bool),
+}
+
+/// How the VM under test is made.
+struct Setup {
+    max: Limit,
+    accounting: bool,
+    oom: OomPolicy,
+    queue: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
+        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, queue: 64 }
+    }
+}
+
+fn pages(n: u64) -> Limit {
+    Limit::Pages(Pages(n))
+}
+
+impl FakeWorker {
+    /// Adds a VM called `vm` to a controller of its own.
+    async fn add(setup: Setup) -> Self {
+        let (controller, _) = Controller::start(Limit::Max);
+        Self::add_to(&controller, "vm", setup).await.expect("added")
+    }
+
+    async fn add_to(controller: &Controller, name: &str, setup: Setup) -> Result<Self, Refusal> {
+        let (to_worker, inbox) = mpsc::channel(setup.queue);
+        let killed = Arc::new(AtomicBool::new(false));
+        let id = controller.next_id();
+        let new = NewVm {
+            id,
+            name: name.to_owned(),
+            size: Pages(SIZE),
+            cpus: 1,
+            accounting: setup.accounting,
+            limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
+            oom: setup.oom,
+            process: Box::new(Puppet(Arc::clone(&killed))),
+            to_worker,
+        };
+        let end = controller.add(new).await?;
+        let (report, grant) = (Report::default(), (0, 0, 0, false));
+        Ok(Self { controller: controller.clone(), id, inbox, killed, end, report, grant })
+    }
+
+    /// A VM with `max` pages that runs and has reported once.
+    async fn running(setup: Setup) -> Self {
+        let accounting = setup.accounting;
+        let mut worker = Self::add(setup).await;
+        worker.hello().await;
+        worker.say(FromWorker::Loaded { plan: 0 }).await;
+        assert_eq!(worker.next().await, ToWorker::Start);
+        while worker.try_next().await.is_some() {}
+        if accounting {
+            worker.tell().await;
+        }
+        worker
+    }
+
+    /// Says hello and takes the first grant: reserve first, the rest is stock.
+    async fn hello(&mut self) {
+        let mut ram = [RamSlot::default(); 2];
+        ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
+        self.say(FromWorker::Hello { pid: 4711, ram, reserve_target: RESERVE }).await;
+        let ToWorker::Grant { granted_total, .. } = self.next().await else { panic!("no grant") };
+        self.report.reserve = granted_total.min(RESERVE);
+        self.report.debt = RESERVE - self.report.reserve;
+        self.report.stock = granted_total - self.report.reserve;
+    }
+
+    async fn say(&self, message: FromWorker) {
+        self.controller.heard(self.id, FromLink::Message(message)).await;
+    }
+
+    /// The next message, which must come.
+    async fn next(&mut self) -> ToWorker {
+        let message = tokio::time::timeout(Duration::from_secs(60), self.inbox.recv()).await;
+        self.note(message.expect("in time").expect("the actor lives"))
+    }
+
+    /// The next message if there is one without time passing.
+    async fn try_next(&mut self) -> Option<ToWorker> {
+        // An answered request proves that the actor has dealt with everything before it.
+        self.controller.host().await.expect("the actor lives");
+        let message = self.inbox.try_recv().ok()?;
+        Some(self.note(message))
+    }
+
+    fn note(&mut self, message: ToWorker) -> ToWorker {
+        if let ToWorker::Grant { granted_total, stock_max, room, refused, .. } = message {
+            self.grant = (granted_total, stock_max, room, refused);
+            self.report.granted_total = granted_total;
+        }
+        message
+    }
+
+    /// Pages that arrived but are booked nowhere yet.
+    fn fresh(&self) -> u64 {
+        let report = &self.report;
+        report.granted_total - report.returned_total - report.guest - report.stock - report.reserve
+    }
+
+    /// Sends the report as it is.
+    async fn tell(&self) {
+        self.say(FromWorker::Report(self.report)).await;
+    }
+
+    /// The guest touches `n` pages: those in stock at once, the rest it waits for. What has arrived is booked first.
+    async fn touch(&mut self, n: u64) {
+        self.book();
+        let at_once = n.min(self.report.stock);
+        self.report.stock -= at_once;
+        self.report.guest += at_once;
+        self.report.want_now = n - at_once;
+        self.report.want = n - at_once;
+        self.tell().await;
+        while self.try_next().await.is_some() {}
+        let served = self.fresh().min(n - at_once);
+        self.report.guest += served;
+        self.report.want_now -= served;
+        self.report.want = self.report.want_now;
+        self.book();
+    }
+
+    /// Takes what has arrived into the stock.
+    fn book(&mut self) {
+        self.report.stock += self.fresh();
+    }
+
+    /// Gives back `n` guest pages.
+    async fn free(&mut self, n: u64) {
+        self.report.guest -= n;
+        self.report.returned_total += n;
+        self.tell().await;
+    }
+
+    /// Answers the recall that must be the next message but grants.
+    async fn answer_recall(&mut self) {
+        let seq = loop {
+            match self.next().await {
+                ToWorker::Recall { seq } => break seq,
+                ToWorker::Grant { .. } | ToWorker::BalloonTarget { .. } => {}
+                other => panic!("{other:?} instead of a recall"),
+            }
+        };
+        self.book();
+        self.report.returned_total += self.report.stock;
+        self.report.stock = 0;
+        self.answer(seq).await;
+    }
+
+    async fn answer(&mut self, seq: u32) {
+        self.report.answers = Some(seq);
+        self.tell().await;
+        self.report.answers = None;
+    }
+
+    /// The view after what is known; nobody answers the query, so it takes half a second of test time.
+    async fn view(&mut self) -> VmView {
+        let controller = self.controller.clone();
+        let asking = tokio::spawn(async move { controller.show("vm").await });
+        loop {
+            match self.next().await {
+                ToWorker::Query { seq } => {
+                    self.answer(seq).await;
+                    return asking.await.expect("no panic").expect("shown");
+                }
+                _ => self.book(),
+            }
+        }
+    }
+
+    async fn events(&self) -> Vec<Event> {
+        self.controller.events(0).await.expect("events")
+    }
+
+    async fn has_event(&self, kind: EventKind) -> Option<Event> {
+        self.events().await.into_iter().find(|event| event.event == kind)
+    }
+
+    fn killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
+    /// The process ends, then its socket.
+    async fn die(self, death: Death) -> VmEnd {
+        self.controller.worker_died(self.id, death).await;
+        self.controller.heard(self.id, FromLink::Closed).await;
+        self.end.await.expect("told")
+    }
+
+    /// The end of a guest that stopped by itself.
+    async fn exit(self, reason: ExitReason) -> VmEnd {
+        self.say(FromWorker::Exited(reason)).await;
+        self.die(Death::Exited(0)).await
+    }
+}
