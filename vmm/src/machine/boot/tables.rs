@@ -138,8 +138,11 @@ fn page_tables(directories: u64, user: u64) -> Vec<u8> {
 
 /// The user's command line behind what the VMM knows: in front, so that the user has the last word and so that it is
 /// not taken for arguments of init when the user's part has a `--`.
+///
+/// `reboot=a` is not redundant: on a hardware-reduced ACPI platform Linux resets through EFI, and without EFI it jumps
+/// to a BIOS that is not there, unless it is told otherwise.
 pub(super) fn linux_cmdline(user: &str, virtio_devices: u32) -> String {
-    let mut line = "console=ttyS0".to_owned();
+    let mut line = "console=ttyS0 reboot=a".to_owned();
     for n in 0..virtio_devices {
         // For kernels that take it; Debian's find the devices in the ACPI tables.
         let (window, gsi) = (layout::virtio_window(n), layout::virtio_gsi(n));

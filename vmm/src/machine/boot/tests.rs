@@ -149,7 +149,7 @@ fn a_vmlinux_is_planned_and_loaded() {
     assert_eq!(text(&memory, 16 * MIB, 32), "kernel text");
     assert_eq!(
         text(&memory, layout::CMDLINE, 128),
-        "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 quiet"
+        "console=ttyS0 reboot=a virtio_mmio.device=4K@0xd0000000:5 quiet"
     );
     let module: u64 = memory
         .read_obj(GuestAddress(layout::BOOT_PARAMS + 0x40))
