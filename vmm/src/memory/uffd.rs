@@ -22,11 +22,6 @@ const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xAA00;
 /// Largest number of pages one [`Uffd::fill`] writes.
 pub const MAX_FILL: u64 = 512;
 
-/// Zeroes to copy from. Page-aligned so that the kernel copies whole pages.
-#[repr(C, align(4096))]
-struct Zeroes([u8; (MAX_FILL * PAGE_SIZE) as usize]);
-static ZEROES: Zeroes = Zeroes([0; (MAX_FILL * PAGE_SIZE) as usize]);
-
 /// What became of a request to fill pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
@@ -54,6 +49,8 @@ pub struct Event {
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
+    /// [`MAX_FILL`] pages of zeroes to copy from.
+    zeroes: u64,
 }
 
 impl Uffd {
@@ -78,7 +75,7 @@ impl Uffd {
         if api.features & u64::from(sys::UFFD_FEATURE_MOVE) == 0 {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel has no UFFDIO_MOVE (Linux 6.12 or newer is needed)"));
         }
-        Ok(Self { fd })
+        Ok(Self { fd, zeroes: zeroes()? })
     }
 
     /// Registers `bytes` from `address` on: from now on a touch of an absent page waits for [`Uffd::fill`].
@@ -107,7 +104,7 @@ impl Uffd {
     pub fn fill(&self, address: u64, pages: u64) -> Fill {
         let mut arg = sys::uffdio_copy {
             dst: address,
-            src: ZEROES.0.as_ptr() as u64,
+            src: self.zeroes,
             len: pages.min(MAX_FILL) * PAGE_SIZE,
             mode: 0,
             copy: 0,
@@ -154,6 +151,23 @@ impl Uffd {
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// Maps zeroes to copy from, for the life of the process. Nobody writes there, so every page of it is the kernel's one
+/// zero page: the copy reads from the fastest cache, however long it is.
+fn zeroes() -> io::Result<u64> {
+    let length = (MAX_FILL * PAGE_SIZE) as usize;
+    // SAFETY: a new read-only mapping at an address of the kernel's choice; the advice concerns nothing else. It keeps
+    // the huge zero page out, which would not fit into that cache.
+    unsafe {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let address = libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, flags, -1, 0);
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        libc::madvise(address, length, libc::MADV_NOHUGEPAGE);
+        Ok(address as u64)
     }
 }
 
