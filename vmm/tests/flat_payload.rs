@@ -2,8 +2,8 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -17,8 +17,11 @@ use ballast::worker::protocol::ExitReason;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-// vCPU 0 prints what the command line says and "hi", waits until all the others have said that they are there, checks
-// that it can write and read at the last byte of RAM, and ends with status 7. The others say so and wait for ever.
+// What the command line begins with decides:
+//   'u'  an invalid instruction: there is no handler, so that is a triple fault
+//   'z'  spin for ever
+//   else vCPU 0 prints the command line and "hi", checks that it can write and read near the end of RAM, waits until all
+//        others have said that they are there, and ends with status 7. The others say so and wait for ever.
 std::arch::global_asm!(
     ".pushsection .rodata.payload, \"a\"",
     ".globl ballast_test_payload, ballast_test_payload_end",
@@ -27,6 +30,11 @@ std::arch::global_asm!(
     ".long 2f - ballast_test_payload",
     ".long 0x10000",
     "2:",
+    "cmp byte ptr [rdi], 0x75",
+    "jne 3f",
+    "ud2",
+    "3: cmp byte ptr [rdi], 0x7a",
+    "je 3b",
     "mov r8, rcx", // number of vCPUs
     "mov r9, rsi", // bytes of RAM
     "test edx, edx",
@@ -90,44 +98,45 @@ fn dev_kvm() -> Option<OwnedFd> {
     }
 }
 
-fn drive(mut vcpu: Vcpu, buses: &Buses, over: &AtomicBool, ends: &mpsc::Sender<Step>) {
-    while !over.load(Ordering::SeqCst) {
-        match vcpu.run_once(buses) {
-            Step::Continue | Step::Interrupted => {}
-            // Nothing to wait for in a test: the port is there to get out of the guest.
-            Step::Wait(time) => assert_eq!(time, Duration::from_millis(1)),
-            end @ (Step::Exit(_) | Step::Failed(_)) => {
-                over.store(true, Ordering::SeqCst);
-                let _ = ends.send(end);
-            }
-        }
-    }
+/// A VM in this process with what a payload needs. Nothing of it is ever closed.
+struct TestVm {
+    vcpus: Vec<Vcpu>,
+    buses: Buses,
+    console: Arc<Console>,
+    port: Arc<Mutex<SerialPort>>,
 }
 
-fn boot(cpus: u32) {
-    let Some(kvm) = dev_kvm() else { return };
-    let ram = RamLayout::new(4 << 20).unwrap();
-    let memory =
-        GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), ram.size() as usize)]).unwrap();
+/// `None`, after a word about it, where there is no KVM.
+fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
+    let kvm = dev_kvm()?;
+    let ram = RamLayout::new(mib << 20).unwrap();
+    let ranges: Vec<_> = ram
+        .ranges()
+        .map(|r| (GuestAddress(r.gpa), r.bytes as usize))
+        .collect();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
     // Guest memory outlives the VM, which is never closed.
     let memory: &'static GuestMemoryMmap = Box::leak(Box::new(memory));
-    let hva = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
+    let map = |r: layout::RamRange| {
+        let hva = memory.get_host_address(GuestAddress(r.gpa)).unwrap() as u64;
+        RamMapping {
+            gpa: r.gpa,
+            hva,
+            bytes: r.bytes,
+        }
+    };
+    let mappings: Vec<_> = ram.ranges().map(map).collect();
     let vm = NewVm::new(kvm, cpus).unwrap();
-    // SAFETY: the mapping is leaked above and nothing but guest memory.
-    let mut vm = unsafe {
-        vm.set_ram(
-            &ram,
-            &[RamMapping {
-                gpa: 0,
-                hva,
-                bytes: ram.size(),
-            }],
-        )
-    }
-    .unwrap();
+    // SAFETY: the mappings are leaked above and nothing but guest memory.
+    let mut vm = unsafe { vm.set_ram(&ram, &mappings) }.unwrap();
 
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.add_irqfd(&irq, layout::COM1_GSI).unwrap();
+    let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
+    vm.add_ioeventfd(&doorbell, layout::virtio_window(0) + 0x50, Some(0))
+        .unwrap();
+    vm.add_ioeventfd(&doorbell, layout::virtio_window(1) + 0x50, None)
+        .unwrap();
     let console = Arc::new(Console::new().unwrap());
     let port = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&console), irq)));
     let mut buses = Buses::default();
@@ -145,27 +154,56 @@ fn boot(cpus: u32) {
     let request = BootRequest {
         kernel: &kernel,
         initrd: None,
-        cmdline: "say",
+        cmdline,
         ram,
         cpus,
         virtio_devices: 0,
     };
     let plan = BootPlan::new(&request).unwrap();
     plan.load(memory).unwrap();
+    let mut vcpus = vm.create_vcpus().unwrap();
+    vcpus
+        .iter_mut()
+        .for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
+    Some(TestVm {
+        vcpus,
+        buses,
+        console,
+        port,
+    })
+}
 
+fn drive(mut vcpu: Vcpu, buses: &Buses, over: &AtomicBool, ends: &mpsc::Sender<Step>) {
+    while !over.load(Ordering::SeqCst) {
+        match vcpu.run_once(buses) {
+            Step::Continue | Step::Interrupted => {}
+            // Nothing to wait for in a test: the port is there to get out of the guest.
+            Step::Wait(time) => assert_eq!(time, Duration::from_millis(1)),
+            end @ (Step::Exit(_) | Step::Failed(_)) => {
+                over.store(true, Ordering::SeqCst);
+                let _ = ends.send(end);
+            }
+        }
+    }
+}
+
+fn run(cpus: u32, mib: u64) {
+    let Some(vm) = vm(cpus, mib, "say") else {
+        return;
+    };
     let (over, (sender, ends)) = (AtomicBool::new(false), mpsc::channel());
+    let buses = &vm.buses;
     thread::scope(|scope| {
-        for mut vcpu in vm.create_vcpus().unwrap() {
-            vcpu.setup(&plan.entry()).unwrap();
-            let (buses, over, sender) = (&buses, &over, sender.clone());
+        for vcpu in vm.vcpus {
+            let (over, sender) = (&over, sender.clone());
             scope.spawn(move || drive(vcpu, buses, over, &sender));
         }
     });
     assert_eq!(ends.recv().unwrap(), Step::Exit(ExitReason::Status(7)));
-    assert_eq!(buses.pio.unknown_accesses(), 0);
+    assert_eq!(vm.buses.pio.unknown_accesses(), 0);
 
     let (ours, mut user) = UnixStream::pair().unwrap();
-    let mut pump = ConsolePump::new(console, port, ours.into()).unwrap();
+    let mut pump = ConsolePump::new(vm.console, vm.port, ours.into()).unwrap();
     pump.finish(Duration::from_secs(10));
     drop(pump);
     assert_eq!(std::io::read_to_string(&mut user).unwrap(), "say hi\n");
@@ -173,10 +211,72 @@ fn boot(cpus: u32) {
 
 #[test]
 fn one_vcpu_prints_and_ends_with_its_status() {
-    boot(1);
+    run(1, 4);
 }
 
 #[test]
 fn two_vcpus_meet() {
-    boot(2);
+    run(2, 4);
+}
+
+#[test]
+fn ram_above_the_hole_is_there() {
+    run(1, 5 << 10);
+}
+
+#[test]
+fn an_exception_is_a_triple_fault() {
+    let Some(mut vm) = vm(1, 4, "u") else { return };
+    assert_eq!(
+        vm.vcpus[0].run_once(&vm.buses),
+        Step::Exit(ExitReason::TripleFault)
+    );
+}
+
+static IMMEDIATE_EXIT: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+
+extern "C" fn on_kick(_: libc::c_int) {
+    // SAFETY: set before the first signal to a byte that lives as long as the process and is only accessed atomically.
+    unsafe { AtomicU8::from_ptr(IMMEDIATE_EXIT.load(Ordering::SeqCst)) }.store(1, Ordering::SeqCst);
+}
+
+#[test]
+fn a_kick_brings_a_spinning_vcpu_out_and_it_goes_on() {
+    let Some(mut vm) = vm(1, 4, "z") else { return };
+    let mut vcpu = vm.vcpus.remove(0);
+    IMMEDIATE_EXIT.store(vcpu.immediate_exit_ptr(), Ordering::SeqCst);
+    // SAFETY: the structure is plain data and the handler is async-signal-safe: it does two atomic accesses.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_kick as *const () as usize;
+        assert_eq!(
+            libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()),
+            0
+        );
+    }
+    // A kick before the entry is not lost, whenever it comes.
+    // SAFETY: raising a signal that has a handler.
+    assert_eq!(unsafe { libc::raise(libc::SIGUSR1) }, 0);
+    assert_eq!(vcpu.run_once(&vm.buses), Step::Interrupted);
+    assert_eq!(
+        vcpu.run_once(&vm.buses),
+        Step::Interrupted,
+        "until it is cleared"
+    );
+    // SAFETY: no conditions.
+    let me = unsafe { libc::pthread_self() };
+    for _ in 0..20 {
+        vcpu.clear_kick();
+        let entered = Barrier::new(2);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                entered.wait();
+                // SAFETY: that thread waits for this one to end.
+                assert_eq!(unsafe { libc::pthread_kill(me, libc::SIGUSR1) }, 0);
+            });
+            entered.wait();
+            assert_eq!(vcpu.run_once(&vm.buses), Step::Interrupted);
+        });
+        vcpu.kvmclock_ctrl();
+    }
 }

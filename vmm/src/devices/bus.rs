@@ -25,6 +25,9 @@ pub enum Effect {
 
 /// A device that answers at some range of a bus. Everything it is given comes from the guest and may be nonsense: any
 /// offset within the range, any length from 1 to 8, any order.
+///
+/// Both are called with the device's lock held, on a vCPU's thread: whoever else holds that lock must not touch guest
+/// memory or wait meanwhile, because a vCPU that waits for a lock cannot be kicked.
 pub trait BusDevice: Send {
     /// Fills `data` with what is read at `offset` from the start of the range.
     fn read(&mut self, offset: u64, data: &mut [u8]);
