@@ -30,11 +30,7 @@ struct Arguments {
 }
 
 fn arguments() -> Result<Arguments, Box<dyn Error>> {
-    let mut parsed = Arguments {
-        cpus: 1,
-        mib: 256,
-        ..Default::default()
-    };
+    let mut parsed = Arguments { cpus: 1, mib: 256, ..Default::default() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
@@ -74,28 +70,14 @@ fn drive(mut vcpu: Vcpu, buses: &Buses, ends: &mpsc::Sender<Step>) {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = arguments()?;
-    let files: Vec<File> = arguments
-        .files
-        .iter()
-        .map(File::open)
-        .collect::<Result<_, _>>()?;
-    let kernel = files
-        .first()
-        .ok_or("usage: boot KERNEL [INITRD] [--cmdline TEXT] [--cpus N] [--mib N]")?;
+    let files: Vec<File> = arguments.files.iter().map(File::open).collect::<Result<_, _>>()?;
+    let kernel = files.first().ok_or("usage: boot KERNEL [INITRD] [--cmdline TEXT] [--cpus N] [--mib N]")?;
     let ram = RamLayout::new(arguments.mib << 20)?;
-    let ranges: Vec<_> = ram
-        .ranges()
-        .map(|r| (GuestAddress(r.gpa), r.bytes as usize))
-        .collect();
-    let memory: &'static GuestMemoryMmap =
-        Box::leak(Box::new(GuestMemoryMmap::from_ranges(&ranges)?));
+    let ranges: Vec<_> = ram.ranges().map(|r| (GuestAddress(r.gpa), r.bytes as usize)).collect();
+    let memory: &'static GuestMemoryMmap = Box::leak(Box::new(GuestMemoryMmap::from_ranges(&ranges)?));
     let map = |r: layout::RamRange| -> Result<_, vm_memory::GuestMemoryError> {
         let hva = memory.get_host_address(GuestAddress(r.gpa))? as u64;
-        Ok(RamMapping {
-            gpa: r.gpa,
-            hva,
-            bytes: r.bytes,
-        })
+        Ok(RamMapping { gpa: r.gpa, hva, bytes: r.bytes })
     };
     let mappings = ram.ranges().map(map).collect::<Result<Vec<_>, _>>()?;
     let dev_kvm = File::options().read(true).write(true).open("/dev/kvm")?;
@@ -108,25 +90,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let console = Arc::new(Console::new()?);
     let port = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&console), irq)));
     let mut buses = Buses::default();
-    buses
-        .pio
-        .insert(layout::COM1.into(), serial::PORTS, port.clone())?;
-    buses.pio.insert(
-        layout::POWER_PORT.into(),
-        power::PORTS,
-        Arc::new(Mutex::new(AcpiPower)),
-    )?;
-    buses.pio.insert(
-        layout::I8042_COMMAND.into(),
-        1,
-        Arc::new(Mutex::new(I8042Reset)),
-    )?;
+    buses.pio.insert(layout::COM1.into(), serial::PORTS, port.clone())?;
+    buses.pio.insert(layout::POWER_PORT.into(), power::PORTS, Arc::new(Mutex::new(AcpiPower)))?;
+    buses.pio.insert(layout::I8042_COMMAND.into(), 1, Arc::new(Mutex::new(I8042Reset)))?;
     let debug = DebugPort::new(Arc::clone(&console));
-    buses.pio.insert(
-        layout::DEBUG_PORT.into(),
-        debug_port::PORTS,
-        Arc::new(Mutex::new(debug)),
-    )?;
+    buses.pio.insert(layout::DEBUG_PORT.into(), debug_port::PORTS, Arc::new(Mutex::new(debug)))?;
 
     let request = BootRequest {
         kernel,
@@ -142,11 +110,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     eprintln!("loaded {plan:?} in {:?}", start.elapsed());
 
     let (stream, out) = console_on_stdio()?;
-    let pump = Arc::new(Mutex::new(ConsolePump::new(
-        console,
-        port,
-        stream.try_clone()?.into(),
-    )?));
+    let pump = Arc::new(Mutex::new(ConsolePump::new(console, port, stream.try_clone()?.into())?));
     let mut events = EventManager::new()?;
     events.add_subscriber(Arc::clone(&pump));
     thread::spawn(move || while events.run_with_timeout(1000).is_ok() {});
@@ -165,10 +129,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     stream.shutdown(std::net::Shutdown::Both)?;
     let _ = out.join();
     let (p, m) = (buses.pio.unknown_accesses(), buses.mmio.unknown_accesses());
-    eprintln!(
-        "ended after {:?}: {end:?}; accesses that no device answered: {p} ports, {m} MMIO",
-        start.elapsed()
-    );
+    eprintln!("ended after {:?}: {end:?}; accesses that no device answered: {p} ports, {m} MMIO", start.elapsed());
     std::process::exit(match end {
         Step::Exit(ExitReason::Status(status)) => status.into(),
         Step::Exit(ExitReason::PowerOff | ExitReason::Reset) => 0,

@@ -76,20 +76,13 @@ unsafe extern "C" {
 }
 
 fn payload() -> Vec<u8> {
-    let (start, end) = (
-        &raw const ballast_test_payload,
-        &raw const ballast_test_payload_end,
-    );
+    let (start, end) = (&raw const ballast_test_payload, &raw const ballast_test_payload_end);
     // SAFETY: the two labels bound bytes that this file assembles, in one section, read-only.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }.to_vec()
 }
 
 fn dev_kvm() -> Option<OwnedFd> {
-    match std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
         Ok(file) => Some(file.into()),
         Err(e) => {
             println!("SKIP: /dev/kvm cannot be opened: {e}");
@@ -110,20 +103,13 @@ struct TestVm {
 fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let kvm = dev_kvm()?;
     let ram = RamLayout::new(mib << 20).unwrap();
-    let ranges: Vec<_> = ram
-        .ranges()
-        .map(|r| (GuestAddress(r.gpa), r.bytes as usize))
-        .collect();
+    let ranges: Vec<_> = ram.ranges().map(|r| (GuestAddress(r.gpa), r.bytes as usize)).collect();
     let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
     // Guest memory outlives the VM, which is never closed.
     let memory: &'static GuestMemoryMmap = Box::leak(Box::new(memory));
     let map = |r: layout::RamRange| {
         let hva = memory.get_host_address(GuestAddress(r.gpa)).unwrap() as u64;
-        RamMapping {
-            gpa: r.gpa,
-            hva,
-            bytes: r.bytes,
-        }
+        RamMapping { gpa: r.gpa, hva, bytes: r.bytes }
     };
     let mappings: Vec<_> = ram.ranges().map(map).collect();
     let vm = NewVm::new(kvm, cpus).unwrap();
@@ -133,44 +119,22 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.add_irqfd(&irq, layout::COM1_GSI).unwrap();
     let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
-    vm.add_ioeventfd(&doorbell, layout::virtio_window(0) + 0x50, Some(0))
-        .unwrap();
-    vm.add_ioeventfd(&doorbell, layout::virtio_window(1) + 0x50, None)
-        .unwrap();
+    vm.add_ioeventfd(&doorbell, layout::virtio_window(0) + 0x50, Some(0)).unwrap();
+    vm.add_ioeventfd(&doorbell, layout::virtio_window(1) + 0x50, None).unwrap();
     let console = Arc::new(Console::new().unwrap());
     let port = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&console), irq)));
     let mut buses = Buses::default();
-    buses
-        .pio
-        .insert(u64::from(layout::COM1), serial::PORTS, port.clone())
-        .unwrap();
+    buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port.clone()).unwrap();
     let debug = Arc::new(Mutex::new(DebugPort::new(Arc::clone(&console))));
-    buses
-        .pio
-        .insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, debug)
-        .unwrap();
+    buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, debug).unwrap();
 
     let kernel = payload();
-    let request = BootRequest {
-        kernel: &kernel,
-        initrd: None,
-        cmdline,
-        ram,
-        cpus,
-        virtio_devices: 0,
-    };
+    let request = BootRequest { kernel: &kernel, initrd: None, cmdline, ram, cpus, virtio_devices: 0 };
     let plan = BootPlan::new(&request).unwrap();
     plan.load(memory).unwrap();
     let mut vcpus = vm.create_vcpus().unwrap();
-    vcpus
-        .iter_mut()
-        .for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
-    Some(TestVm {
-        vcpus,
-        buses,
-        console,
-        port,
-    })
+    vcpus.iter_mut().for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
+    Some(TestVm { vcpus, buses, console, port })
 }
 
 fn drive(mut vcpu: Vcpu, buses: &Buses, over: &AtomicBool, ends: &mpsc::Sender<Step>) {
@@ -227,10 +191,7 @@ fn ram_above_the_hole_is_there() {
 #[test]
 fn an_exception_is_a_triple_fault() {
     let Some(mut vm) = vm(1, 4, "u") else { return };
-    assert_eq!(
-        vm.vcpus[0].run_once(&vm.buses),
-        Step::Exit(ExitReason::TripleFault)
-    );
+    assert_eq!(vm.vcpus[0].run_once(&vm.buses), Step::Exit(ExitReason::TripleFault));
 }
 
 static IMMEDIATE_EXIT: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
@@ -249,20 +210,13 @@ fn a_kick_brings_a_spinning_vcpu_out_and_it_goes_on() {
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_kick as *const () as usize;
-        assert_eq!(
-            libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()),
-            0
-        );
+        assert_eq!(libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()), 0);
     }
     // A kick before the entry is not lost, whenever it comes.
     // SAFETY: raising a signal that has a handler.
     assert_eq!(unsafe { libc::raise(libc::SIGUSR1) }, 0);
     assert_eq!(vcpu.run_once(&vm.buses), Step::Interrupted);
-    assert_eq!(
-        vcpu.run_once(&vm.buses),
-        Step::Interrupted,
-        "until it is cleared"
-    );
+    assert_eq!(vcpu.run_once(&vm.buses), Step::Interrupted, "until it is cleared");
     // SAFETY: no conditions.
     let me = unsafe { libc::pthread_self() };
     for _ in 0..20 {

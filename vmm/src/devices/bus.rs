@@ -71,18 +71,13 @@ pub struct Buses {
 
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list()
-            .entries(self.ranges.iter().map(|(base, len, _)| (base, len)))
-            .finish()
+        f.debug_list().entries(self.ranges.iter().map(|(base, len, _)| (base, len))).finish()
     }
 }
 
 impl std::fmt::Debug for Buses {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Buses")
-            .field("pio", &self.pio)
-            .field("mmio", &self.mmio)
-            .finish()
+        f.debug_struct("Buses").field("pio", &self.pio).field("mmio", &self.mmio).finish()
     }
 }
 
@@ -114,10 +109,7 @@ impl Bus {
     /// Serves a read of `data.len()` bytes.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
-            Some((offset, device)) => device
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .read(offset, data),
+            Some((offset, device)) => device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
             None => data.fill(0xff),
         }
     }
@@ -125,10 +117,7 @@ impl Bus {
     /// Serves a write.
     pub fn write(&self, address: u64, data: &[u8]) -> Effect {
         match self.find(address, data.len()) {
-            Some((offset, device)) => device
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(offset, data),
+            Some((offset, device)) => device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data),
             None => Effect::None,
         }
     }
@@ -140,14 +129,11 @@ impl Bus {
 
     fn find(&self, address: u64, len: usize) -> Option<(u64, &SharedDevice)> {
         let at = self.ranges.partition_point(|r| r.0 <= address);
-        let hit = at
-            .checked_sub(1)
-            .map(|i| &self.ranges[i])
-            .and_then(|(base, size, device)| {
-                let offset = address - base;
-                let fits = offset < *size && len as u64 <= size - offset;
-                fits.then_some((offset, device))
-            });
+        let hit = at.checked_sub(1).map(|i| &self.ranges[i]).and_then(|(base, size, device)| {
+            let offset = address - base;
+            let fits = offset < *size && len as u64 <= size - offset;
+            fits.then_some((offset, device))
+        });
         if hit.is_none() {
             self.unknown.fetch_add(1, Ordering::Relaxed);
         }
@@ -184,14 +170,8 @@ mod tests {
         let mut byte = [0];
         bus.read(0x107, &mut byte);
         assert_eq!(byte, [7]);
-        assert_eq!(
-            bus.write(0x8f, &[1]),
-            Effect::Wait(Duration::from_millis(0xf))
-        );
-        assert_eq!(
-            (a.lock().unwrap().0.len(), b.lock().unwrap().0.clone()),
-            (0, vec![(0xf, vec![1])])
-        );
+        assert_eq!(bus.write(0x8f, &[1]), Effect::Wait(Duration::from_millis(0xf)));
+        assert_eq!((a.lock().unwrap().0.len(), b.lock().unwrap().0.clone()), (0, vec![(0xf, vec![1])]));
         assert_eq!(bus.unknown_accesses(), 0);
     }
 
@@ -213,18 +193,8 @@ mod tests {
     fn ranges_must_be_free() {
         let mut bus = Bus::new();
         bus.insert(0x100, 8, echo()).unwrap();
-        for (base, len) in [
-            (0x100, 1),
-            (0xf9, 8),
-            (0x107, 1),
-            (0x80, 0x1000),
-            (0x200, 0),
-            (u64::MAX, 2),
-        ] {
-            assert_eq!(
-                bus.insert(base, len, echo()),
-                Err(BusError::Range { base, len })
-            );
+        for (base, len) in [(0x100, 1), (0xf9, 8), (0x107, 1), (0x80, 0x1000), (0x200, 0), (u64::MAX, 2)] {
+            assert_eq!(bus.insert(base, len, echo()), Err(BusError::Range { base, len }));
         }
         bus.insert(0x108, 8, echo()).unwrap();
         bus.insert(0xf8, 8, echo()).unwrap();

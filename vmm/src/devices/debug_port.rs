@@ -46,19 +46,14 @@ impl BusDevice for DebugPort {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         // Narrow writes are taken as they are; that spares a payload the wide form for small numbers.
-        let value = data
-            .iter()
-            .take(4)
-            .rev()
-            .fold(0u32, |value, byte| value << 8 | u32::from(*byte));
+        let value = data.iter().take(4).rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
         match offset {
             EXIT => Effect::Exit(ExitReason::Status(value as u8)),
             WAIT => Effect::Wait(Duration::from_millis(u64::from(value))),
             MARK => {
                 let now = clock_gettime(ClockId::Monotonic);
                 let ns = now.tv_sec as i128 * 1_000_000_000 + now.tv_nsec as i128;
-                self.console
-                    .print(format!("MARK {value} {ns}\n").as_bytes());
+                self.console.print(format!("MARK {value} {ns}\n").as_bytes());
                 Effect::None
             }
             _ => Effect::None,
@@ -74,15 +69,9 @@ mod tests {
     fn each_port_does_its_job() {
         let console = Arc::new(Console::new().unwrap());
         let mut port = DebugPort::new(Arc::clone(&console));
-        assert_eq!(
-            port.write(EXIT, &0x107u32.to_le_bytes()),
-            Effect::Exit(ExitReason::Status(7))
-        );
+        assert_eq!(port.write(EXIT, &0x107u32.to_le_bytes()), Effect::Exit(ExitReason::Status(7)));
         assert_eq!(port.write(EXIT, &[3]), Effect::Exit(ExitReason::Status(3)));
-        assert_eq!(
-            port.write(WAIT, &1500u32.to_le_bytes()),
-            Effect::Wait(Duration::from_millis(1500))
-        );
+        assert_eq!(port.write(WAIT, &1500u32.to_le_bytes()), Effect::Wait(Duration::from_millis(1500)));
         assert_eq!(port.write(MARK, &42u32.to_le_bytes()), Effect::None);
         assert_eq!(port.write(5, &[1]), Effect::None);
         let printed = String::from_utf8(console.take()).unwrap();

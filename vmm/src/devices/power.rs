@@ -35,9 +35,7 @@ impl BusDevice for AcpiPower {
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         match (offset, data) {
             (RESET, [RESET_VALUE, ..]) => Effect::Exit(ExitReason::Reset),
-            (SLEEP_CONTROL, [value, ..])
-                if *value == S5_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE =>
-            {
+            (SLEEP_CONTROL, [value, ..]) if *value == S5_TYPE << SLEEP_TYPE_SHIFT | SLEEP_ENABLE => {
                 Effect::Exit(ExitReason::PowerOff)
             }
             _ => Effect::None,
@@ -59,11 +57,7 @@ impl BusDevice for I8042Reset {
     }
 
     fn write(&mut self, _offset: u64, data: &[u8]) -> Effect {
-        if data.first() == Some(&PULSE_RESET) {
-            Effect::Exit(ExitReason::Reset)
-        } else {
-            Effect::None
-        }
+        if data.first() == Some(&PULSE_RESET) { Effect::Exit(ExitReason::Reset) } else { Effect::None }
     }
 }
 
@@ -82,11 +76,7 @@ mod tests {
                     _ => Effect::None,
                 };
                 assert_eq!(AcpiPower.write(offset, &[value]), want);
-                let reset = if value == 0xfe {
-                    Effect::Exit(ExitReason::Reset)
-                } else {
-                    Effect::None
-                };
+                let reset = if value == 0xfe { Effect::Exit(ExitReason::Reset) } else { Effect::None };
                 assert_eq!(I8042Reset.write(0, &[value]), reset);
             }
         }

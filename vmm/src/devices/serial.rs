@@ -52,10 +52,7 @@ impl Console {
     /// # Errors
     /// When the host has no descriptor left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            ring: Mutex::default(),
-            wake: EventFd::new(EFD_NONBLOCK)?,
-        })
+        Ok(Self { ring: Mutex::default(), wake: EventFd::new(EFD_NONBLOCK)? })
     }
 
     /// Appends output. Never waits; when the ring is full the oldest bytes go.
@@ -139,31 +136,21 @@ pub struct SerialPort {
 
 impl std::fmt::Debug for SerialPort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SerialPort")
-            .field("room", &self.uart.fifo_capacity())
-            .finish_non_exhaustive()
+        f.debug_struct("SerialPort").field("room", &self.uart.fifo_capacity()).finish_non_exhaustive()
     }
 }
 
 impl SerialPort {
     /// A port that prints to `console` and interrupts by `irq`.
     pub fn new(console: Arc<Console>, irq: EventFd) -> Self {
-        let signals = Signals {
-            console: Arc::clone(&console),
-            input_waits: AtomicBool::new(false),
-        };
-        Self {
-            uart: Serial::with_events(Line(irq), signals, RingWriter(console)),
-        }
+        let signals = Signals { console: Arc::clone(&console), input_waits: AtomicBool::new(false) };
+        Self { uart: Serial::with_events(Line(irq), signals, RingWriter(console)) }
     }
 
     /// Free bytes in the FIFO of received bytes. When there are none, the pump is woken once there are.
     fn room_or_wake_later(&mut self) -> usize {
         let room = self.uart.fifo_capacity();
-        self.uart
-            .events()
-            .input_waits
-            .store(room == 0, Ordering::Release);
+        self.uart.events().input_waits.store(room == 0, Ordering::Release);
         room
     }
 }
@@ -201,20 +188,10 @@ impl ConsolePump {
     ///
     /// # Errors
     /// When `stream` cannot be made non-blocking.
-    pub fn new(
-        console: Arc<Console>,
-        port: Arc<Mutex<SerialPort>>,
-        stream: OwnedFd,
-    ) -> io::Result<Self> {
+    pub fn new(console: Arc<Console>, port: Arc<Mutex<SerialPort>>, stream: OwnedFd) -> io::Result<Self> {
         let flags = rustix::fs::fcntl_getfl(&stream)?;
         rustix::fs::fcntl_setfl(&stream, flags | rustix::fs::OFlags::NONBLOCK)?;
-        Ok(Self {
-            console,
-            port,
-            stream,
-            gone: false,
-            input_open: true,
-        })
+        Ok(Self { console, port, stream, gone: false, input_open: true })
     }
 
     /// Writes what is left, for the end of a VM. Gives up after `patience`.
@@ -225,14 +202,8 @@ impl ConsolePump {
             if self.gone || left.is_zero() {
                 return;
             }
-            let timeout = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
-            match poll(
-                &mut [PollFd::new(&self.stream, PollFlags::OUT)],
-                Some(&timeout),
-            ) {
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            match poll(&mut [PollFd::new(&self.stream, PollFlags::OUT)], Some(&timeout)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) => return,
             }
@@ -247,10 +218,7 @@ impl ConsolePump {
             let (len, dropped) = {
                 let ring = self.console.ring();
                 let len = ring.bytes.len().min(CHUNK);
-                chunk
-                    .iter_mut()
-                    .zip(&ring.bytes)
-                    .for_each(|(to, from)| *to = *from);
+                chunk.iter_mut().zip(&ring.bytes).for_each(|(to, from)| *to = *from);
                 (len, ring.dropped)
             };
             if self.gone || len == 0 {
@@ -322,10 +290,7 @@ impl MutEventSubscriber for ConsolePump {
         self.pump_input();
         let output_left = self.pump_output();
         // A hang-up cannot be masked and would be reported for ever; nothing more can come or go after it.
-        self.gone |= from_stream
-            && events
-                .event_set()
-                .intersects(EventSet::HANG_UP | EventSet::ERROR);
+        self.gone |= from_stream && events.event_set().intersects(EventSet::HANG_UP | EventSet::ERROR);
         let result = if self.gone {
             ops.remove(Events::empty(&self.stream))
         } else {
@@ -340,10 +305,7 @@ impl MutEventSubscriber for ConsolePump {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let output_left = self.pump_output();
         let interest = self.interest(output_left);
-        for events in [
-            Events::new(&self.console.wake, EventSet::IN),
-            Events::new(&self.stream, interest),
-        ] {
+        for events in [Events::new(&self.console.wake, EventSet::IN), Events::new(&self.stream, interest)] {
             if let Err(e) = ops.add(events) {
                 tracing::warn!("the console cannot be watched: {e}");
             }
@@ -380,13 +342,7 @@ mod tests {
         let pump = Arc::new(Mutex::new(pump));
         let mut loop_ = EventManager::new().unwrap();
         loop_.add_subscriber(Arc::clone(&pump));
-        Rig {
-            console,
-            port,
-            pump,
-            loop_,
-            user,
-        }
+        Rig { console, port, pump, loop_, user }
     }
 
     impl Rig {
@@ -479,9 +435,7 @@ mod tests {
         });
         rig.pump.lock().unwrap().finish(DEADLINE);
         assert!(rig.console.take().is_empty());
-        let Rig {
-            pump, loop_, port, ..
-        } = rig;
+        let Rig { pump, loop_, port, .. } = rig;
         drop((loop_, pump, port));
         assert_eq!(reader.join().unwrap(), RING_BYTES);
     }

@@ -6,9 +6,7 @@
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -35,9 +33,7 @@ pub struct AcpiRequest {
 
 /// All tables as one block for the address [`layout::ACPI`]: the RSDP, then the others, each on 16 bytes.
 pub fn tables(request: AcpiRequest) -> Vec<u8> {
-    let mut block = Block {
-        bytes: vec![0; Rsdp::len().next_multiple_of(16)],
-    };
+    let mut block = Block { bytes: vec![0; Rsdp::len().next_multiple_of(16)] };
     let dsdt = block.append(&dsdt(request));
     let fadt = block.append(&fadt(dsdt));
     let madt = block.append(&madt(request.cpus));
@@ -67,13 +63,7 @@ impl Block {
 }
 
 fn port(offset: u64) -> GAS {
-    GAS::new(
-        AddressSpace::SystemIo,
-        8,
-        0,
-        AccessSize::ByteAccess,
-        u64::from(layout::POWER_PORT) + offset,
-    )
+    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(layout::POWER_PORT) + offset)
 }
 
 fn fadt(dsdt: u64) -> impl Aml {
@@ -95,12 +85,7 @@ fn fadt(dsdt: u64) -> impl Aml {
 }
 
 fn madt(cpus: u32) -> impl Aml {
-    let mut madt = MADT::new(
-        OEM,
-        TABLE,
-        REVISION,
-        LocalInterruptController::Address(layout::LAPIC as u32),
-    );
+    let mut madt = MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(layout::LAPIC as u32));
     for id in 0..cpus as u8 {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
@@ -112,11 +97,7 @@ fn madt(cpus: u32) -> impl Aml {
 fn dsdt(request: AcpiRequest) -> impl Aml {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     let (type_, zero) = (power::S5_TYPE, aml::ZERO);
-    aml::Name::new(
-        "_S5_".into(),
-        &aml::Package::new(vec![&type_, &zero, &zero, &zero]),
-    )
-    .to_aml_bytes(&mut dsdt);
+    aml::Name::new("_S5_".into(), &aml::Package::new(vec![&type_, &zero, &zero, &zero])).to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
     for n in 0..request.virtio_devices {
         virtio(&mut dsdt, n);
@@ -153,11 +134,7 @@ fn virtio(dsdt: &mut Sdt, n: u32) {
             &aml::Name::new(
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
-                    &aml::Memory32Fixed::new(
-                        true,
-                        layout::virtio_window(n) as u32,
-                        layout::VIRTIO_MMIO_SIZE as u32,
-                    ),
+                    &aml::Memory32Fixed::new(true, layout::virtio_window(n) as u32, layout::VIRTIO_MMIO_SIZE as u32),
                     &aml::Interrupt::new(true, true, false, false, layout::virtio_gsi(n)),
                 ]),
             ),
@@ -182,36 +159,22 @@ mod tests {
     fn table(block: &[u8], gpa: u64) -> &[u8] {
         let at = (gpa - layout::ACPI) as usize;
         let table = &block[at..at + u32_at(block, at + 4) as usize];
-        assert_eq!(
-            table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)),
-            0,
-            "checksum of {:?}",
-            &table[..4]
-        );
+        assert_eq!(table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0, "checksum of {:?}", &table[..4]);
         table
     }
 
     #[test]
     fn tables_hang_together() {
         for (cpus, virtio_devices) in [(1, 0), (2, 1), (layout::MAX_CPUS, layout::MAX_VIRTIO)] {
-            let block = tables(AcpiRequest {
-                cpus,
-                virtio_devices,
-            });
+            let block = tables(AcpiRequest { cpus, virtio_devices });
             assert!(block.len() as u64 <= layout::ACPI_END - layout::ACPI);
             assert_eq!(&block[..8], b"RSD PTR ");
-            assert_eq!(
-                block[..36].iter().fold(0u8, |sum, b| sum.wrapping_add(*b)),
-                0
-            );
+            assert_eq!(block[..36].iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
             let xsdt = table(&block, u64_at(&block, 24));
             assert_eq!((&xsdt[..4], xsdt.len()), (b"XSDT".as_slice(), 36 + 2 * 8));
             let fadt = table(&block, u64_at(xsdt, 36));
             let madt = table(&block, u64_at(xsdt, 44));
-            assert_eq!(
-                (&fadt[..4], &madt[..4]),
-                (b"FACP".as_slice(), b"APIC".as_slice())
-            );
+            assert_eq!((&fadt[..4], &madt[..4]), (b"FACP".as_slice(), b"APIC".as_slice()));
             assert_eq!(madt.len(), 44 + 8 * cpus as usize + 12);
             assert_ne!(u32_at(fadt, 112) & 1 << 20, 0, "hardware-reduced");
             assert_eq!(u64_at(fadt, 120), u64::from(layout::POWER_PORT));

@@ -40,36 +40,19 @@ pub struct HostCaps {
 ///
 /// # Errors
 /// When the result has too many entries.
-pub fn for_vcpu(
-    supported: &CpuId,
-    caps: HostCaps,
-    index: u32,
-    cpus: u32,
-) -> Result<CpuId, CpuidError> {
+pub fn for_vcpu(supported: &CpuId, caps: HostCaps, index: u32, cpus: u32) -> Result<CpuId, CpuidError> {
     let shift = cpus.next_power_of_two().trailing_zeros();
     let ids = 1u32 << shift;
     let mut entries: Vec<kvm_cpuid_entry2> = Vec::with_capacity(supported.as_slice().len() + 3);
-    let max_basic = supported
-        .as_slice()
-        .iter()
-        .find(|e| e.function == 0)
-        .map_or(0, |e| e.eax);
+    let max_basic = supported.as_slice().iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     for entry in supported.as_slice() {
         let mut e = *entry;
         match e.function {
             1 => {
                 e.ebx = (e.ebx & 0x0000_ffff) | index << 24 | ids.min(255) << 16;
                 e.ecx |= ECX_HYPERVISOR;
-                e.ecx = if caps.tsc_deadline {
-                    e.ecx | ECX_TSC_DEADLINE
-                } else {
-                    e.ecx & !ECX_TSC_DEADLINE
-                };
-                e.edx = if cpus > 1 {
-                    e.edx | EDX_HTT
-                } else {
-                    e.edx & !EDX_HTT
-                };
+                e.ecx = if caps.tsc_deadline { e.ecx | ECX_TSC_DEADLINE } else { e.ecx & !ECX_TSC_DEADLINE };
+                e.edx = if cpus > 1 { e.edx | EDX_HTT } else { e.edx & !EDX_HTT };
             }
             // Caches: the last level is shared by all, the others belong to one core.
             4 if e.eax & 0x1f != 0 => {
@@ -94,8 +77,7 @@ pub fn for_vcpu(
     if max_basic >= 0xb {
         const SMT: u32 = 1 << 8;
         const CORE: u32 = 2 << 8;
-        for (level, (eax, ebx, kind)) in (0u32..).zip([(0, 1, SMT), (shift, cpus, CORE), (0, 0, 0)])
-        {
+        for (level, (eax, ebx, kind)) in (0u32..).zip([(0, 1, SMT), (shift, cpus, CORE), (0, 0, 0)]) {
             entries.push(kvm_cpuid_entry2 {
                 function: 0xb,
                 index: level,
@@ -116,61 +98,31 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, eax: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            eax,
-            ..Default::default()
-        }
+        kvm_cpuid_entry2 { function, eax, ..Default::default() }
     }
 
     fn find(id: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *id.as_slice()
-            .iter()
-            .find(|e| e.function == function && e.index == index)
-            .unwrap()
+        *id.as_slice().iter().find(|e| e.function == function && e.index == index).unwrap()
     }
 
     #[test]
     fn async_page_faults_are_never_offered() {
-        let host =
-            CpuId::from_entries(&[entry(0, 0xd), entry(1, 0), entry(KVM_FEATURES, u32::MAX)])
-                .unwrap();
+        let host = CpuId::from_entries(&[entry(0, 0xd), entry(1, 0), entry(KVM_FEATURES, u32::MAX)]).unwrap();
         let id = for_vcpu(&host, HostCaps { tsc_deadline: true }, 0, 1).unwrap();
         let features = find(&id, KVM_FEATURES, 0).eax;
         assert_eq!(features & ASYNC_PF, 0);
-        assert_eq!(
-            features & (1 << 3 | 1 << 24 | 1 << 5),
-            1 << 3 | 1 << 24 | 1 << 5,
-            "clock and steal time stay"
-        );
+        assert_eq!(features & (1 << 3 | 1 << 24 | 1 << 5), 1 << 3 | 1 << 24 | 1 << 5, "clock and steal time stay");
     }
 
     #[test]
     fn topology_is_one_package_of_single_thread_cores() {
-        let host = [
-            entry(0, 0xd),
-            entry(1, 0),
-            entry(4, 0x61),
-            entry(0xb, 7),
-            entry(0x8000_0008, 0),
-            entry(0x8000_001e, 9),
-        ];
+        let host =
+            [entry(0, 0xd), entry(1, 0), entry(4, 0x61), entry(0xb, 7), entry(0x8000_0008, 0), entry(0x8000_001e, 9)];
         let host = CpuId::from_entries(&host).unwrap();
-        let id = for_vcpu(
-            &host,
-            HostCaps {
-                tsc_deadline: false,
-            },
-            2,
-            3,
-        )
-        .unwrap();
+        let id = for_vcpu(&host, HostCaps { tsc_deadline: false }, 2, 3).unwrap();
         let one = find(&id, 1, 0);
         assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff), (2, 4));
-        assert_eq!(
-            (one.ecx & ECX_HYPERVISOR != 0, one.ecx & ECX_TSC_DEADLINE),
-            (true, 0)
-        );
+        assert_eq!((one.ecx & ECX_HYPERVISOR != 0, one.ecx & ECX_TSC_DEADLINE), (true, 0));
         assert_ne!(one.edx & EDX_HTT, 0);
         let core = find(&id, 0xb, 1);
         assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (2, 3, 0x201, 2));

@@ -13,8 +13,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES,
-    kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use thiserror::Error;
@@ -114,21 +113,14 @@ impl NewVm {
                 return Err(VmError::Capability(cap_name(cap), what));
             }
         }
-        let allowed = u32::try_from(kvm.get_max_vcpus())
-            .unwrap_or(MAX_CPUS)
-            .min(MAX_CPUS);
+        let allowed = u32::try_from(kvm.get_max_vcpus()).unwrap_or(MAX_CPUS).min(MAX_CPUS);
         if cpus == 0 || cpus > allowed {
-            return Err(VmError::Cpus {
-                wanted: cpus,
-                allowed,
-            });
+            return Err(VmError::Cpus { wanted: cpus, allowed });
         }
         let fd = ManuallyDrop::new(kvm.create_vm().map_err(|e| VmError::Ioctl("a new VM", e))?);
         // Both must precede the vCPUs and must lie outside RAM; only Intel without unrestricted guest uses them.
-        fd.set_identity_map_address(KVM_IDENTITY_MAP)
-            .map_err(|e| VmError::Ioctl("the identity map address", e))?;
-        fd.set_tss_address(KVM_TSS as usize)
-            .map_err(|e| VmError::Ioctl("the task state address", e))?;
+        fd.set_identity_map_address(KVM_IDENTITY_MAP).map_err(|e| VmError::Ioctl("the identity map address", e))?;
+        fd.set_tss_address(KVM_TSS as usize).map_err(|e| VmError::Ioctl("the task state address", e))?;
         Ok(Self { kvm, fd, cpus })
     }
 
@@ -140,16 +132,10 @@ impl NewVm {
     ///
     /// # Errors
     /// When the mappings are not the ranges of `layout` in order, or KVM refuses one.
-    pub unsafe fn set_ram(
-        self,
-        layout: &RamLayout,
-        mappings: &[RamMapping],
-    ) -> Result<Vm, VmError> {
+    pub unsafe fn set_ram(self, layout: &RamLayout, mappings: &[RamMapping]) -> Result<Vm, VmError> {
         let matches = layout.ranges().count() == mappings.len()
             && layout.ranges().zip(mappings).all(|(range, map)| {
-                range.gpa == map.gpa
-                    && range.bytes == map.bytes
-                    && map.hva.is_multiple_of(PAGE_SIZE)
+                range.gpa == map.gpa && range.bytes == map.bytes && map.hva.is_multiple_of(PAGE_SIZE)
             });
         if !matches {
             return Err(VmError::Mappings);
@@ -163,17 +149,10 @@ impl NewVm {
                 userspace_addr: map.hva,
             };
             // SAFETY: the caller vouches for the mapping; ranges do not overlap, since a `RamLayout`'s never do.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(|e| VmError::Ioctl("a memory slot", e))?;
+            unsafe { self.fd.set_user_memory_region(region) }.map_err(|e| VmError::Ioctl("a memory slot", e))?;
         }
-        self.fd
-            .create_irq_chip()
-            .map_err(|e| VmError::Ioctl("interrupt controllers", e))?;
-        Ok(Vm {
-            kvm: self.kvm,
-            fd: self.fd,
-            cpus: self.cpus,
-        })
+        self.fd.create_irq_chip().map_err(|e| VmError::Ioctl("interrupt controllers", e))?;
+        Ok(Vm { kvm: self.kvm, fd: self.fd, cpus: self.cpus })
     }
 }
 
@@ -183,9 +162,7 @@ impl Vm {
     /// # Errors
     /// When KVM refuses.
     pub fn add_irqfd(&mut self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
-        self.fd
-            .register_irqfd(event, gsi)
-            .map_err(|e| VmError::Ioctl("an interrupt descriptor", e))
+        self.fd.register_irqfd(event, gsi).map_err(|e| VmError::Ioctl("an interrupt descriptor", e))
     }
 
     /// Makes guest writes of `value` (any width) to `address` signal `event` without leaving the kernel for long.
@@ -193,12 +170,7 @@ impl Vm {
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn add_ioeventfd(
-        &mut self,
-        event: &EventFd,
-        address: u64,
-        value: Option<u32>,
-    ) -> Result<(), VmError> {
+    pub fn add_ioeventfd(&mut self, event: &EventFd, address: u64, value: Option<u32>) -> Result<(), VmError> {
         let at = IoEventAddress::Mmio(address);
         match value {
             Some(value) => self.fd.register_ioevent(event, &at, value),
@@ -214,22 +186,13 @@ impl Vm {
     pub fn create_vcpus(self) -> Result<Vec<Vcpu>, VmError> {
         let supported = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let supported = supported.map_err(|e| VmError::Ioctl("to list its CPUID", e))?;
-        let caps = cpuid::HostCaps {
-            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
-        };
-        let enforce = self
-            .kvm
-            .check_extension_raw(u64::from(KVM_CAP_ENFORCE_PV_FEATURE_CPUID))
-            > 0;
+        let caps = cpuid::HostCaps { tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer) };
+        let enforce = self.kvm.check_extension_raw(u64::from(KVM_CAP_ENFORCE_PV_FEATURE_CPUID)) > 0;
         (0..self.cpus)
             .map(|index| {
-                let fd = self
-                    .fd
-                    .create_vcpu(u64::from(index))
-                    .map_err(|e| VmError::Ioctl("a vCPU", e))?;
+                let fd = self.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::Ioctl("a vCPU", e))?;
                 let cpuid = cpuid::for_vcpu(&supported, caps, index, self.cpus)?;
-                Vcpu::new(fd, index, self.cpus, &cpuid, enforce)
-                    .map_err(|e| VmError::Vcpu(index, e))
+                Vcpu::new(fd, index, self.cpus, &cpuid, enforce).map_err(|e| VmError::Vcpu(index, e))
             })
             .collect()
     }

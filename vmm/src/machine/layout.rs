@@ -99,9 +99,7 @@ pub const fn virtio_gsi(n: u32) -> u32 {
 #[derive(Debug, Error, PartialEq, Eq, Clone, Copy)]
 pub enum LayoutError {
     /// Not whole pages.
-    #[error(
-        "guest RAM of {0} bytes is not a multiple of {PAGE_SIZE} bytes; round it to whole pages"
-    )]
+    #[error("guest RAM of {0} bytes is not a multiple of {PAGE_SIZE} bytes; round it to whole pages")]
     Unaligned(u64),
     /// Too small.
     #[error("guest RAM of {0} bytes is too small; give at least {min} MiB", min = MIN_RAM >> 20)]
@@ -162,23 +160,13 @@ impl RamLayout {
 
     /// The range that starts at 0.
     pub const fn low(&self) -> RamRange {
-        RamRange {
-            gpa: 0,
-            bytes: if self.size < LOW_RAM_END {
-                self.size
-            } else {
-                LOW_RAM_END
-            },
-        }
+        RamRange { gpa: 0, bytes: if self.size < LOW_RAM_END { self.size } else { LOW_RAM_END } }
     }
 
     /// The range that starts at 4 GiB, if there is one.
     pub const fn high(&self) -> Option<RamRange> {
         if self.size > LOW_RAM_END {
-            Some(RamRange {
-                gpa: HIGH_RAM_START,
-                bytes: self.size - LOW_RAM_END,
-            })
+            Some(RamRange { gpa: HIGH_RAM_START, bytes: self.size - LOW_RAM_END })
         } else {
             None
         }
@@ -207,14 +195,8 @@ impl RamLayout {
 
     /// Address of the first byte of page `page`; `None` when there is no such page.
     pub fn gpa_of(&self, page: usize) -> Option<u64> {
-        let offset = (page as u64)
-            .checked_mul(PAGE_SIZE)
-            .filter(|&o| o < self.size)?;
-        Some(if offset < LOW_RAM_END {
-            offset
-        } else {
-            offset - LOW_RAM_END + HIGH_RAM_START
-        })
+        let offset = (page as u64).checked_mul(PAGE_SIZE).filter(|&o| o < self.size)?;
+        Some(if offset < LOW_RAM_END { offset } else { offset - LOW_RAM_END + HIGH_RAM_START })
     }
 
     /// True when all of the `bytes` from `gpa` are RAM of one range.
@@ -233,18 +215,9 @@ mod tests {
 
     #[test]
     fn sizes_are_checked() {
-        assert_eq!(
-            RamLayout::new(MIN_RAM - PAGE_SIZE),
-            Err(LayoutError::TooSmall(MIN_RAM - PAGE_SIZE))
-        );
-        assert_eq!(
-            RamLayout::new(MIN_RAM + 1),
-            Err(LayoutError::Unaligned(MIN_RAM + 1))
-        );
-        assert_eq!(
-            RamLayout::new(MAX_RAM + PAGE_SIZE),
-            Err(LayoutError::TooLarge(MAX_RAM + PAGE_SIZE))
-        );
+        assert_eq!(RamLayout::new(MIN_RAM - PAGE_SIZE), Err(LayoutError::TooSmall(MIN_RAM - PAGE_SIZE)));
+        assert_eq!(RamLayout::new(MIN_RAM + 1), Err(LayoutError::Unaligned(MIN_RAM + 1)));
+        assert_eq!(RamLayout::new(MAX_RAM + PAGE_SIZE), Err(LayoutError::TooLarge(MAX_RAM + PAGE_SIZE)));
         assert!(RamLayout::new(u64::MAX).is_err());
         assert_eq!(RamLayout::new(MAX_RAM).unwrap().end(), 512 << 30);
     }
@@ -267,17 +240,10 @@ mod tests {
     #[test]
     fn the_map_does_not_overlap() {
         let end_of_windows = virtio_window(MAX_VIRTIO);
-        assert!(
-            VIRTIO_MMIO >= LOW_RAM_END
-                && end_of_windows <= IOAPIC
-                && KVM_TSS + 0x3000 <= HIGH_RAM_START
-        );
+        assert!(VIRTIO_MMIO >= LOW_RAM_END && end_of_windows <= IOAPIC && KVM_TSS + 0x3000 <= HIGH_RAM_START);
         assert!(virtio_gsi(MAX_VIRTIO - 1) < IOAPIC_PINS);
         for cpus in 1..=MAX_CPUS {
-            assert!(
-                stack_bytes(cpus) >= PAGE_SIZE
-                    && STACKS + stack_bytes(cpus) * u64::from(cpus) <= STACKS_END
-            );
+            assert!(stack_bytes(cpus) >= PAGE_SIZE && STACKS + stack_bytes(cpus) * u64::from(cpus) <= STACKS_END);
         }
         assert_eq!(stack_bytes(16), 0x4000);
     }

@@ -18,9 +18,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_EXIT_IO_IN, KVM_MP_STATE_RUNNABLE,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_dtable, kvm_enable_cap, kvm_fpu,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_EXIT_IO_IN, KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_dtable, kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -100,26 +100,15 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// Wraps a fresh vCPU and gives it its CPUID.
-    pub(super) fn new(
-        fd: VcpuFd,
-        index: u32,
-        cpus: u32,
-        cpuid: &CpuId,
-        enforce_pv: bool,
-    ) -> Result<Self, VcpuError> {
+    pub(super) fn new(fd: VcpuFd, index: u32, cpus: u32, cpuid: &CpuId, enforce_pv: bool) -> Result<Self, VcpuError> {
         let fd = ManuallyDrop::new(fd);
         if enforce_pv {
             // Before CPUID: paravirtual registers that CPUID does not offer (asynchronous page faults) now fault.
-            let cap = kvm_enable_cap {
-                cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
-                args: [1, 0, 0, 0],
-                ..Default::default()
-            };
-            fd.enable_cap(&cap)
-                .map_err(|e| VcpuError::Ioctl("to enforce its paravirtual CPUID", e))?;
+            let cap =
+                kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, args: [1, 0, 0, 0], ..Default::default() };
+            fd.enable_cap(&cap).map_err(|e| VcpuError::Ioctl("to enforce its paravirtual CPUID", e))?;
         }
-        fd.set_cpuid2(cpuid)
-            .map_err(|e| VcpuError::Ioctl("the CPUID", e))?;
+        fd.set_cpuid2(cpuid).map_err(|e| VcpuError::Ioctl("the CPUID", e))?;
         Ok(Self { fd, index, cpus })
     }
 
@@ -134,31 +123,16 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses.
     pub fn setup(&mut self, entry: &Entry) -> Result<(), VcpuError> {
-        let fpu = kvm_fpu {
-            fcw: 0x37f,
-            mxcsr: 0x1f80,
-            ..Default::default()
-        };
-        self.fd
-            .set_fpu(&fpu)
-            .map_err(|e| VcpuError::Ioctl("the FPU state", e))?;
+        let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+        self.fd.set_fpu(&fpu).map_err(|e| VcpuError::Ioctl("the FPU state", e))?;
         if let Entry::Flat { .. } = entry {
             self.set_start(entry)?;
-            let runnable = kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            };
-            return self
-                .fd
-                .set_mp_state(runnable)
-                .map_err(|e| VcpuError::Ioctl("to start a vCPU", e));
+            let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            return self.fd.set_mp_state(runnable).map_err(|e| VcpuError::Ioctl("to start a vCPU", e));
         }
         self.set_msrs()?;
         self.set_lapic()?;
-        if self.index == 0 {
-            self.set_start(entry)
-        } else {
-            Ok(())
-        }
+        if self.index == 0 { self.set_start(entry) } else { Ok(()) }
     }
 
     /// The byte that makes the next `KVM_RUN` return at once when it is not 0, for a signal handler. Valid for the life
@@ -193,9 +167,7 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr) => return Step::Interrupted,
             // HLT does not get here while the local APIC is KVM's; an AP that KVM has just woken comes as EAGAIN.
-            Ok(
-                VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) | VcpuExit::SetTpr,
-            ) => {
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) | VcpuExit::SetTpr) => {
                 return Step::Continue;
             }
             Ok(VcpuExit::Shutdown) => return Step::Exit(ExitReason::TripleFault),
@@ -230,8 +202,7 @@ impl Vcpu {
         // SAFETY: KVM puts `size * count` bytes at `data_offset` from the start of its mapping of this vCPU, which is
         // longer than `kvm_run` and stays mapped. Nobody else accesses it while this thread is not in KVM_RUN, and
         // `run` is not used any more.
-        let data =
-            unsafe { std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), bytes) };
+        let data = unsafe { std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), bytes) };
         let mut step = Step::Continue;
         for unit in data.chunks_exact_mut(usize::from(io.size).max(1)) {
             if u32::from(io.direction) == KVM_EXIT_IO_IN {
@@ -248,10 +219,7 @@ impl Vcpu {
 
     /// The sentence for a vCPU that cannot go on.
     fn failed(&mut self, why: String) -> Step {
-        let rip = self
-            .fd
-            .get_regs()
-            .map_or("unknown".to_owned(), |r| format!("{:#x}", r.rip));
+        let rip = self.fd.get_regs().map_or("unknown".to_owned(), |r| format!("{:#x}", r.rip));
         let why = if why.is_empty() {
             let run = self.fd.get_kvm_run();
             // SAFETY: only called with an empty reason after KVM_EXIT_INTERNAL_ERROR, which fills this field.
@@ -266,25 +234,15 @@ impl Vcpu {
         } else {
             why
         };
-        Step::Failed(format!(
-            "vCPU {} cannot go on: {why}; its instruction pointer is {rip}",
-            self.index
-        ))
+        Step::Failed(format!("vCPU {} cannot go on: {why}; its instruction pointer is {rip}", self.index))
     }
 
     fn set_msrs(&self) -> Result<(), VcpuError> {
         // One by one: a host's KVM may lack one of them, and then it would ignore all behind it.
         for (index, data) in BOOT_MSRS {
-            let entry = kvm_msr_entry {
-                index,
-                data,
-                ..Default::default()
-            };
+            let entry = kvm_msr_entry { index, data, ..Default::default() };
             let msrs = Msrs::from_entries(&[entry]).expect("one entry is within the limit");
-            let set = self
-                .fd
-                .set_msrs(&msrs)
-                .map_err(|e| VcpuError::Ioctl("model-specific registers", e))?;
+            let set = self.fd.set_msrs(&msrs).map_err(|e| VcpuError::Ioctl("model-specific registers", e))?;
             if set == 0 {
                 tracing::debug!("this host's KVM has no model-specific register {index:#x}");
             }
@@ -294,40 +252,22 @@ impl Vcpu {
 
     /// LINT0 takes interrupts of an external controller, LINT1 NMIs: the state that a PC's firmware leaves.
     fn set_lapic(&self) -> Result<(), VcpuError> {
-        let mut lapic = self
-            .fd
-            .get_lapic()
-            .map_err(|e| VcpuError::Ioctl("to show a local APIC", e))?;
+        let mut lapic = self.fd.get_lapic().map_err(|e| VcpuError::Ioctl("to show a local APIC", e))?;
         set_delivery_mode(&mut lapic, APIC_LVT0, APIC_MODE_EXTINT);
         set_delivery_mode(&mut lapic, APIC_LVT1, APIC_MODE_NMI);
-        self.fd
-            .set_lapic(&lapic)
-            .map_err(|e| VcpuError::Ioctl("a local APIC's state", e))
+        self.fd.set_lapic(&lapic).map_err(|e| VcpuError::Ioctl("a local APIC's state", e))
     }
 
     fn set_start(&self, entry: &Entry) -> Result<(), VcpuError> {
-        let mut sregs = self
-            .fd
-            .get_sregs()
-            .map_err(|e| VcpuError::Ioctl("to show a vCPU's registers", e))?;
+        let mut sregs = self.fd.get_sregs().map_err(|e| VcpuError::Ioctl("to show a vCPU's registers", e))?;
         let regs = match *entry {
             Entry::Pvh { rip, start_info } => {
                 protected_mode(&mut sregs);
-                kvm_regs {
-                    rflags: RFLAGS,
-                    rip,
-                    rbx: start_info,
-                    ..Default::default()
-                }
+                kvm_regs { rflags: RFLAGS, rip, rbx: start_info, ..Default::default() }
             }
             Entry::Linux64 { rip, boot_params } => {
                 long_mode(&mut sregs);
-                kvm_regs {
-                    rflags: RFLAGS,
-                    rip,
-                    rsi: boot_params,
-                    ..Default::default()
-                }
+                kvm_regs { rflags: RFLAGS, rip, rsi: boot_params, ..Default::default() }
             }
             Entry::Flat { rip, ram_bytes } => {
                 user_mode(&mut sregs);
@@ -344,12 +284,8 @@ impl Vcpu {
                 }
             }
         };
-        self.fd
-            .set_sregs(&sregs)
-            .map_err(|e| VcpuError::Ioctl("a vCPU's system registers", e))?;
-        self.fd
-            .set_regs(&regs)
-            .map_err(|e| VcpuError::Ioctl("a vCPU's registers", e))
+        self.fd.set_sregs(&sregs).map_err(|e| VcpuError::Ioctl("a vCPU's system registers", e))?;
+        self.fd.set_regs(&regs).map_err(|e| VcpuError::Ioctl("a vCPU's registers", e))
     }
 }
 
@@ -365,12 +301,7 @@ impl From<Effect> for Step {
 
 fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
     let field = &mut lapic.regs[register..register + 4];
-    let old = u32::from_le_bytes([
-        field[0] as u8,
-        field[1] as u8,
-        field[2] as u8,
-        field[3] as u8,
-    ]);
+    let old = u32::from_le_bytes([field[0] as u8, field[1] as u8, field[2] as u8, field[3] as u8]);
     let new = old & !0x700 | mode << 8;
     for (byte, value) in field.iter_mut().zip(new.to_le_bytes()) {
         *byte = value as _;
@@ -395,22 +326,14 @@ fn flat_segment(selector: u16, type_: u8, dpl: u8) -> kvm_segment {
 
 /// The task register that every entry needs and none uses.
 fn task_segment() -> kvm_segment {
-    kvm_segment {
-        limit: 0x67,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    }
+    kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() }
 }
 
 fn set_segments(sregs: &mut kvm_sregs, cs: kvm_segment, data: kvm_segment) {
     sregs.cs = cs;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = task_segment();
-    sregs.ldt = kvm_segment {
-        unusable: 1,
-        ..Default::default()
-    };
+    sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
 }
 
 /// PVH: 32-bit, flat segments, paging off. The descriptor table is undefined by the protocol, so there is none.
@@ -426,11 +349,7 @@ fn long_mode(sregs: &mut kvm_sregs) {
     let mut cs = flat_segment(0x10, 0xb, 0);
     (cs.l, cs.db) = (1, 0);
     set_segments(sregs, cs, flat_segment(0x18, 0x3, 0));
-    sregs.gdt = kvm_dtable {
-        base: layout::GDT,
-        limit: super::boot::GDT_BYTES - 1,
-        ..Default::default()
-    };
+    sregs.gdt = kvm_dtable { base: layout::GDT, limit: super::boot::GDT_BYTES - 1, ..Default::default() };
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.cr3 = layout::PAGE_TABLES;
     sregs.cr4 = CR4_PAE;

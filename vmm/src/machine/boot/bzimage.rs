@@ -59,26 +59,16 @@ pub(super) fn matches(head: &[u8]) -> bool {
         && head.get(field::MAGIC..field::MAGIC + 4) == Some(b"HdrS")
 }
 
-pub(super) fn parse<'a>(
-    file: &KernelFile<'a>,
-    head: &[u8],
-    ram: &RamLayout,
-) -> Result<Kernel<'a>, BootError> {
+pub(super) fn parse<'a>(file: &KernelFile<'a>, head: &[u8], ram: &RamLayout) -> Result<Kernel<'a>, BootError> {
     file.check("its setup header", 0, HEADER_END as u64)?;
     let header = SetupHeader::new(head);
     if header.u16(field::VERSION) < PROTOCOL_2_12 {
         let version = header.u16(field::VERSION);
         let (major, minor) = (version >> 8, version & 0xff);
-        return Err(BootError::Unsupported(format!(
-            "it has boot protocol {major}.{minor:02}, older than 2.12"
-        )));
+        return Err(BootError::Unsupported(format!("it has boot protocol {major}.{minor:02}, older than 2.12")));
     }
-    if header.page[field::LOADFLAGS] & LOADED_HIGH == 0
-        || header.u16(field::XLOADFLAGS) & XLF_KERNEL_64 == 0
-    {
-        return Err(BootError::Unsupported(
-            "it has no 64-bit entry; is it a 32-bit kernel?".to_owned(),
-        ));
+    if header.page[field::LOADFLAGS] & LOADED_HIGH == 0 || header.u16(field::XLOADFLAGS) & XLF_KERNEL_64 == 0 {
+        return Err(BootError::Unsupported("it has no 64-bit entry; is it a 32-bit kernel?".to_owned()));
     }
     let sectors = match header.page[field::SETUP_SECTS] {
         0 => 4,
@@ -88,24 +78,15 @@ pub(super) fn parse<'a>(
     // In units of 16 bytes, rounded up.
     let bytes = u64::from(header.u32(field::SYSSIZE)) * 16;
     if bytes <= ENTRY_64 {
-        return Err(BootError::Damaged(
-            "it says that its kernel is empty".to_owned(),
-        ));
+        return Err(BootError::Damaged("it says that its kernel is empty".to_owned()));
     }
     file.check("its kernel", offset, bytes - 15)?;
     let bytes = bytes.min(file.size - offset);
     let load = header.u64(field::PREF_ADDRESS);
     let room = u64::from(header.u32(field::INIT_SIZE)).max(bytes);
     check_place(ram, load, room)?;
-    let start = Start::Linux(LinuxStart::Bzimage {
-        rip: load + ENTRY_64,
-        header,
-    });
-    Ok(Kernel {
-        segments: vec![file.segment(load, offset, bytes)],
-        end: load + room,
-        start,
-    })
+    let start = Start::Linux(LinuxStart::Bzimage { rip: load + ENTRY_64, header });
+    Ok(Kernel { segments: vec![file.segment(load, offset, bytes)], end: load + room, start })
 }
 
 impl SetupHeader {
@@ -147,10 +128,7 @@ impl SetupHeader {
         put(field::ACPI_RSDP, &layout::ACPI.to_le_bytes());
         put(field::VID_MODE, &VID_MODE_NORMAL.to_le_bytes());
         put(field::LOADER, &[LOADER_UNDEFINED]);
-        put(
-            field::CODE32_START,
-            &(self.u64(field::PREF_ADDRESS) as u32).to_le_bytes(),
-        );
+        put(field::CODE32_START, &(self.u64(field::PREF_ADDRESS) as u32).to_le_bytes());
         put(field::CMDLINE, &(layout::CMDLINE as u32).to_le_bytes());
         // Both are below 4 GiB: the ramdisk is in low RAM.
         let (gpa, bytes) = ramdisk.unwrap_or_default();

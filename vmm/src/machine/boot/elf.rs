@@ -26,31 +26,16 @@ pub(super) fn matches(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
 }
 
-pub(super) fn parse<'a>(
-    file: &KernelFile<'a>,
-    head: &[u8],
-    ram: &RamLayout,
-) -> Result<Kernel<'a>, BootError> {
+pub(super) fn parse<'a>(file: &KernelFile<'a>, head: &[u8], ram: &RamLayout) -> Result<Kernel<'a>, BootError> {
     let header = header(file, head)?;
-    let table = file.read(
-        "its program headers",
-        header.e_phoff,
-        u64::from(header.e_phnum * PHDR_BYTES),
-    )?;
-    let headers: Vec<_> = SegmentTable::new(header.endianness, header.class, &table)
-        .iter()
-        .collect();
+    let table = file.read("its program headers", header.e_phoff, u64::from(header.e_phnum * PHDR_BYTES))?;
+    let headers: Vec<_> = SegmentTable::new(header.endianness, header.class, &table).iter().collect();
     let mut segments = Vec::new();
     let mut taken: Vec<(u64, u64)> = Vec::new();
-    for p in headers
-        .iter()
-        .filter(|p| p.p_type == PT_LOAD && p.p_memsz > 0)
-    {
+    for p in headers.iter().filter(|p| p.p_type == PT_LOAD && p.p_memsz > 0) {
         if p.p_filesz > p.p_memsz {
             let (filesz, memsz) = (p.p_filesz, p.p_memsz);
-            return Err(BootError::Damaged(format!(
-                "a segment has {filesz} bytes in the file for {memsz} in memory"
-            )));
+            return Err(BootError::Damaged(format!("a segment has {filesz} bytes in the file for {memsz} in memory")));
         }
         check_place(ram, p.p_paddr, p.p_memsz)?;
         file.check("a segment", p.p_offset, p.p_filesz)?;
@@ -64,55 +49,32 @@ pub(super) fn parse<'a>(
         return Err(BootError::Damaged("it has nothing to load".to_owned()));
     };
     if let Some(pair) = taken.windows(2).find(|pair| pair[0].1 > pair[1].0) {
-        return Err(BootError::Damaged(format!(
-            "two segments overlap at {:#x}",
-            pair[1].0
-        )));
+        return Err(BootError::Damaged(format!("two segments overlap at {:#x}", pair[1].0)));
     }
     let rip = pvh_entry(file, &header, &headers)?;
-    if !taken
-        .iter()
-        .any(|&(start, end)| (start..end).contains(&rip))
-    {
-        return Err(BootError::Damaged(format!(
-            "its PVH entry {rip:#x} lies outside its segments"
-        )));
+    if !taken.iter().any(|&(start, end)| (start..end).contains(&rip)) {
+        return Err(BootError::Damaged(format!("its PVH entry {rip:#x} lies outside its segments")));
     }
-    Ok(Kernel {
-        segments,
-        end,
-        start: Start::Linux(LinuxStart::Pvh(rip)),
-    })
+    Ok(Kernel { segments, end, start: Start::Linux(LinuxStart::Pvh(rip)) })
 }
 
 fn header(file: &KernelFile<'_>, head: &[u8]) -> Result<FileHeader<AnyEndian>, BootError> {
     file.check("its ELF header", 0, EHDR_BYTES as u64)?;
-    let ident = parse_ident::<AnyEndian>(&head[..IDENT_BYTES])
-        .map_err(|e| BootError::Damaged(e.to_string()))?;
+    let ident = parse_ident::<AnyEndian>(&head[..IDENT_BYTES]).map_err(|e| BootError::Damaged(e.to_string()))?;
     if ident.1 != Class::ELF64 || ident.0 != AnyEndian::Little {
-        return Err(BootError::Unsupported(
-            "it is not a 64-bit little-endian ELF file".to_owned(),
-        ));
+        return Err(BootError::Unsupported("it is not a 64-bit little-endian ELF file".to_owned()));
     }
     let header = FileHeader::parse_tail(ident, &head[IDENT_BYTES..EHDR_BYTES]);
     let header = header.map_err(|e| BootError::Damaged(e.to_string()))?;
     if header.e_machine != EM_X86_64 {
-        return Err(BootError::Unsupported(format!(
-            "it is for ELF machine {}, not x86-64",
-            header.e_machine
-        )));
+        return Err(BootError::Unsupported(format!("it is for ELF machine {}, not x86-64", header.e_machine)));
     }
     if header.e_type != ET_EXEC && header.e_type != ET_DYN {
-        return Err(BootError::Unsupported(format!(
-            "it is an ELF file of type {}, no program",
-            header.e_type
-        )));
+        return Err(BootError::Unsupported(format!("it is an ELF file of type {}, no program", header.e_type)));
     }
     if header.e_phentsize != PHDR_BYTES || header.e_phnum == 0 || header.e_phnum > MAX_PHDRS {
         let (count, size) = (header.e_phnum, header.e_phentsize);
-        return Err(BootError::Damaged(format!(
-            "it has {count} program headers of {size} bytes"
-        )));
+        return Err(BootError::Damaged(format!("it has {count} program headers of {size} bytes")));
     }
     Ok(header)
 }
@@ -125,10 +87,7 @@ fn pvh_entry(
 ) -> Result<u64, BootError> {
     for p in headers.iter().filter(|p| p.p_type == PT_NOTE) {
         if p.p_filesz > MAX_NOTES {
-            return Err(BootError::Damaged(format!(
-                "it has {} bytes of notes",
-                p.p_filesz
-            )));
+            return Err(BootError::Damaged(format!("it has {} bytes of notes", p.p_filesz)));
         }
         let data = file.read("its notes", p.p_offset, p.p_filesz)?;
         // Alignments of 0 and 1 mean 4, and nothing but 4 and 8 exists.
@@ -139,16 +98,10 @@ fn pvh_entry(
                 continue;
             }
             return match *note.desc {
-                [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => {
-                    Ok(u32::from_le_bytes([a, b, c, d]).into())
-                }
-                _ => Err(BootError::Damaged(
-                    "its PVH entry is no 32-bit address".to_owned(),
-                )),
+                [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => Ok(u32::from_le_bytes([a, b, c, d]).into()),
+                _ => Err(BootError::Damaged("its PVH entry is no 32-bit address".to_owned())),
             };
         }
     }
-    Err(BootError::Unsupported(
-        "it is an ELF file without a PVH entry; build it with CONFIG_PVH=y".to_owned(),
-    ))
+    Err(BootError::Unsupported("it is an ELF file without a PVH entry; build it with CONFIG_PVH=y".to_owned()))
 }

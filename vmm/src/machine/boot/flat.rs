@@ -23,25 +23,17 @@ pub(super) fn matches(head: &[u8]) -> bool {
     head.starts_with(MAGIC)
 }
 
-pub(super) fn parse<'a>(
-    file: &KernelFile<'a>,
-    head: &[u8],
-    ram: &RamLayout,
-) -> Result<Kernel<'a>, BootError> {
+pub(super) fn parse<'a>(file: &KernelFile<'a>, head: &[u8], ram: &RamLayout) -> Result<Kernel<'a>, BootError> {
     file.check("its header", 0, u64::from(HEADER))?;
     let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
     let (entry, memory) = (word(8), u64::from(word(12)));
     if entry < HEADER || u64::from(entry) >= file.size {
         let size = file.size;
-        return Err(BootError::Damaged(format!(
-            "its entry at offset {entry} is not within its {size} bytes"
-        )));
+        return Err(BootError::Damaged(format!("its entry at offset {entry} is not within its {size} bytes")));
     }
     if memory < file.size {
         let size = file.size;
-        return Err(BootError::Damaged(format!(
-            "it asks for {memory} bytes of memory and has {size} bytes"
-        )));
+        return Err(BootError::Damaged(format!("it asks for {memory} bytes of memory and has {size} bytes")));
     }
     check_place(ram, HIGH_MEMORY, memory)?;
     Ok(Kernel {

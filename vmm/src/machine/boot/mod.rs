@@ -62,10 +62,7 @@ impl Image for Vec<u8> {
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let start = usize::try_from(offset).map_err(|_| io::ErrorKind::UnexpectedEof)?;
-        let range = start
-            ..start
-                .checked_add(buf.len())
-                .ok_or(io::ErrorKind::UnexpectedEof)?;
+        let range = start..start.checked_add(buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(self.get(range).ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
@@ -78,9 +75,7 @@ pub enum BootError {
     #[error("the {0} cannot be read")]
     Read(&'static str, #[source] io::Error),
     /// A file is shorter than its own headers say.
-    #[error(
-        "the {what} ends early: {part} needs {needs} bytes and the file has {has}; is it complete?"
-    )]
+    #[error("the {what} ends early: {part} needs {needs} bytes and the file has {has}; is it complete?")]
     Truncated {
         /// Which file.
         what: &'static str,
@@ -92,9 +87,7 @@ pub enum BootError {
         has: u64,
     },
     /// It is none of the three kinds of kernel.
-    #[error(
-        "the kernel file is {0}; give a bzImage, an ELF vmlinux with a PVH entry, or a flat payload"
-    )]
+    #[error("the kernel file is {0}; give a bzImage, an ELF vmlinux with a PVH entry, or a flat payload")]
     Kind(String),
     /// Its headers contradict themselves.
     #[error("the kernel file is damaged: {0}")]
@@ -103,9 +96,7 @@ pub enum BootError {
     #[error("this kernel cannot be booted: {0}")]
     Unsupported(String),
     /// Guest RAM is too small for it.
-    #[error(
-        "the {what} does not fit: it needs guest RAM of at least {needs} MiB and the guest has {has} MiB"
-    )]
+    #[error("the {what} does not fit: it needs guest RAM of at least {needs} MiB and the guest has {has} MiB")]
     TooLarge {
         /// What does not fit.
         what: &'static str,
@@ -182,11 +173,7 @@ struct Segment<'a> {
 }
 
 enum Source<'a> {
-    File {
-        image: &'a dyn Image,
-        name: &'static str,
-        offset: u64,
-    },
+    File { image: &'a dyn Image, name: &'static str, offset: u64 },
     Bytes(Vec<u8>),
 }
 
@@ -206,10 +193,7 @@ enum Start {
 
 enum LinuxStart {
     Pvh(u64),
-    Bzimage {
-        rip: u64,
-        header: bzimage::SetupHeader,
-    },
+    Bzimage { rip: u64, header: bzimage::SetupHeader },
 }
 
 /// Everything that loading will write, checked against guest RAM.
@@ -220,10 +204,7 @@ pub struct BootPlan<'a> {
 
 impl std::fmt::Debug for BootPlan<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("BootPlan")
-            .field("entry", &self.entry)
-            .field("pages", &self.pages())
-            .finish_non_exhaustive()
+        f.debug_struct("BootPlan").field("entry", &self.entry).field("pages", &self.pages()).finish_non_exhaustive()
     }
 }
 
@@ -233,14 +214,8 @@ impl<'a> BootPlan<'a> {
     /// # Errors
     /// When a file is damaged, of another kind, or does not fit.
     pub fn new(request: &BootRequest<'a>) -> Result<Self, BootError> {
-        let size = request
-            .kernel
-            .size()
-            .map_err(|e| BootError::Read("kernel file", e))?;
-        let kernel = KernelFile {
-            image: request.kernel,
-            size,
-        };
+        let size = request.kernel.size().map_err(|e| BootError::Read("kernel file", e))?;
+        let kernel = KernelFile { image: request.kernel, size };
         let head = kernel.head()?;
         let kernel = if flat::matches(&head) {
             flat::parse(&kernel, &head, &request.ram)?
@@ -283,25 +258,16 @@ impl<'a> BootPlan<'a> {
     pub fn load<M: GuestMemory + ?Sized>(&self, memory: &M) -> Result<(), BootError> {
         let mut bounce = vec![0; BOUNCE];
         let write = |gpa, bytes: &[u8]| {
-            memory
-                .write_slice(bytes, GuestAddress(gpa))
-                .map_err(|source| BootError::Memory { gpa, source })
+            memory.write_slice(bytes, GuestAddress(gpa)).map_err(|source| BootError::Memory { gpa, source })
         };
         for segment in &self.segments {
             match &segment.source {
                 Source::Bytes(bytes) => write(segment.gpa, bytes)?,
-                Source::File {
-                    image,
-                    name,
-                    offset,
-                } => {
+                Source::File { image, name, offset } => {
                     let mut done = 0;
                     while done < segment.bytes {
-                        let chunk =
-                            &mut bounce[..(segment.bytes - done).min(BOUNCE as u64) as usize];
-                        image
-                            .read_at(chunk, offset + done)
-                            .map_err(|e| BootError::Read(name, e))?;
+                        let chunk = &mut bounce[..(segment.bytes - done).min(BOUNCE as u64) as usize];
+                        image.read_at(chunk, offset + done).map_err(|e| BootError::Read(name, e))?;
                         write(segment.gpa + done, chunk)?;
                         done += chunk.len() as u64;
                     }
@@ -330,34 +296,21 @@ impl<'a> KernelFile<'a> {
     fn read(&self, part: &'static str, offset: u64, bytes: u64) -> Result<Vec<u8>, BootError> {
         self.check(part, offset, bytes)?;
         let mut data = vec![0; bytes as usize];
-        self.image
-            .read_at(&mut data, offset)
-            .map_err(|e| BootError::Read("kernel file", e))?;
+        self.image.read_at(&mut data, offset).map_err(|e| BootError::Read("kernel file", e))?;
         Ok(data)
     }
 
     fn check(&self, part: &'static str, offset: u64, bytes: u64) -> Result<(), BootError> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.size => Ok(()),
-            end => Err(BootError::Truncated {
-                what: "kernel file",
-                part,
-                needs: end.unwrap_or(u64::MAX),
-                has: self.size,
-            }),
+            end => {
+                Err(BootError::Truncated { what: "kernel file", part, needs: end.unwrap_or(u64::MAX), has: self.size })
+            }
         }
     }
 
     fn segment(&self, gpa: u64, offset: u64, bytes: u64) -> Segment<'a> {
-        Segment {
-            gpa,
-            bytes,
-            source: Source::File {
-                image: self.image,
-                name: "kernel file",
-                offset,
-            },
-        }
+        Segment { gpa, bytes, source: Source::File { image: self.image, name: "kernel file", offset } }
     }
 }
 
@@ -368,23 +321,15 @@ fn mib_up(bytes: u64) -> u64 {
 /// The kernel must lie in the RAM below the hole and above the first MiB.
 fn check_place(ram: &RamLayout, gpa: u64, bytes: u64) -> Result<(), BootError> {
     if gpa < layout::HIGH_MEMORY {
-        return Err(BootError::Unsupported(format!(
-            "it wants to be at {gpa:#x}, below the first MiB"
-        )));
+        return Err(BootError::Unsupported(format!("it wants to be at {gpa:#x}, below the first MiB")));
     }
     let end = gpa.saturating_add(bytes);
     if end > layout::LOW_RAM_END {
         let limit = layout::LOW_RAM_END >> 30;
-        return Err(BootError::Unsupported(format!(
-            "it wants to end at {end:#x}, above {limit} GiB"
-        )));
+        return Err(BootError::Unsupported(format!("it wants to end at {end:#x}, above {limit} GiB")));
     }
     if end > ram.low().end() {
-        return Err(BootError::TooLarge {
-            what: "kernel",
-            needs: mib_up(end),
-            has: ram.size() >> 20,
-        });
+        return Err(BootError::TooLarge { what: "kernel", needs: mib_up(end), has: ram.size() >> 20 });
     }
     Ok(())
 }
@@ -393,10 +338,7 @@ fn check_place(ram: &RamLayout, gpa: u64, bytes: u64) -> Result<(), BootError> {
 fn describe(head: &[u8]) -> String {
     const KINDS: [(&[u8], &str); 10] = [
         (b"\x1f\x8b", "compressed with gzip (unpack it first)"),
-        (
-            b"\x28\xb5\x2f\xfd",
-            "compressed with zstd (unpack it first)",
-        ),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd (unpack it first)"),
         (b"\xfd7zXZ", "compressed with xz (unpack it first)"),
         (b"BZh", "compressed with bzip2 (unpack it first)"),
         (b"\x02\x21\x4c\x18", "compressed with lz4 (unpack it first)"),
@@ -426,45 +368,23 @@ impl<'a> Kernel<'a> {
             Start::Flat(rip) => self.plan_flat(rip, request)?,
             Start::Linux(start) => self.plan_linux(&start, request)?,
         };
-        Ok(BootPlan {
-            segments: self.segments,
-            entry,
-        })
+        Ok(BootPlan { segments: self.segments, entry })
     }
 
     fn put(&mut self, gpa: u64, bytes: Vec<u8>) {
-        self.segments.push(Segment {
-            gpa,
-            bytes: bytes.len() as u64,
-            source: Source::Bytes(bytes),
-        });
+        self.segments.push(Segment { gpa, bytes: bytes.len() as u64, source: Source::Bytes(bytes) });
     }
 
     fn plan_flat(&mut self, rip: u64, request: &BootRequest<'a>) -> Result<Entry, BootError> {
         if request.initrd.is_some() {
-            return Err(BootError::Initrd(
-                "is of no use to a flat payload; leave it out",
-            ));
+            return Err(BootError::Initrd("is of no use to a flat payload; leave it out"));
         }
-        self.put(
-            layout::CMDLINE,
-            tables::cmdline(request.cmdline, layout::CMDLINE_MAX)?,
-        );
-        self.put(
-            layout::PAGE_TABLES,
-            tables::payload_page_tables(&request.ram)?,
-        );
-        Ok(Entry::Flat {
-            rip,
-            ram_bytes: request.ram.size(),
-        })
+        self.put(layout::CMDLINE, tables::cmdline(request.cmdline, layout::CMDLINE_MAX)?);
+        self.put(layout::PAGE_TABLES, tables::payload_page_tables(&request.ram)?);
+        Ok(Entry::Flat { rip, ram_bytes: request.ram.size() })
     }
 
-    fn plan_linux(
-        &mut self,
-        start: &LinuxStart,
-        request: &BootRequest<'a>,
-    ) -> Result<Entry, BootError> {
+    fn plan_linux(&mut self, start: &LinuxStart, request: &BootRequest<'a>) -> Result<Entry, BootError> {
         let ram = &request.ram;
         let (cmdline_max, initrd_max) = match start {
             LinuxStart::Pvh(_) => (layout::CMDLINE_MAX, u64::MAX),
@@ -472,33 +392,21 @@ impl<'a> Kernel<'a> {
         };
         let cmdline = tables::linux_cmdline(request.cmdline, request.virtio_devices);
         self.put(layout::CMDLINE, tables::cmdline(&cmdline, cmdline_max)?);
-        let devices = AcpiRequest {
-            cpus: request.cpus,
-            virtio_devices: request.virtio_devices,
-        };
+        let devices = AcpiRequest { cpus: request.cpus, virtio_devices: request.virtio_devices };
         self.put(layout::ACPI, acpi::tables(devices));
-        let initrd = request
-            .initrd
-            .map(|image| place_initrd(image, ram, self.end, initrd_max))
-            .transpose()?;
+        let initrd = request.initrd.map(|image| place_initrd(image, ram, self.end, initrd_max)).transpose()?;
         let ramdisk = initrd.as_ref().map(|s| (s.gpa, s.bytes));
         self.segments.extend(initrd);
         Ok(match start {
             LinuxStart::Pvh(rip) => {
                 self.put(layout::BOOT_PARAMS, tables::start_info(ram, ramdisk));
-                Entry::Pvh {
-                    rip: *rip,
-                    start_info: layout::BOOT_PARAMS,
-                }
+                Entry::Pvh { rip: *rip, start_info: layout::BOOT_PARAMS }
             }
             LinuxStart::Bzimage { rip, header } => {
                 self.put(layout::BOOT_PARAMS, header.zero_page(ram, ramdisk));
                 self.put(layout::GDT, tables::gdt());
                 self.put(layout::PAGE_TABLES, tables::kernel_page_tables(ram));
-                Entry::Linux64 {
-                    rip: *rip,
-                    boot_params: layout::BOOT_PARAMS,
-                }
+                Entry::Linux64 { rip: *rip, boot_params: layout::BOOT_PARAMS }
             }
         })
     }
@@ -511,40 +419,21 @@ fn place_initrd<'a>(
     kernel_end: u64,
     highest: u64,
 ) -> Result<Segment<'a>, BootError> {
-    let bytes = image
-        .size()
-        .map_err(|e| BootError::Read("initial ramdisk", e))?;
+    let bytes = image.size().map_err(|e| BootError::Read("initial ramdisk", e))?;
     if bytes == 0 {
         return Err(BootError::Initrd("is empty"));
     }
     let top = ram.low().end().min(highest.saturating_add(1));
-    let place = top
-        .checked_sub(bytes)
-        .map(|gpa| gpa / PAGE_SIZE * PAGE_SIZE)
-        .filter(|&gpa| gpa >= kernel_end);
+    let place = top.checked_sub(bytes).map(|gpa| gpa / PAGE_SIZE * PAGE_SIZE).filter(|&gpa| gpa >= kernel_end);
     let Some(gpa) = place else {
         let needs = kernel_end.saturating_add(bytes).saturating_add(PAGE_SIZE);
         if needs > layout::LOW_RAM_END.min(highest) {
-            return Err(BootError::Initrd(
-                "is too large for any guest of this kernel",
-            ));
+            return Err(BootError::Initrd("is too large for any guest of this kernel"));
         }
         let has = ram.size() >> 20;
-        return Err(BootError::TooLarge {
-            what: "kernel with its initial ramdisk",
-            needs: mib_up(needs),
-            has,
-        });
+        return Err(BootError::TooLarge { what: "kernel with its initial ramdisk", needs: mib_up(needs), has });
     };
-    Ok(Segment {
-        gpa,
-        bytes,
-        source: Source::File {
-            image,
-            name: "initial ramdisk",
-            offset: 0,
-        },
-    })
+    Ok(Segment { gpa, bytes, source: Source::File { image, name: "initial ramdisk", offset: 0 } })
 }
 
 #[cfg(test)]

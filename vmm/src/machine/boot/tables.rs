@@ -37,11 +37,7 @@ pub(super) struct MapEntry {
 
 /// The memory map: RAM, and the tables below 1 MiB as reserved.
 pub(super) fn memory_map(ram: &RamLayout) -> Vec<MapEntry> {
-    let range = |gpa, end: u64, kind| MapEntry {
-        gpa,
-        bytes: end - gpa,
-        kind,
-    };
+    let range = |gpa, end: u64, kind| MapEntry { gpa, bytes: end - gpa, kind };
     let mut map = vec![
         range(0, layout::LOW_USABLE_END, E820_RAM),
         range(layout::LOW_USABLE_END, layout::STACKS_END, E820_RESERVED),
@@ -57,20 +53,10 @@ pub(super) fn start_info(ram: &RamLayout, ramdisk: Option<(u64, u64)>) -> Vec<u8
     let at = |offset: usize| layout::BOOT_PARAMS + offset as u64;
     let map = memory_map(ram);
     let mut info = Vec::new();
-    for word in [
-        START_INFO_MAGIC,
-        START_INFO_VERSION,
-        0,
-        u32::from(ramdisk.is_some()),
-    ] {
+    for word in [START_INFO_MAGIC, START_INFO_VERSION, 0, u32::from(ramdisk.is_some())] {
         info.extend(word.to_le_bytes());
     }
-    for address in [
-        at(MODULE_LIST),
-        layout::CMDLINE,
-        layout::ACPI,
-        at(MEMORY_MAP),
-    ] {
+    for address in [at(MODULE_LIST), layout::CMDLINE, layout::ACPI, at(MEMORY_MAP)] {
         info.extend(address.to_le_bytes());
     }
     info.extend((map.len() as u32).to_le_bytes());
@@ -94,10 +80,7 @@ pub(super) fn start_info(ram: &RamLayout, ramdisk: Option<(u64, u64)>) -> Vec<u8
 pub(super) fn gdt() -> Vec<u8> {
     const CODE: u64 = 0x00af_9b00_0000_ffff;
     const DATA: u64 = 0x00cf_9300_0000_ffff;
-    [0, 0, CODE, DATA]
-        .into_iter()
-        .flat_map(u64::to_le_bytes)
-        .collect()
+    [0, 0, CODE, DATA].into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
 /// An identity map of low RAM for Linux, which replaces it at once.
@@ -107,17 +90,10 @@ pub(super) fn kernel_page_tables(ram: &RamLayout) -> Vec<u8> {
 
 /// An identity map of RAM and of everything below 4 GiB for user mode.
 pub(super) fn payload_page_tables(ram: &RamLayout) -> Result<Vec<u8>, BootError> {
-    let directories = ram
-        .end()
-        .max(layout::HIGH_RAM_START)
-        .div_ceil(DIRECTORY_SPAN);
+    let directories = ram.end().max(layout::HIGH_RAM_START).div_ceil(DIRECTORY_SPAN);
     if directories > MAX_DIRECTORIES {
-        let most = (MAX_DIRECTORIES * DIRECTORY_SPAN
-            - (layout::HIGH_RAM_START - layout::LOW_RAM_END))
-            >> 30;
-        return Err(BootError::Unsupported(format!(
-            "a flat payload can have at most {most} GiB of RAM"
-        )));
+        let most = (MAX_DIRECTORIES * DIRECTORY_SPAN - (layout::HIGH_RAM_START - layout::LOW_RAM_END)) >> 30;
+        return Err(BootError::Unsupported(format!("a flat payload can have at most {most} GiB of RAM")));
     }
     Ok(page_tables(directories, USER))
 }
@@ -130,9 +106,7 @@ fn page_tables(directories: u64, user: u64) -> Vec<u8> {
     tables.resize(ENTRIES as usize, 0);
     tables.extend((0..directories).map(|n| link(2 + n)));
     tables.resize(2 * ENTRIES as usize, 0);
-    tables.extend(
-        (0..directories * ENTRIES).map(|n| (n * LARGE_PAGE) | PRESENT | WRITABLE | LARGE | user),
-    );
+    tables.extend((0..directories * ENTRIES).map(|n| (n * LARGE_PAGE) | PRESENT | WRITABLE | LARGE | user));
     tables.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
@@ -165,9 +139,7 @@ pub(super) fn cmdline(line: &str, max: u64) -> Result<Vec<u8>, BootError> {
     let len = bytes.len() as u64;
     if len > max {
         let (len, most) = (len - 1, max - 1);
-        return Err(BootError::Cmdline(format!(
-            "has {len} bytes, with what is added; this guest takes {most}"
-        )));
+        return Err(BootError::Cmdline(format!("has {len} bytes, with what is added; this guest takes {most}")));
     }
     Ok(bytes)
 }

@@ -12,20 +12,11 @@ fn ram(mib: u64) -> RamLayout {
 }
 
 fn request(kernel: &Vec<u8>, mib: u64) -> BootRequest<'_> {
-    BootRequest {
-        kernel,
-        initrd: None,
-        cmdline: "quiet",
-        ram: ram(mib),
-        cpus: 1,
-        virtio_devices: 1,
-    }
+    BootRequest { kernel, initrd: None, cmdline: "quiet", ram: ram(mib), cpus: 1, virtio_devices: 1 }
 }
 
 fn plan(kernel: &Vec<u8>, mib: u64) -> Result<(), String> {
-    BootPlan::new(&request(kernel, mib))
-        .map(drop)
-        .map_err(|e| e.to_string())
+    BootPlan::new(&request(kernel, mib)).map(drop).map_err(|e| e.to_string())
 }
 
 fn flat_file(entry: u32, memory: u32, bytes: usize) -> Vec<u8> {
@@ -99,9 +90,7 @@ fn touched(memory: &GuestMemoryMmap, mib: u64) -> Vec<u64> {
     let mut page = vec![0; PAGE_SIZE as usize];
     (0..mib * MIB / PAGE_SIZE)
         .filter(|n| {
-            memory
-                .read_slice(&mut page, GuestAddress(n * PAGE_SIZE))
-                .unwrap();
+            memory.read_slice(&mut page, GuestAddress(n * PAGE_SIZE)).unwrap();
             page.iter().any(|b| *b != 0)
         })
         .collect()
@@ -111,13 +100,7 @@ fn touched(memory: &GuestMemoryMmap, mib: u64) -> Vec<u64> {
 fn a_flat_payload_is_planned_and_loaded() {
     let file = flat_file(16, 0x10_0000, 0x1801);
     let plan = BootPlan::new(&request(&file, 2)).unwrap();
-    assert_eq!(
-        plan.entry(),
-        Entry::Flat {
-            rip: MIB + 16,
-            ram_bytes: 2 * MIB
-        }
-    );
+    assert_eq!(plan.entry(), Entry::Flat { rip: MIB + 16, ram_bytes: 2 * MIB });
     // Two pages of payload, the command line, and the tables: 2 + 4 directories.
     assert_eq!(plan.pages(), 2 + 1 + 6);
     let memory = memory(2);
@@ -130,68 +113,32 @@ fn a_flat_payload_is_planned_and_loaded() {
 fn a_vmlinux_is_planned_and_loaded() {
     let file = elf_file();
     let initrd = vec![7u8; 5000];
-    let plan = BootPlan::new(&BootRequest {
-        initrd: Some(&initrd),
-        ..request(&file, 32)
-    })
-    .unwrap();
-    assert_eq!(
-        plan.entry(),
-        Entry::Pvh {
-            rip: 16 * MIB + 0x123,
-            start_info: layout::BOOT_PARAMS
-        }
-    );
+    let plan = BootPlan::new(&BootRequest { initrd: Some(&initrd), ..request(&file, 32) }).unwrap();
+    assert_eq!(plan.entry(), Entry::Pvh { rip: 16 * MIB + 0x123, start_info: layout::BOOT_PARAMS });
     // Kernel 2 (its .bss not), ramdisk 2, command line, ACPI, start info.
     assert_eq!(plan.pages(), 2 + 2 + 1 + 1 + 1);
     let memory = memory(32);
     plan.load(&memory).unwrap();
     assert_eq!(text(&memory, 16 * MIB, 32), "kernel text");
-    assert_eq!(
-        text(&memory, layout::CMDLINE, 128),
-        "console=ttyS0 reboot=a virtio_mmio.device=4K@0xd0000000:5 quiet"
-    );
-    let module: u64 = memory
-        .read_obj(GuestAddress(layout::BOOT_PARAMS + 0x40))
-        .unwrap();
+    assert_eq!(text(&memory, layout::CMDLINE, 128), "console=ttyS0 reboot=a virtio_mmio.device=4K@0xd0000000:5 quiet");
+    let module: u64 = memory.read_obj(GuestAddress(layout::BOOT_PARAMS + 0x40)).unwrap();
     assert_eq!(module, 32 * MIB - 2 * PAGE_SIZE);
-    assert!(
-        touched(&memory, 32)
-            .iter()
-            .all(|n| n * PAGE_SIZE < 16 * MIB + 0x2000 || n * PAGE_SIZE >= module)
-    );
+    assert!(touched(&memory, 32).iter().all(|n| n * PAGE_SIZE < 16 * MIB + 0x2000 || n * PAGE_SIZE >= module));
 }
 
 #[test]
 fn a_bzimage_is_planned_and_loaded() {
     let file = bz_file();
     let initrd = vec![7u8; 5000];
-    let plan = BootPlan::new(&BootRequest {
-        initrd: Some(&initrd),
-        ..request(&file, 32)
-    })
-    .unwrap();
-    assert_eq!(
-        plan.entry(),
-        Entry::Linux64 {
-            rip: 16 * MIB + 0x200,
-            boot_params: layout::BOOT_PARAMS
-        }
-    );
+    let plan = BootPlan::new(&BootRequest { initrd: Some(&initrd), ..request(&file, 32) }).unwrap();
+    assert_eq!(plan.entry(), Entry::Linux64 { rip: 16 * MIB + 0x200, boot_params: layout::BOOT_PARAMS });
     // Kernel 3, ramdisk 2, command line, ACPI, zero page, GDT, 3 page tables.
     assert_eq!(plan.pages(), 3 + 2 + 1 + 1 + 1 + 1 + 3);
     let memory = memory(32);
     plan.load(&memory).unwrap();
     assert_eq!(text(&memory, 16 * MIB, 32), "packed kernel");
-    let word = |at: u64| {
-        memory
-            .read_obj::<u32>(GuestAddress(layout::BOOT_PARAMS + at))
-            .unwrap()
-    };
-    assert_eq!(
-        (word(0x218), word(0x21c)),
-        ((32 * MIB - 2 * PAGE_SIZE) as u32, 5000)
-    );
+    let word = |at: u64| memory.read_obj::<u32>(GuestAddress(layout::BOOT_PARAMS + at)).unwrap();
+    assert_eq!((word(0x218), word(0x21c)), ((32 * MIB - 2 * PAGE_SIZE) as u32, 5000));
     assert_eq!(u64::from(word(0x228)), layout::CMDLINE);
     assert_eq!(word(0x1e8) & 0xff, 4, "entries of the memory map");
 }
@@ -206,10 +153,7 @@ fn what_is_no_kernel_is_named() {
         (b"\x00\x01".to_vec(), "it starts with 00 01"),
     ] {
         let error = plan(&bytes, 64).unwrap_err();
-        assert!(
-            error.contains(says) && error.contains("give a bzImage"),
-            "{error}"
-        );
+        assert!(error.contains(says) && error.contains("give a bzImage"), "{error}");
     }
 }
 
@@ -221,28 +165,16 @@ fn damaged_files_are_one_sentence() {
         (flat_file(15, 100, 100), &[], "its entry at offset 15"),
         (flat_file(100, 100, 100), &[], "its entry at offset 100"),
         (flat_file(16, 99, 100), &[], "asks for 99 bytes"),
-        (
-            flat_file(16, 99, 12)[..12].to_vec(),
-            &[],
-            "ends early: its header needs 16 bytes",
-        ),
+        (flat_file(16, 99, 12)[..12].to_vec(), &[], "ends early: its header needs 16 bytes"),
         (elf_file(), &[(18, &[183, 0])], "ELF machine 183"),
         (elf_file(), &[(4, &[1])], "not a 64-bit"),
         (elf_file(), &[(56, &[0, 0])], "0 program headers"),
-        (
-            elf_file(),
-            &[(32, &[0xff; 8])],
-            "ends early: its program headers",
-        ),
+        (elf_file(), &[(32, &[0xff; 8])], "ends early: its program headers"),
         (elf_file(), &[(64 + 32, &[0xff; 8])], "in the file for"),
         (elf_file(), &[(64 + 8, &[0xff; 8])], "ends early: a segment"),
         (elf_file(), &[(0x3008, &[17])], "CONFIG_PVH"),
         (elf_file(), &[(0x3010, &[0; 8])], "lies outside"),
-        (
-            bz_file(),
-            &[(0x1f4, &[0, 0x10, 0, 0])],
-            "ends early: its kernel",
-        ),
+        (bz_file(), &[(0x1f4, &[0, 0x10, 0, 0])], "ends early: its kernel"),
         (bz_file(), &[(0x236, &[0])], "no 64-bit entry"),
     ];
     for (mut file, edits, says) in cases {
@@ -257,33 +189,14 @@ fn damaged_files_are_one_sentence() {
 #[test]
 fn what_does_not_fit_says_how_much_would() {
     let error = plan(&elf_file(), 16).unwrap_err();
-    assert!(
-        error.contains("at least 17 MiB") && error.contains("has 16 MiB"),
-        "{error}"
-    );
+    assert!(error.contains("at least 17 MiB") && error.contains("has 16 MiB"), "{error}");
     let error = plan(&flat_file(16, 8 << 20, 100), 4).unwrap_err();
     assert!(error.contains("at least 9 MiB"), "{error}");
     let (kernel, initrd) = (bz_file(), vec![1u8; 4 << 20]);
-    let error = BootPlan::new(&BootRequest {
-        initrd: Some(&initrd),
-        ..request(&kernel, 20)
-    })
-    .unwrap_err()
-    .to_string();
-    assert!(
-        error.contains("with its initial ramdisk") && error.contains("at least 22 MiB"),
-        "{error}"
-    );
-    BootPlan::new(&BootRequest {
-        initrd: Some(&initrd),
-        ..request(&kernel, 22)
-    })
-    .unwrap();
-    let error = BootPlan::new(&BootRequest {
-        initrd: Some(&Vec::new()),
-        ..request(&kernel, 22)
-    })
-    .unwrap_err();
+    let error = BootPlan::new(&BootRequest { initrd: Some(&initrd), ..request(&kernel, 20) }).unwrap_err().to_string();
+    assert!(error.contains("with its initial ramdisk") && error.contains("at least 22 MiB"), "{error}");
+    BootPlan::new(&BootRequest { initrd: Some(&initrd), ..request(&kernel, 22) }).unwrap();
+    let error = BootPlan::new(&BootRequest { initrd: Some(&Vec::new()), ..request(&kernel, 22) }).unwrap_err();
     assert!(error.to_string().contains("is empty"));
 }
 
@@ -291,19 +204,9 @@ fn what_does_not_fit_says_how_much_would() {
 fn command_lines_are_checked() {
     let kernel = bz_file();
     let long = "x".repeat(2048);
-    let error = BootPlan::new(&BootRequest {
-        cmdline: &long,
-        ..request(&kernel, 64)
-    })
-    .unwrap_err()
-    .to_string();
+    let error = BootPlan::new(&BootRequest { cmdline: &long, ..request(&kernel, 64) }).unwrap_err().to_string();
     assert!(error.contains("takes 2047"), "{error}");
-    let error = BootPlan::new(&BootRequest {
-        cmdline: "a\0b",
-        ..request(&kernel, 64)
-    })
-    .unwrap_err()
-    .to_string();
+    let error = BootPlan::new(&BootRequest { cmdline: "a\0b", ..request(&kernel, 64) }).unwrap_err().to_string();
     assert!(error.contains("NUL"), "{error}");
 }
 
@@ -311,20 +214,10 @@ fn command_lines_are_checked() {
 fn a_file_that_shrinks_after_planning_is_an_error() {
     let file = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut &file, &flat_file(16, 0x2000, 0x2000)).unwrap();
-    let request = BootRequest {
-        kernel: &file,
-        initrd: None,
-        cmdline: "",
-        ram: ram(2),
-        cpus: 1,
-        virtio_devices: 0,
-    };
+    let request = BootRequest { kernel: &file, initrd: None, cmdline: "", ram: ram(2), cpus: 1, virtio_devices: 0 };
     let plan = BootPlan::new(&request).unwrap();
     file.set_len(100).unwrap();
-    assert!(matches!(
-        plan.load(&memory(2)),
-        Err(BootError::Read("kernel file", _))
-    ));
+    assert!(matches!(plan.load(&memory(2)), Err(BootError::Read("kernel file", _))));
 }
 
 proptest! {
