@@ -118,6 +118,8 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
 
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.add_irqfd(&irq, layout::COM1_GSI).unwrap();
+    let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+    vm.add_irqfd(&interrupt, layout::virtio_gsi(0)).unwrap();
     let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.add_ioeventfd(&doorbell, layout::virtio_window(0) + 0x50, Some(0)).unwrap();
     vm.add_ioeventfd(&doorbell, layout::virtio_window(1) + 0x50, None).unwrap();
@@ -134,6 +136,8 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     plan.load(memory).unwrap();
     let mut vcpus = vm.create_vcpus().unwrap();
     vcpus.iter_mut().for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
+    // A device's interrupt: payloads have no handler, so it must not reach them.
+    interrupt.write(1).unwrap();
     Some(TestVm { vcpus, buses, console, port })
 }
 

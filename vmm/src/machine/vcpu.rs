@@ -49,6 +49,7 @@ const RFLAGS_PAYLOAD: u64 = RFLAGS | 1 << 9 | 3 << 12;
 /// Local APIC registers and delivery modes.
 const APIC_LVT0: usize = 0x350;
 const APIC_LVT1: usize = 0x360;
+const APIC_LVT_MASKED: u32 = 1 << 16;
 const APIC_MODE_NMI: u32 = 4;
 const APIC_MODE_EXTINT: u32 = 7;
 
@@ -126,6 +127,7 @@ impl Vcpu {
         let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
         self.fd.set_fpu(&fpu).map_err(|e| VcpuError::Ioctl("the FPU state", e))?;
         if let Entry::Flat { .. } = entry {
+            self.mask_external_interrupts()?;
             self.set_start(entry)?;
             let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
             return self.fd.set_mp_state(runnable).map_err(|e| VcpuError::Ioctl("to start a vCPU", e));
@@ -258,6 +260,14 @@ impl Vcpu {
         self.fd.set_lapic(&lapic).map_err(|e| VcpuError::Ioctl("a local APIC's state", e))
     }
 
+    /// Closes LINT0, through which the old interrupt controller, open at reset, would deliver what devices raise: a
+    /// payload has no handler, and an interrupt would be a triple fault.
+    fn mask_external_interrupts(&self) -> Result<(), VcpuError> {
+        let mut lapic = self.fd.get_lapic().map_err(|e| VcpuError::Ioctl("to show a local APIC", e))?;
+        change_lvt(&mut lapic, APIC_LVT0, |old| old | APIC_LVT_MASKED);
+        self.fd.set_lapic(&lapic).map_err(|e| VcpuError::Ioctl("a local APIC's state", e))
+    }
+
     fn set_start(&self, entry: &Entry) -> Result<(), VcpuError> {
         let mut sregs = self.fd.get_sregs().map_err(|e| VcpuError::Ioctl("to show a vCPU's registers", e))?;
         let regs = match *entry {
@@ -299,13 +309,16 @@ impl From<Effect> for Step {
     }
 }
 
-fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
+fn change_lvt(lapic: &mut kvm_lapic_state, register: usize, change: impl FnOnce(u32) -> u32) {
     let field = &mut lapic.regs[register..register + 4];
     let old = u32::from_le_bytes([field[0] as u8, field[1] as u8, field[2] as u8, field[3] as u8]);
-    let new = old & !0x700 | mode << 8;
-    for (byte, value) in field.iter_mut().zip(new.to_le_bytes()) {
+    for (byte, value) in field.iter_mut().zip(change(old).to_le_bytes()) {
         *byte = value as _;
     }
+}
+
+fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
+    change_lvt(lapic, register, |old| old & !0x700 | mode << 8);
 }
 
 /// A segment over all of memory.
