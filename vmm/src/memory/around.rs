@@ -7,7 +7,7 @@
 //! fault starts a stream with a granule of one page in the place of the one unused for longest.
 
 /// Largest granule in pages (64 KiB).
-pub const MAX_GRANULE: u64 = 16;
+pub const MAX_GRANULE: u64 = 512;
 
 /// Streams remembered; more than vCPUs are likely to walk at the same time in a small guest.
 const STREAMS: usize = 8;

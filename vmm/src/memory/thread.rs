@@ -70,6 +70,8 @@ pub struct FaultThread {
     ram: [RamSlot; MAX_SLOTS],
     reserve_target: u64,
     pause_seq: Option<u32>,
+    /// Pages that loading filled, once it is done.
+    loaded: Option<u64>,
     /// When the statistics that were sent last had come from the guest.
     stats_sent: Option<Instant>,
     /// What the controller was last told without being asked; a change is worth a report.
@@ -90,7 +92,7 @@ impl FaultThread {
         let Parts { pages, channel, desk, gate, balloon, outside, placement, ram, cpus } = parts;
         let reserve_target = if pages.is_some() { reserve_target(cpus) } else { 0 };
         let told = Told::default();
-        Self { pages, channel, desk, gate, balloon, outside, placement, ram, reserve_target, pause_seq: None, stats_sent: None, told }
+        Self { pages, channel, desk, gate, balloon, outside, placement, ram, reserve_target, pause_seq: None, loaded: None, stats_sent: None, told }
     }
 
     /// Runs until the process ends.
@@ -133,13 +135,20 @@ impl FaultThread {
                 if let Some(peer) = self.channel.peer() {
                     epoll::add(&epoll, peer, epoll::EventData::new_u64(CHANNEL), epoll::EventFlags::IN)?;
                 }
-                let hello =
-                    FromWorker::Hello { pid: std::process::id(), ram: self.ram, reserve_target: self.reserve_target };
-                let _ = self.channel.send(&hello);
-                self.told.owed = true;
+                self.greet();
             }
             self.speak();
         }
+    }
+
+    /// Tells a controller that has just connected who this is and how far it has got.
+    fn greet(&mut self) {
+        let hello = FromWorker::Hello { pid: std::process::id(), ram: self.ram, reserve_target: self.reserve_target };
+        let _ = self.channel.send(&hello);
+        if let Some(plan) = self.loaded {
+            let _ = self.channel.send(&FromWorker::Loaded { plan });
+        }
+        self.told.owed = true;
     }
 
     fn faults(&mut self, woken_ns: u64) {
@@ -272,6 +281,8 @@ impl FaultThread {
     fn request(&mut self, client: usize, request: Request) -> Option<Reply> {
         match (request, &mut self.pages) {
             (Request::Loaded(plan), _) => {
+                // Without a controller yet, it hears of it when it connects.
+                self.loaded = Some(plan);
                 let _ = self.channel.send(&FromWorker::Loaded { plan });
                 Some(Reply::Done(Vec::new()))
             }
@@ -301,12 +312,19 @@ impl FaultThread {
         let _ = self.desk.replies[client].try_send(reply);
     }
 
-    /// The last words: sent within a second or not at all, then the process ends without closing KVM's descriptors.
+    /// The last words: sent within seconds or not at all, then the process ends without closing KVM's descriptors.
     fn finish(&mut self, words: FromWorker) -> ! {
+        let wait = |fd: BorrowedFd<'_>, flags| {
+            let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
+            poll(&mut [PollFd::from_borrowed_fd(fd, flags)], Some(&timeout)) == Ok(1)
+        };
+        // The guest may have ended before the controller has connected.
+        if self.channel.peer().is_none() && wait(self.channel.listener(), PollFlags::IN) && self.channel.accept() {
+            self.greet();
+        }
         while let Err(e) = self.channel.send(&words) {
-            let Some(peer) = self.channel.peer().filter(|_| e.kind() == io::ErrorKind::WouldBlock) else { break };
-            let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
-            if poll(&mut [PollFd::from_borrowed_fd(peer, PollFlags::OUT)], Some(&timeout)) != Ok(1) {
+            let full = self.channel.peer().filter(|_| e.kind() == io::ErrorKind::WouldBlock);
+            if !full.is_some_and(|peer| wait(peer, PollFlags::OUT)) {
                 break;
             }
         }
