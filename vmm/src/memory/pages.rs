@@ -20,7 +20,7 @@ use memcg_core::frame::{FrameState, FrameTable};
 use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
 
-use super::around::{Around, MAX_GRANULE, Window};
+use super::around::{Around, Window};
 use super::client::{Reply, Run};
 use super::histogram::Histogram;
 use super::ram::Ram;
@@ -37,6 +37,12 @@ const DEVICE_RESERVE: u64 = 64;
 pub fn reserve_target(cpus: u32) -> u64 {
     65 * u64::from(cpus) + DEVICE_RESERVE
 }
+
+/// Pages of a window that are filled first (64 KiB): few enough that the touch waits little longer than for one page.
+const HEAD: u64 = 16;
+
+/// Room below which a fault fills nothing but the touched page.
+const NEAR_LIMIT: u64 = 64;
 
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
@@ -171,10 +177,10 @@ impl Pages {
     /// Charges and fills the touched page, and what lies around it when that is promising. False when there was nothing
     /// left to charge it to.
     fn fill_fault(&mut self, page: u64, state: FrameState) -> bool {
-        let near_limit = self.stock.room().is_some_and(|room| room.0 < 4 * MAX_GRANULE);
+        let near_limit = self.stock.room().is_some_and(|room| room.0 < NEAR_LIMIT);
         let single = state == FrameState::Ballooned || near_limit || self.stock.debt() > Count(0);
-        let run = if single { page..page + 1 } else { self.absent_around(page) };
-        let (window, stream) = self.around.window(page, run, single);
+        let (window, stream) = self.around.window(page, self.ram.contiguous(page), single);
+        let window = self.absent_in(window, page);
         let Some(filled) = self.charge_and_fill(window, page, true) else { return false };
         self.around.filled(stream, filled);
         self.counts.touched += 1;
@@ -194,13 +200,13 @@ impl Pages {
                 cut.first = touched;
                 cut.pages = reservation.pages().0.min(window.first + window.pages - touched);
             }
-            cut.pages = fill(&self.uffd, &self.ram, cut);
+            fill(&self.uffd, &self.ram, cut, touched);
             reservation.commit(Count(cut.pages));
         } else {
             let reservation = if reserve { self.stock.prepare_reserve()? } else { return None };
             cut = Window { first: touched, pages: 1 };
-            cut.pages = fill(&self.uffd, &self.ram, cut);
-            reservation.commit(Count(cut.pages));
+            fill(&self.uffd, &self.ram, cut, touched);
+            reservation.commit(Count(1));
             self.counts.from_reserve += 1;
         }
         let pages = cut.first..cut.first + cut.pages;
@@ -211,15 +217,12 @@ impl Pages {
         Some(cut)
     }
 
-    /// The run of absent pages around `page` that a granule could fill, in one slot.
-    fn absent_around(&self, page: u64) -> Range<u64> {
-        let slot = self.ram.contiguous(page);
-        let low = page.saturating_sub(MAX_GRANULE - 1).max(slot.start);
-        let high = (page + MAX_GRANULE).min(slot.end);
+    /// The absent pages of `window` that lie in one piece with the touched page, which is filled whatever it is.
+    fn absent_in(&self, window: Window, touched: u64) -> Window {
         let absent = |p: &u64| self.frames.state(*p as usize) == FrameState::Absent;
-        let start = (low..page).rev().take_while(absent).last().unwrap_or(page);
-        let end = (page + 1..high).take_while(absent).last().map_or(page + 1, |p| p + 1);
-        start..end
+        let first = (window.first..touched).rev().take_while(absent).last().unwrap_or(touched);
+        let last = (touched + 1..window.first + window.pages).take_while(absent).last().unwrap_or(touched);
+        Window { first, pages: last + 1 - first }
     }
 
     /// Holds the vCPUs when the reserve is being used and the controller has said no, or when half of it is gone.
@@ -493,17 +496,30 @@ impl Pages {
     }
 }
 
-/// Fills a window and returns how many pages from its first on are present because of it.
+/// Fills a window, the part around the touched page first: its vCPU is awake again while the rest is filled, and where
+/// there is another CPU the two go on side by side.
+fn fill(uffd: &Uffd, ram: &Ram, window: Window, touched: u64) {
+    let end = window.first + window.pages;
+    let head = touched.saturating_sub(HEAD - 1).max(window.first);
+    let head = if touched - window.first < HEAD { window.first } else { head };
+    let head_end = (head + HEAD).min(end);
+    fill_all(uffd, ram, head..head_end);
+    fill_all(uffd, ram, head_end..end);
+    fill_all(uffd, ram, window.first..head);
+}
+
+/// Fills every page of a run of absent pages in one slot.
 ///
 /// Only the fault thread leaves ABSENT, so a page that is there already is one whose charge is missing: it is counted
 /// as filled.
-fn fill(uffd: &Uffd, ram: &Ram, window: Window) -> u64 {
-    loop {
-        match uffd.fill(ram.hva(window.first), window.pages) {
-            Fill::Filled(pages) => return pages,
+fn fill_all(uffd: &Uffd, ram: &Ram, pages: Range<u64>) {
+    let mut at = pages.start;
+    while at < pages.end {
+        match uffd.fill(ram.hva(at), pages.end - at) {
+            Fill::Filled(done) => at += done,
             Fill::AlreadyPresent => {
-                uffd.wake(ram.hva(window.first), 1);
-                return 1;
+                uffd.wake(ram.hva(at), 1);
+                at += 1;
             }
             Fill::RetryLater => {}
             // The range is ours and registered until the process ends: its end has begun.
