@@ -229,7 +229,10 @@ fn conclude(end: VmEnd, name: &str, memory: &MemoryArg) -> Result<u8, Failure> {
         VmEnd::Failed { message, smallest_max: Some(smallest) } => {
             let bytes = smallest.bytes();
             let exact = if human(bytes).contains('.') { bytes.to_string() } else { human(bytes) };
-            Err(Failure::run(format!("{message}: use max={exact} or more in --memory")))
+            Err(Failure::run(format!(
+                "{message}: use --memory size={},max={exact} or more",
+                human(memory.size.bytes())
+            )))
         }
         VmEnd::Failed { message, smallest_max: None } => Err(Failure::run(message)),
         VmEnd::Died { message } => Err(Failure::run(format!("the worker of the VM {name} {message}"))),
@@ -265,7 +268,7 @@ mod tests {
         let memory: MemoryArg = "size=64M,max=1M".parse().unwrap();
         let end = |pages| VmEnd::Failed { message: "too small".to_owned(), smallest_max: Some(Pages(pages)) };
         let sentence = |pages| conclude(end(pages), "web", &memory).unwrap_err().message;
-        assert_eq!(sentence(2048), "too small: use max=8M or more in --memory");
+        assert_eq!(sentence(2048), "too small: use --memory size=64M,max=8M or more");
         assert!(sentence(2049).contains("max=8392704 "), "{}", sentence(2049));
     }
 }
