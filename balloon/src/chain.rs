@@ -24,23 +24,15 @@ pub(crate) enum Refused {
 
 impl From<GuestMemoryError> for Refused {
     fn from(error: GuestMemoryError) -> Self {
-        if is_would_block(&error) {
-            Refused::Blocked
-        } else {
-            Refused::Fault(GuestFault::NotRam)
-        }
+        if is_would_block(&error) { Refused::Blocked } else { Refused::Fault(GuestFault::NotRam) }
     }
 }
 
 impl From<virtio_queue::Error> for Refused {
     fn from(error: virtio_queue::Error) -> Self {
         match error {
-            virtio_queue::Error::GuestMemory(e) | virtio_queue::Error::GuestMemoryError(e) => {
-                e.into()
-            }
-            virtio_queue::Error::InvalidDescriptorIndex => {
-                Refused::Fault(GuestFault::DescriptorIndex)
-            }
+            virtio_queue::Error::GuestMemory(e) | virtio_queue::Error::GuestMemoryError(e) => e.into(),
+            virtio_queue::Error::InvalidDescriptorIndex => Refused::Fault(GuestFault::DescriptorIndex),
             _ => Refused::Fault(GuestFault::NotRam),
         }
     }
@@ -50,42 +42,25 @@ impl From<virtio_queue::Error> for Refused {
 pub(crate) fn available<M: GuestMemory>(queue: &Queue, mem: &M) -> Result<u16, Refused> {
     let index = queue.avail_idx(mem, Ordering::Acquire)?.0;
     let ahead = index.wrapping_sub(queue.next_avail());
-    if ahead > queue.size() {
-        Err(Refused::Fault(GuestFault::AvailIndex))
-    } else {
-        Ok(ahead)
-    }
+    if ahead > queue.size() { Err(Refused::Fault(GuestFault::AvailIndex)) } else { Ok(ahead) }
 }
 
 /// Takes the head of the next available chain. On a fault the entry is passed over; on `Blocked` it stays.
 pub(crate) fn pop<M: GuestMemory>(queue: &mut Queue, mem: &M) -> Result<u16, Refused> {
     let next = queue.next_avail();
-    let slot = u64::from(
-        next.checked_rem(queue.size())
-            .ok_or(Refused::Fault(GuestFault::AvailIndex))?,
-    );
+    let slot = u64::from(next.checked_rem(queue.size()).ok_or(Refused::Fault(GuestFault::AvailIndex))?);
     // Behind the ring's flags and index, two bytes each.
-    let head = ring_address(queue.avail_ring(), 4 + 2 * slot).and_then(|at| {
-        mem.load::<u16>(at, Ordering::Acquire)
-            .map_err(Refused::from)
-    });
+    let head = ring_address(queue.avail_ring(), 4 + 2 * slot)
+        .and_then(|at| mem.load::<u16>(at, Ordering::Acquire).map_err(Refused::from));
     if head != Err(Refused::Blocked) {
         queue.set_next_avail(next.wrapping_add(1));
     }
     let head = u16::from_le(head?);
-    if head < queue.size() {
-        Ok(head)
-    } else {
-        Err(Refused::Fault(GuestFault::DescriptorIndex))
-    }
+    if head < queue.size() { Ok(head) } else { Err(Refused::Fault(GuestFault::DescriptorIndex)) }
 }
 
 /// Puts `head` into the used ring. On an error nothing has been returned, and it may be tried again.
-pub(crate) fn give_back<M: GuestMemory>(
-    queue: &mut Queue,
-    mem: &M,
-    head: u16,
-) -> Result<(), Refused> {
+pub(crate) fn give_back<M: GuestMemory>(queue: &mut Queue, mem: &M, head: u16) -> Result<(), Refused> {
     let next_used = queue.next_used();
     queue.add_used(mem, head, 0).map_err(|error| {
         // `add_used` moves on before it publishes the index; only the index makes an entry visible.
@@ -112,10 +87,7 @@ pub(crate) fn read<M: GuestMemory>(
         if index >= queue.size() {
             return Err(Refused::Fault(GuestFault::DescriptorIndex));
         }
-        let at = ring_address(
-            queue.desc_table(),
-            u64::from(index) * size_of::<Descriptor>() as u64,
-        )?;
+        let at = ring_address(queue.desc_table(), u64::from(index) * size_of::<Descriptor>() as u64)?;
         let descriptor: Descriptor = mem.read_obj(at)?;
         if descriptor.refers_to_indirect_table() {
             return Err(Refused::Fault(GuestFault::Indirect));
@@ -143,7 +115,5 @@ pub(crate) fn read<M: GuestMemory>(
 }
 
 fn ring_address(base: u64, offset: u64) -> Result<GuestAddress, Refused> {
-    GuestAddress(base)
-        .checked_add(offset)
-        .ok_or(Refused::Fault(GuestFault::NotRam))
+    GuestAddress(base).checked_add(offset).ok_or(Refused::Fault(GuestFault::NotRam))
 }

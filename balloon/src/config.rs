@@ -17,11 +17,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// A configuration space with both sizes 0, for a guest with `ram_pages` pages of 4 KiB.
     pub fn new(ram_pages: u32) -> Self {
-        ConfigSpace {
-            num_pages: 0,
-            actual: 0,
-            ram_pages,
-        }
+        ConfigSpace { num_pages: 0, actual: 0, ram_pages }
     }
 
     /// The target: pages that the guest is asked to give.
@@ -51,18 +47,14 @@ impl ConfigSpace {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let bytes = self.bytes();
         for (i, byte) in data.iter_mut().enumerate() {
-            let at = offset
-                .checked_add(i as u64)
-                .and_then(|at| usize::try_from(at).ok());
+            let at = offset.checked_add(i as u64).and_then(|at| usize::try_from(at).ok());
             *byte = at.and_then(|at| bytes.get(at).copied()).unwrap_or(0);
         }
     }
 
     /// Writes `data` at `offset` for the guest: any part of `actual`, and nothing else.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), GuestFault> {
-        let end = offset
-            .checked_add(data.len() as u64)
-            .ok_or(GuestFault::ConfigWrite)?;
+        let end = offset.checked_add(data.len() as u64).ok_or(GuestFault::ConfigWrite)?;
         if offset < spec::CONFIG_ACTUAL || end > spec::CONFIG_LEN {
             return Err(GuestFault::ConfigWrite);
         }
@@ -71,17 +63,12 @@ impl ConfigSpace {
         actual[at..at + data.len()].copy_from_slice(data);
         // Kept as written, so that the guest reads back its own value; only our reading of it is bounded.
         self.actual = u32::from_le_bytes(actual);
-        if self.actual > self.ram_pages {
-            Err(GuestFault::Actual)
-        } else {
-            Ok(())
-        }
+        if self.actual > self.ram_pages { Err(GuestFault::Actual) } else { Ok(()) }
     }
 
     fn bytes(&self) -> [u8; spec::CONFIG_LEN as usize] {
         let mut bytes = [0; spec::CONFIG_LEN as usize];
-        bytes[spec::CONFIG_NUM_PAGES as usize..][..4]
-            .copy_from_slice(&self.num_pages.to_le_bytes());
+        bytes[spec::CONFIG_NUM_PAGES as usize..][..4].copy_from_slice(&self.num_pages.to_le_bytes());
         bytes[spec::CONFIG_ACTUAL as usize..][..4].copy_from_slice(&self.actual.to_le_bytes());
         bytes
     }
@@ -104,13 +91,8 @@ mod tests {
         assert!(!config.set_num_pages(300));
         assert_eq!(read_u32(&config, spec::CONFIG_NUM_PAGES), 300);
         assert_eq!(config.actual(), 0);
-        config
-            .write(spec::CONFIG_ACTUAL, &200u32.to_le_bytes())
-            .unwrap();
-        assert_eq!(
-            (config.actual(), read_u32(&config, 4), config.num_pages()),
-            (200, 200, 300)
-        );
+        config.write(spec::CONFIG_ACTUAL, &200u32.to_le_bytes()).unwrap();
+        assert_eq!((config.actual(), read_u32(&config, 4), config.num_pages()), (200, 200, 300));
         config.reset();
         assert_eq!((config.actual(), config.num_pages()), (0, 300));
     }
@@ -120,10 +102,7 @@ mod tests {
         let mut config = ConfigSpace::new(1000);
         assert!(config.set_num_pages(5000));
         assert_eq!(config.num_pages(), 1000);
-        assert_eq!(
-            config.write(4, &1001u32.to_le_bytes()),
-            Err(GuestFault::Actual)
-        );
+        assert_eq!(config.write(4, &1001u32.to_le_bytes()), Err(GuestFault::Actual));
         assert_eq!(config.actual(), 1000);
         assert_eq!(read_u32(&config, 4), 1001);
     }
@@ -133,22 +112,8 @@ mod tests {
         let mut config = ConfigSpace::new(1000);
         config.set_num_pages(7);
         let before = config;
-        for (offset, len) in [
-            (0, 4),
-            (0, 8),
-            (3, 1),
-            (3, 2),
-            (7, 2),
-            (8, 1),
-            (12, 4),
-            (u64::MAX, 1),
-            (u64::MAX, 8),
-        ] {
-            assert_eq!(
-                config.write(offset, &vec![0xff; len]),
-                Err(GuestFault::ConfigWrite),
-                "{offset}+{len}"
-            );
+        for (offset, len) in [(0, 4), (0, 8), (3, 1), (3, 2), (7, 2), (8, 1), (12, 4), (u64::MAX, 1), (u64::MAX, 8)] {
+            assert_eq!(config.write(offset, &vec![0xff; len]), Err(GuestFault::ConfigWrite), "{offset}+{len}");
             assert_eq!(config, before);
         }
         config.write(5, &[1]).unwrap();

@@ -122,8 +122,7 @@ mod tests {
             faults.count(fault);
             assert_eq!(faults.get(fault), 1);
         }
-        let names: std::collections::HashSet<_> =
-            GuestFault::ALL.iter().map(|f| f.name()).collect();
+        let names: std::collections::HashSet<_> = GuestFault::ALL.iter().map(|f| f.name()).collect();
         assert_eq!(names.len(), GuestFault::ALL.len());
         let mut sum = faults;
         sum.add(&faults);

@@ -105,16 +105,12 @@ impl Balloon {
         let counters = &mut self.counters;
         match kind {
             QueueKind::Inflate => {
-                let out = self
-                    .inflate
-                    .process(queue, mem, counters, |ranges| pages.inflate(ranges));
+                let out = self.inflate.process(queue, mem, counters, |ranges| pages.inflate(ranges));
                 counters.inflated_pages += out.pages;
                 out
             }
             QueueKind::Deflate => {
-                let out = self
-                    .deflate
-                    .process(queue, mem, counters, |ranges| pages.deflate(ranges));
+                let out = self.deflate.process(queue, mem, counters, |ranges| pages.deflate(ranges));
                 counters.deflated_pages += out.pages;
                 out
             }

@@ -38,10 +38,7 @@ impl QueueKind {
 
 /// The queues that exist with these features negotiated; the n-th one is queue n.
 pub fn queues(features: u64) -> impl Iterator<Item = QueueKind> {
-    QueueKind::TABLE
-        .into_iter()
-        .filter(move |(_, needs)| *needs == 0 || features & needs != 0)
-        .map(|(kind, _)| kind)
+    QueueKind::TABLE.into_iter().filter(move |(_, needs)| *needs == 0 || features & needs != 0).map(|(kind, _)| kind)
 }
 
 /// How many queues there are with these features negotiated.
@@ -91,18 +88,9 @@ mod tests {
             (STATS | HINT, &[Inflate, Deflate, Stats, FreePageHint]),
             (STATS | REPORT, &[Inflate, Deflate, Stats, Reporting]),
             (HINT | REPORT, &[Inflate, Deflate, FreePageHint, Reporting]),
-            (
-                STATS | HINT | REPORT,
-                &[Inflate, Deflate, Stats, FreePageHint, Reporting],
-            ),
+            (STATS | HINT | REPORT, &[Inflate, Deflate, Stats, FreePageHint, Reporting]),
         ];
-        let others = [
-            0,
-            spec::F_MUST_TELL_HOST
-                | spec::F_DEFLATE_ON_OOM
-                | spec::F_PAGE_POISON
-                | spec::F_VERSION_1,
-        ];
+        let others = [0, spec::F_MUST_TELL_HOST | spec::F_DEFLATE_ON_OOM | spec::F_PAGE_POISON | spec::F_VERSION_1];
         for (features, kinds) in expected {
             for other in others {
                 let features = features | other;
@@ -120,31 +108,10 @@ mod tests {
 
     #[test]
     fn offers_follow_the_options() {
-        let plain = offered(&Options {
-            stats: false,
-            deflate_on_oom: false,
-        });
+        let plain = offered(&Options { stats: false, deflate_on_oom: false });
         assert_eq!(plain, spec::F_VERSION_1 | spec::F_MUST_TELL_HOST);
-        assert_eq!(
-            offered(&Options {
-                stats: true,
-                deflate_on_oom: false
-            }),
-            plain | STATS
-        );
-        assert_eq!(
-            offered(&Options {
-                stats: false,
-                deflate_on_oom: true
-            }),
-            plain | spec::F_DEFLATE_ON_OOM
-        );
-        assert_eq!(
-            queue_count(offered(&Options {
-                stats: true,
-                deflate_on_oom: true
-            })),
-            3
-        );
+        assert_eq!(offered(&Options { stats: true, deflate_on_oom: false }), plain | STATS);
+        assert_eq!(offered(&Options { stats: false, deflate_on_oom: true }), plain | spec::F_DEFLATE_ON_OOM);
+        assert_eq!(queue_count(offered(&Options { stats: true, deflate_on_oom: true })), 3);
     }
 }

@@ -167,8 +167,7 @@ impl PageQueue {
                     if !rest.is_empty() {
                         seen.count(GuestFault::Ragged);
                     }
-                    self.pfns
-                        .extend(pfns.iter().map(|pfn| u32::from_le_bytes(*pfn)));
+                    self.pfns.extend(pfns.iter().map(|pfn| u32::from_le_bytes(*pfn)));
                 }
                 Err(Refused::Blocked) => {
                     queue.set_next_avail(position);

@@ -31,10 +31,7 @@ pub fn merge(pfns: &mut [u32], ranges: &mut Vec<PageRange>) -> u64 {
         match ranges.last_mut() {
             Some(last) if pfn < last.end() => duplicates += 1,
             Some(last) if pfn == last.end() => last.pages += 1,
-            _ => ranges.push(PageRange {
-                first: pfn,
-                pages: 1,
-            }),
+            _ => ranges.push(PageRange { first: pfn, pages: 1 }),
         }
     }
     duplicates
@@ -49,10 +46,7 @@ mod tests {
     fn merged(pfns: &[u32]) -> (Vec<(u64, u64)>, u64) {
         let mut ranges = vec![PageRange { first: 9, pages: 9 }];
         let duplicates = merge(&mut pfns.to_vec(), &mut ranges);
-        (
-            ranges.iter().map(|r| (r.first, r.pages)).collect(),
-            duplicates,
-        )
+        (ranges.iter().map(|r| (r.first, r.pages)).collect(), duplicates)
     }
 
     #[test]
@@ -61,10 +55,7 @@ mod tests {
         assert_eq!(merged(&[5]), (vec![(5, 1)], 0));
         assert_eq!(merged(&[9, 8, 7, 6]), (vec![(6, 4)], 0));
         assert_eq!(merged(&[1, 3, 2, 8, 1, 1]), (vec![(1, 3), (8, 1)], 2));
-        assert_eq!(
-            merged(&[u32::MAX, 0, u32::MAX - 1]),
-            (vec![(0, 1), (u64::from(u32::MAX) - 1, 2)], 0)
-        );
+        assert_eq!(merged(&[u32::MAX, 0, u32::MAX - 1]), (vec![(0, 1), (u64::from(u32::MAX) - 1, 2)], 0));
     }
 
     proptest! {

@@ -104,9 +104,7 @@ impl GuestStats {
 
     /// What the guest sent, in the order of the tags.
     pub fn iter(&self) -> impl Iterator<Item = (StatTag, u64)> + '_ {
-        StatTag::ALL
-            .into_iter()
-            .filter_map(|tag| Some((tag, self.get(tag)?)))
+        StatTag::ALL.into_iter().filter_map(|tag| Some((tag, self.get(tag)?)))
     }
 
     /// Reads a buffer. Returns the set and how many entries had an unknown tag; of a tag that comes twice the last
@@ -153,26 +151,13 @@ mod tests {
 
     #[test]
     fn known_tags_are_kept_and_unknown_ones_are_skipped() {
-        let buffer = [
-            entry(4, 4096),
-            entry(16, 1),
-            entry(0xffff, 2),
-            entry(15, u64::MAX),
-            entry(4, 8192),
-        ]
-        .concat();
+        let buffer = [entry(4, 4096), entry(16, 1), entry(0xffff, 2), entry(15, u64::MAX), entry(4, 8192)].concat();
         let mut faults = GuestFaults::default();
         let (stats, unknown) = GuestStats::parse(&buffer, &mut faults);
         assert_eq!(unknown, 2);
         assert_eq!(faults.total(), 0);
         let sent: Vec<_> = stats.iter().collect();
-        assert_eq!(
-            sent,
-            [
-                (StatTag::FreeMemory, 8192),
-                (StatTag::DirectReclaim, u64::MAX)
-            ]
-        );
+        assert_eq!(sent, [(StatTag::FreeMemory, 8192), (StatTag::DirectReclaim, u64::MAX)]);
         assert_eq!(stats.get(StatTag::OomKill), None);
     }
 

@@ -73,12 +73,7 @@ impl StatsQueue {
     }
 
     /// Returns the held buffer to the guest, which asks it for a new set.
-    pub fn request<M: GuestMemory>(
-        &mut self,
-        queue: &mut Queue,
-        mem: &M,
-        counters: &mut Counters,
-    ) -> StatsRequest {
+    pub fn request<M: GuestMemory>(&mut self, queue: &mut Queue, mem: &M, counters: &mut Counters) -> StatsRequest {
         let Some(head) = self.held else {
             return StatsRequest::NoBuffer;
         };
@@ -87,9 +82,7 @@ impl StatsQueue {
                 self.held = None;
                 self.requested = true;
                 counters.chains += 1;
-                StatsRequest::Sent {
-                    needs_interrupt: queue.needs_notification(mem).unwrap_or(true),
-                }
+                StatsRequest::Sent { needs_interrupt: queue.needs_notification(mem).unwrap_or(true) }
             }
             Err(Refused::Blocked) => {
                 counters.blocked += 1;
@@ -104,17 +97,8 @@ impl StatsQueue {
     }
 
     /// Reads the next available buffer into `bytes` and holds it. False if there is none to take.
-    fn take<M: GuestMemory>(
-        &mut self,
-        queue: &mut Queue,
-        mem: &M,
-        faults: &mut GuestFaults,
-    ) -> Result<bool, Refused> {
-        let mut left = if self.held.is_some() {
-            0
-        } else {
-            chain::available(queue, mem)?
-        };
+    fn take<M: GuestMemory>(&mut self, queue: &mut Queue, mem: &M, faults: &mut GuestFaults) -> Result<bool, Refused> {
+        let mut left = if self.held.is_some() { 0 } else { chain::available(queue, mem)? };
         while left > 0 {
             left -= 1;
             let position = queue.next_avail();

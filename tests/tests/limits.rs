@@ -206,7 +206,8 @@ fn without_a_limit_there_is_no_userfaultfd_and_a_first_limit_is_refused_for_now(
     assert!(vm.command("touch 16M 16M seed=2", 10).starts_with("OK"));
     let now = vm.wait_state("running", 10);
     let pid = number(&now, "pid");
-    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|e| std::fs::read_link(e.ok()?.path()).ok());
+    let links =
+        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|e| std::fs::read_link(e.ok()?.path()).ok());
     let uffd = links.filter(|l| l.to_string_lossy().contains("userfaultfd")).count();
     assert_eq!(uffd, 0, "no userfaultfd");
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
@@ -227,7 +228,8 @@ fn a_limit_too_small_for_the_kernel_fails_and_names_the_smallest_that_would_do()
     let said = vm.errors();
     let smallest = said.split_once(",max=").map(|(_, rest)| rest.split_whitespace().next().unwrap_or_default());
     let smallest = smallest.unwrap_or_else(|| panic!("stderr names `max=SIZE`: {said}"));
-    let mut vm = TestVm::builder("small").memory(&format!("size=64M,max={smallest}"))
+    let mut vm = TestVm::builder("small")
+        .memory(&format!("size=64M,max={smallest}"))
         .option("--oom", "action=kill,deadline=300ms")
         .cmdline("shell")
         .start();

@@ -17,17 +17,8 @@ fn bad_chain(fault: GuestFault, prepare: impl FnOnce(&Driver)) {
     driver.offer(1);
     driver.send(7, &[20]);
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.chains, out.faults, out.progress),
-        (3, 1, Progress::Drained),
-        "{fault:?}"
-    );
-    assert_eq!(
-        balloon.counters().faults.get(fault),
-        1,
-        "{fault:?}: {:?}",
-        balloon.counters().faults
-    );
+    assert_eq!((out.chains, out.faults, out.progress), (3, 1, Progress::Drained), "{fault:?}");
+    assert_eq!(balloon.counters().faults.get(fault), 1, "{fault:?}: {:?}", balloon.counters().faults);
     assert_eq!(pages.inflated, [[range(10, 1), range(20, 1)]]);
     assert_eq!(driver.used(), [0, 1, 7]);
 }
@@ -40,15 +31,9 @@ fn bad_chains_are_counted_and_returned() {
         d.describe(1, buffer, 4, NEXT, 2);
         d.describe(2, buffer, 4, NEXT, 1);
     });
-    bad_chain(GuestFault::DescriptorIndex, |d| {
-        d.describe(1, buffer, 4, NEXT, 8)
-    });
-    bad_chain(GuestFault::DescriptorIndex, |d| {
-        d.describe(1, buffer, 4, NEXT, u16::MAX)
-    });
-    bad_chain(GuestFault::Indirect, |d| {
-        d.describe(1, buffer, 16, INDIRECT, 0)
-    });
+    bad_chain(GuestFault::DescriptorIndex, |d| d.describe(1, buffer, 4, NEXT, 8));
+    bad_chain(GuestFault::DescriptorIndex, |d| d.describe(1, buffer, 4, NEXT, u16::MAX));
+    bad_chain(GuestFault::Indirect, |d| d.describe(1, buffer, 16, INDIRECT, 0));
     bad_chain(GuestFault::Writable, |d| d.describe(1, buffer, 4, WRITE, 0));
     bad_chain(GuestFault::Writable, |d| {
         d.describe(1, buffer, 4, NEXT, 2);
@@ -57,9 +42,7 @@ fn bad_chains_are_counted_and_returned() {
     bad_chain(GuestFault::NotRam, |d| d.describe(1, MEMORY, 4, 0, 0));
     bad_chain(GuestFault::NotRam, |d| d.describe(1, MEMORY - 2, 4, 0, 0));
     bad_chain(GuestFault::NotRam, |d| d.describe(1, u64::MAX - 1, 4, 0, 0));
-    bad_chain(GuestFault::NotRam, |d| {
-        d.describe(1, u64::MAX, u32::MAX, 0, 0)
-    });
+    bad_chain(GuestFault::NotRam, |d| d.describe(1, u64::MAX, u32::MAX, 0, 0));
 }
 
 #[test]
@@ -85,10 +68,7 @@ fn a_head_outside_the_table_is_passed_over() {
     driver.send(0, &[1]);
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
     assert_eq!((out.chains, out.faults), (1, 2));
-    assert_eq!(
-        balloon.counters().faults.get(GuestFault::DescriptorIndex),
-        2
-    );
+    assert_eq!(balloon.counters().faults.get(GuestFault::DescriptorIndex), 2);
 }
 
 #[test]
@@ -100,10 +80,7 @@ fn an_index_too_far_ahead_does_nothing_until_it_is_sane() {
     for index in [9, 0x8000, u16::MAX] {
         driver.set_avail(index);
         let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-        assert_eq!(
-            (out.chains, out.faults, out.progress),
-            (0, 1, Progress::Drained)
-        );
+        assert_eq!((out.chains, out.faults, out.progress), (0, 1, Progress::Drained));
         let stats = balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
         assert_eq!((stats.faults, stats.progress), (1, Progress::Drained));
     }
@@ -127,31 +104,19 @@ fn statistics_buffers_are_bounded_and_bad_ones_are_held() {
         balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
         assert_eq!(driver.used_index(), 0);
     }
-    assert!(matches!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::Sent { .. }
-    ));
+    assert!(matches!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Sent { .. }));
     let many: Vec<(u16, u64)> = (0..200).map(|n| (n, u64::from(n))).collect();
     driver.write(BUFFERS, &stats(&many));
     balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     assert_eq!(balloon.counters().faults.get(GuestFault::Oversized), 1);
-    assert_eq!(
-        balloon.counters().stats_unknown_tags,
-        spec::MAX_STATS as u64 - 16
-    );
+    assert_eq!(balloon.counters().stats_unknown_tags, spec::MAX_STATS as u64 - 16);
 
-    assert!(matches!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::Sent { .. }
-    ));
+    assert!(matches!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Sent { .. }));
     driver.describe(2, BUFFERS, 10, WRITE, 0);
     driver.offer(2);
     let out = balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     assert_eq!((out.faults, out.new_stats), (1, false));
-    assert!(matches!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::Sent { .. }
-    ));
+    assert!(matches!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Sent { .. }));
     assert_eq!(driver.used(), [0, 1, 2]);
 }
 

@@ -1,8 +1,6 @@
 //! What a well-behaved driver sees.
 
-use balloon::{
-    Balloon, GuestFault, Options, Processed, Progress, QueueKind, StatTag, StatsRequest, spec,
-};
+use balloon::{Balloon, GuestFault, Options, Processed, Progress, QueueKind, StatTag, StatsRequest, spec};
 use virtio_queue::Queue;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -12,13 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::driver::*;
 
 pub fn balloon() -> Balloon {
-    Balloon::new(
-        (MEMORY / 4096) as u32,
-        Options {
-            stats: true,
-            deflate_on_oom: true,
-        },
-    )
+    Balloon::new((MEMORY / 4096) as u32, Options { stats: true, deflate_on_oom: true })
 }
 
 #[test]
@@ -42,13 +34,7 @@ fn one_batch_is_merged_and_returned_with_one_interrupt() {
     assert_eq!(out, expected);
     assert_eq!(pages.inflated, [[range(5, 1), range(7, 1), range(28, 4)]]);
     assert_eq!(driver.used(), [0, 1, 2]);
-    assert_eq!(
-        (
-            balloon.counters().inflated_pages,
-            balloon.counters().deflated_pages
-        ),
-        (6, 0)
-    );
+    assert_eq!((balloon.counters().inflated_pages, balloon.counters().deflated_pages), (6, 0));
 
     let idle = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
     assert_eq!(idle, Processed::default());
@@ -81,10 +67,8 @@ fn page_numbers_may_be_spread_over_descriptors() {
 fn the_mock_driver_is_served() {
     let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
     let mock = MockSplitQueue::new(&mem, 16);
-    mem.write_slice(&77u32.to_le_bytes(), GuestAddress(BUFFERS))
-        .unwrap();
-    mock.add_desc_chains(&[RawDescriptor::from(Descriptor::new(BUFFERS, 4, 0, 0))], 0)
-        .unwrap();
+    mem.write_slice(&77u32.to_le_bytes(), GuestAddress(BUFFERS)).unwrap();
+    mock.add_desc_chains(&[RawDescriptor::from(Descriptor::new(BUFFERS, 4, 0, 0))], 0).unwrap();
     let mut queue: Queue = mock.create_queue().unwrap();
     let (mut balloon, mut pages) = (balloon(), Diary::default());
     let out = balloon.process(QueueKind::Inflate, &mut queue, &mem, &mut pages);
@@ -126,26 +110,18 @@ fn a_long_buffer_ends_a_batch() {
     let mut driver = Driver::new(8);
     let mut queue = driver.queue();
     let (mut balloon, mut pages) = (balloon(), Diary::default());
-    let pfns: Vec<u32> = (0..spec::MAX_CHAIN_PFNS as u32 + 3)
-        .map(|n| 2 * n)
-        .collect();
+    let pfns: Vec<u32> = (0..spec::MAX_CHAIN_PFNS as u32 + 3).map(|n| 2 * n).collect();
     driver.write_pfns(BUFFERS, &pfns);
     driver.describe(0, BUFFERS, 4 * pfns.len() as u32, 0, 0);
     driver.describe(1, BUFFERS, 4, 0, 0);
     driver.offer(0);
     driver.offer(1);
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.chains, out.faults, out.progress),
-        (1, 1, Progress::More)
-    );
+    assert_eq!((out.chains, out.faults, out.progress), (1, 1, Progress::More));
     assert_eq!(out.pages, spec::MAX_CHAIN_PFNS as u64);
     assert_eq!(balloon.counters().faults.get(GuestFault::Oversized), 1);
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.chains, out.pages, out.progress),
-        (1, 1, Progress::Drained)
-    );
+    assert_eq!((out.chains, out.pages, out.progress), (1, 1, Progress::Drained));
 }
 
 #[test]
@@ -153,10 +129,7 @@ fn statistics_are_asked_for_and_only_then_believed() {
     let mut driver = Driver::new(8);
     let mut queue = driver.queue();
     let (mut balloon, mut pages) = (balloon(), Diary::default());
-    assert_eq!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::NoBuffer
-    );
+    assert_eq!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::NoBuffer);
 
     // The first buffer is the driver's invitation to ask.
     let first = stats(&[(0, 0), (4, 0)]);
@@ -167,15 +140,10 @@ fn statistics_are_asked_for_and_only_then_believed() {
     assert_eq!(out, Processed::default());
     assert_eq!((balloon.stats(), driver.used()), (None, vec![]));
 
-    let sent = StatsRequest::Sent {
-        needs_interrupt: true,
-    };
+    let sent = StatsRequest::Sent { needs_interrupt: true };
     assert_eq!(balloon.request_stats(&mut queue, &driver.mem), sent);
     assert_eq!(driver.used(), [3]);
-    assert_eq!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::NoBuffer
-    );
+    assert_eq!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::NoBuffer);
 
     let set = stats(&[(4, 1 << 20), (5, 8 << 20), (99, 1)]);
     driver.write(BUFFERS, &set);
@@ -184,20 +152,8 @@ fn statistics_are_asked_for_and_only_then_believed() {
     let out = balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     assert!(out.new_stats && !out.needs_interrupt && out.faults == 0);
     let got: Vec<_> = balloon.stats().unwrap().iter().collect();
-    assert_eq!(
-        got,
-        [
-            (StatTag::FreeMemory, 1 << 20),
-            (StatTag::TotalMemory, 8 << 20)
-        ]
-    );
-    assert_eq!(
-        (
-            balloon.counters().stats_received,
-            balloon.counters().stats_unknown_tags
-        ),
-        (1, 1)
-    );
+    assert_eq!(got, [(StatTag::FreeMemory, 1 << 20), (StatTag::TotalMemory, 8 << 20)]);
+    assert_eq!((balloon.counters().stats_received, balloon.counters().stats_unknown_tags), (1, 1));
     assert_eq!(driver.used(), [3], "the buffer stays with the device");
     assert_eq!(balloon.request_stats(&mut queue, &driver.mem), sent);
     assert_eq!(driver.used(), [3, 3]);
@@ -214,10 +170,7 @@ fn a_reset_forgets_the_queues_and_keeps_target_counters_and_statistics() {
     balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     balloon.reset();
     assert_eq!((balloon.target(), balloon.actual()), (40, 0));
-    assert_eq!(
-        balloon.request_stats(&mut driver.queue(), &driver.mem),
-        StatsRequest::NoBuffer
-    );
+    assert_eq!(balloon.request_stats(&mut driver.queue(), &driver.mem), StatsRequest::NoBuffer);
 }
 
 #[test]
@@ -228,14 +181,8 @@ fn a_queue_that_is_not_ready_is_left_alone() {
     driver.send(0, &[1]);
     virtio_queue::QueueT::set_ready(&mut queue, false);
     for kind in [QueueKind::Inflate, QueueKind::Deflate, QueueKind::Stats] {
-        assert_eq!(
-            balloon.process(kind, &mut queue, &driver.mem, &mut pages),
-            Processed::default()
-        );
+        assert_eq!(balloon.process(kind, &mut queue, &driver.mem, &mut pages), Processed::default());
     }
-    assert_eq!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::NoBuffer
-    );
+    assert_eq!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::NoBuffer);
     assert_eq!(driver.mem.accesses.get(), 0);
 }

@@ -13,37 +13,19 @@ use crate::driver::*;
 fn a_batch_that_cannot_be_discarded_stays_available() {
     let mut driver = Driver::new(8);
     let mut queue = driver.queue();
-    let (mut balloon, mut pages) = (
-        balloon(),
-        Diary {
-            refuse: 2,
-            ..Diary::default()
-        },
-    );
+    let (mut balloon, mut pages) = (balloon(), Diary { refuse: 2, ..Diary::default() });
     driver.send(0, &[1]);
     driver.describe(1, BUFFERS, 4, WRITE, 0);
     driver.offer(1);
     for _ in 0..2 {
         let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-        assert_eq!(
-            (out.progress, out.chains, out.faults, out.needs_interrupt),
-            (Progress::Blocked, 0, 0, false)
-        );
+        assert_eq!((out.progress, out.chains, out.faults, out.needs_interrupt), (Progress::Blocked, 0, 0, false));
         assert_eq!((queue.next_avail(), driver.used_index()), (0, 0));
     }
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.progress, out.chains, out.faults),
-        (Progress::Drained, 2, 1)
-    );
+    assert_eq!((out.progress, out.chains, out.faults), (Progress::Drained, 2, 1));
     assert_eq!(pages.inflated, [[range(1, 1)]]);
-    assert_eq!(
-        (
-            balloon.counters().blocked,
-            balloon.counters().faults.total()
-        ),
-        (2, 1)
-    );
+    assert_eq!((balloon.counters().blocked, balloon.counters().faults.total()), (2, 1));
 }
 
 #[test]
@@ -57,10 +39,7 @@ fn what_was_read_before_the_refusal_is_done() {
     let second = BUFFERS + 0x400;
     driver.mem.blocked.borrow_mut().push(second..second + 4);
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.progress, out.chains, out.needs_interrupt),
-        (Progress::Blocked, 1, true)
-    );
+    assert_eq!((out.progress, out.chains, out.needs_interrupt), (Progress::Blocked, 1, true));
     assert_eq!(driver.used(), [0]);
     driver.mem.blocked.borrow_mut().clear();
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
@@ -83,10 +62,7 @@ fn pages_are_not_discarded_again_while_the_used_ring_is_refused() {
     assert_eq!(pages.inflated.len(), 1);
     driver.mem.blocked.borrow_mut().clear();
     let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
-    assert_eq!(
-        (out.progress, out.chains, out.needs_interrupt),
-        (Progress::Drained, 1, true)
-    );
+    assert_eq!((out.progress, out.chains, out.needs_interrupt), (Progress::Drained, 1, true));
     assert_eq!((pages.inflated.len(), driver.used()), (1, vec![0]));
 }
 
@@ -106,15 +82,9 @@ fn statistics_wait_too() {
     balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
 
     driver.mem.blocked.borrow_mut().push(USED..USED + 4);
-    assert_eq!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::Blocked
-    );
+    assert_eq!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Blocked);
     driver.mem.blocked.borrow_mut().clear();
-    assert!(matches!(
-        balloon.request_stats(&mut queue, &driver.mem),
-        StatsRequest::Sent { .. }
-    ));
+    assert!(matches!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Sent { .. }));
     driver.offer(0);
     balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     assert_eq!(balloon.stats().unwrap().get(StatTag::FreeMemory), Some(17));
@@ -126,8 +96,7 @@ fn send_all(driver: &mut Driver, lengths: &[u32]) -> BTreeSet<u64> {
         let pfns: Vec<u32> = (0..len).map(|n| 1000 * head as u32 + n).collect();
         driver.send(head as u16, &pfns);
     }
-    let numbers =
-        |(head, &len): (usize, &u32)| (0..u64::from(len)).map(move |n| 1000 * head as u64 + n);
+    let numbers = |(head, &len): (usize, &u32)| (0..u64::from(len)).map(move |n| 1000 * head as u64 + n);
     lengths.iter().enumerate().flat_map(numbers).collect()
 }
 
@@ -142,18 +111,11 @@ impl balloon::GuestPages for Strict<'_> {
     fn inflate(&mut self, ranges: &[balloon::PageRange]) -> Result<(), balloon::WouldBlock> {
         let used = self.driver.used();
         for page in ranges.iter().flat_map(|r| r.first..r.end()) {
-            assert!(
-                !used.contains(&((page / 1000) as u16)),
-                "page {page} is the guest's again"
-            );
+            assert!(!used.contains(&((page / 1000) as u16)), "page {page} is the guest's again");
             // A part may be done before a refusal.
             self.discarded.insert(page);
         }
-        if self.refuse {
-            Err(balloon::WouldBlock)
-        } else {
-            Ok(())
-        }
+        if self.refuse { Err(balloon::WouldBlock) } else { Ok(()) }
     }
 
     fn deflate(&mut self, _: &[balloon::PageRange]) -> Result<(), balloon::WouldBlock> {
@@ -164,10 +126,7 @@ impl balloon::GuestPages for Strict<'_> {
 fn returned_chains_are_discarded(driver: &Driver, lengths: &[u32], discarded: &BTreeSet<u64>) {
     for head in driver.used() {
         for n in 0..lengths[usize::from(head)] {
-            assert!(
-                discarded.contains(&(1000 * u64::from(head) + u64::from(n))),
-                "chain {head} came back too early"
-            );
+            assert!(discarded.contains(&(1000 * u64::from(head) + u64::from(n))), "chain {head} came back too early");
         }
     }
 }

@@ -60,13 +60,7 @@ impl GuestMemory for FlakyMemory {
             None => false,
         };
         let end = addr.0.saturating_add(count as u64);
-        if refused
-            || self
-                .blocked
-                .borrow()
-                .iter()
-                .any(|b| b.start < end && addr.0 < b.end)
-        {
+        if refused || self.blocked.borrow().iter().any(|b| b.start < end && addr.0 < b.end) {
             return Err(GuestMemoryError::IOError(io::ErrorKind::WouldBlock.into()));
         }
         GuestMemory::get_slices(&self.mem, addr, count, access)
@@ -89,22 +83,14 @@ impl Driver {
             accesses_until_refusal: Cell::default(),
             accesses: Cell::default(),
         };
-        Driver {
-            mem,
-            size,
-            avail: 0,
-        }
+        Driver { mem, size, avail: 0 }
     }
 
     /// The device's view of the queue.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(DESC))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(AVAIL))
-            .unwrap();
+        queue.try_set_desc_table_address(GuestAddress(DESC)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(AVAIL)).unwrap();
         queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
         queue.set_ready(true);
         assert!(queue.is_valid(&self.mem));
@@ -122,28 +108,19 @@ impl Driver {
 
     pub fn describe(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let descriptor = RawDescriptor::from(Descriptor::new(addr, len, flags, next));
-        self.mem
-            .mem
-            .write_obj(descriptor, GuestAddress(DESC + 16 * u64::from(index)))
-            .unwrap();
+        self.mem.mem.write_obj(descriptor, GuestAddress(DESC + 16 * u64::from(index))).unwrap();
     }
 
     /// Makes the chain that starts at `head` available.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail % self.size);
-        self.mem
-            .mem
-            .write_obj(head.to_le(), GuestAddress(AVAIL + 4 + 2 * slot))
-            .unwrap();
+        self.mem.mem.write_obj(head.to_le(), GuestAddress(AVAIL + 4 + 2 * slot)).unwrap();
         self.set_avail(self.avail.wrapping_add(1));
     }
 
     pub fn set_avail(&mut self, index: u16) {
         self.avail = index;
-        self.mem
-            .mem
-            .write_obj(index.to_le(), GuestAddress(AVAIL + 2))
-            .unwrap();
+        self.mem.mem.write_obj(index.to_le(), GuestAddress(AVAIL + 2)).unwrap();
     }
 
     /// One chain of one descriptor, number `head`, with these page numbers.
@@ -213,7 +190,6 @@ pub fn range(first: u64, pages: u64) -> PageRange {
 
 /// The bytes of a statistics buffer.
 pub fn stats(entries: &[(u16, u64)]) -> Vec<u8> {
-    let entry =
-        |&(tag, value): &(u16, u64)| [&tag.to_le_bytes()[..], &value.to_le_bytes()[..]].concat();
+    let entry = |&(tag, value): &(u16, u64)| [&tag.to_le_bytes()[..], &value.to_le_bytes()[..]].concat();
     entries.iter().flat_map(entry).collect()
 }

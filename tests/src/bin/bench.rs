@@ -217,7 +217,14 @@ fn random_touch() -> Outcome {
     let runs = pairs(full(7, 15), || bare_ns("single", work), || run("size=2080M,track=on", 1, work).ns);
     let values = runs.iter().map(|(bare, ours)| *ours as f64 / *bare as f64).collect();
     let notes = format!("us_per_fault={:.1} ", runs[0].1 as f64 / 1e6);
-    Outcome { id: "R3", name: "random_first_touch", unit: "x", goal: Goal::AtMost { floor: 1.10, target: 1.03 }, values, notes }
+    Outcome {
+        id: "R3",
+        name: "random_first_touch",
+        unit: "x",
+        goal: Goal::AtMost { floor: 1.10, target: 1.03 },
+        values,
+        notes,
+    }
 }
 
 /// R4: what counting costs: the time of a page's charge over the time of its first touch, as 1 + share. The whole run
@@ -230,7 +237,14 @@ fn charge_cost() -> Outcome {
     let mut whole: Vec<f64> = runs.iter().map(|(bare, ours)| *ours as f64 / *bare as f64).collect();
     whole.sort_by(f64::total_cmp);
     let notes = format!("charge_ns_per_page={:.2} end_to_end={:.3} ", charge_ns(), whole[whole.len() / 2]);
-    Outcome { id: "R4", name: "charge_cost", unit: "x", goal: Goal::AtMost { floor: 1.05, target: 1.01 }, values, notes }
+    Outcome {
+        id: "R4",
+        name: "charge_cost",
+        unit: "x",
+        goal: Goal::AtMost { floor: 1.05, target: 1.01 },
+        values,
+        notes,
+    }
 }
 
 /// Nanoseconds that stock and frame table take for one page when granules of 16 are charged and committed.
@@ -258,7 +272,14 @@ fn fault_wait() -> Outcome {
     let faults = run("size=1G,max=1G", 2, "touch 16M 900M seed=1 stride=8K cpus=all").faults;
     let [p50, p99, max] = ["p50_us", "p99_us", "max_us"].map(|k| number(&faults["answer"], k) as f64 / 1000.0);
     let notes = format!("p50={p50:.3} p99={p99:.3} worst={max:.3} faults={} ", number(&faults, "answer.count"));
-    Outcome { id: "fault_wait", name: "fault_wait", unit: "ms", goal: Goal::AtMost { floor: 5.0, target: 1.0 }, values: vec![p99], notes }
+    Outcome {
+        id: "fault_wait",
+        name: "fault_wait",
+        unit: "ms",
+        goal: Goal::AtMost { floor: 5.0, target: 1.0 },
+        values: vec![p99],
+        notes,
+    }
 }
 
 /// Many holds: a storm at a limit that is raised again and again.
@@ -275,7 +296,14 @@ fn hold() -> Outcome {
     let hold = vm.show()["faults"]["hold"].clone();
     let [p50, p99, max] = ["p50_us", "p99_us", "max_us"].map(|k| number(&hold, k) as f64 / 1000.0);
     let notes = format!("p50={p50:.3} p99={p99:.3} worst={max:.3} holds={} ", number(&hold, "count"));
-    Outcome { id: "hold", name: "hold", unit: "ms", goal: Goal::AtMost { floor: 10.0, target: 1.0 }, values: vec![p99], notes }
+    Outcome {
+        id: "hold",
+        name: "hold",
+        unit: "ms",
+        goal: Goal::AtMost { floor: 10.0, target: 1.0 },
+        values: vec![p99],
+        notes,
+    }
 }
 
 /// A run of the minimal handler in a process of its own: KVM's descriptors cannot be closed in this one.
@@ -316,7 +344,8 @@ fn bare(around: bool, work: &str) -> u64 {
     let vm = unsafe { vm.set_ram(&layout, &maps) }.expect("slots");
     let kernel = std::fs::File::open(payload()).expect("the payload");
     let cmdline = format!("mark 1; {work}; mark 2; exit 0");
-    let request = BootRequest { kernel: &kernel, initrd: None, cmdline: &cmdline, ram: layout, cpus: 1, virtio_devices: 0 };
+    let request =
+        BootRequest { kernel: &kernel, initrd: None, cmdline: &cmdline, ram: layout, cpus: 1, virtio_devices: 0 };
     let plan = BootPlan::new(&request).expect("a payload");
     plan.load(&GuestMem::new(ram.clone(), None, false)).expect("loading");
     let uffd = Uffd::from_device(&open("/dev/userfaultfd")).expect("userfaultfd");

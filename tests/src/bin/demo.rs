@@ -23,10 +23,11 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ok = match arguments[..] {
         ["native"] => scene(&["native-limit", "native-raise", "native-verify"], native),
-        ["linux", kernel, initrd] => scene(
-            &["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"],
-            |step| linux(step, Path::new(kernel), Path::new(initrd)),
-        ),
+        ["linux", kernel, initrd] => {
+            scene(&["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"], |step| {
+                linux(step, Path::new(kernel), Path::new(initrd))
+            })
+        }
         _ => {
             eprintln!("usage: demo native | demo linux KERNEL INITRD");
             return ExitCode::from(2);
@@ -71,7 +72,8 @@ fn clear() -> &'static str {
 fn live(vm: &TestVm, note: &str) -> Value {
     let now = vm.show();
     if std::io::stdout().is_terminal() {
-        let mib = |path: &str| now.pointer(path).and_then(Value::as_u64).map_or("max".into(), |b| format!("{}M", b / MIB));
+        let mib =
+            |path: &str| now.pointer(path).and_then(Value::as_u64).map_or("max".into(), |b| format!("{}M", b / MIB));
         let usage = number(&now, "memory.current_bytes");
         let max = now["memory"]["max_bytes"].as_u64().unwrap_or(u64::MAX);
         let filled = (20.0 * usage as f64 / max.min(number(&now, "size_bytes")) as f64).min(20.0) as usize;
@@ -215,5 +217,9 @@ fn linux(step: &mut Step, kernel: &Path, initrd: &Path) {
     vm.send("poweroff");
     let status = vm.wait(30);
     let gone = !vm.socket().exists();
-    step("linux-poweroff", status.success() && gone, &format!("status={} socket_gone={gone}", status.code().unwrap_or(-1)));
+    step(
+        "linux-poweroff",
+        status.success() && gone,
+        &format!("status={} socket_gone={gone}", status.code().unwrap_or(-1)),
+    );
 }

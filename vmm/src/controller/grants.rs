@@ -187,10 +187,15 @@ impl Actor {
         }
     }
 
-    /// The size that the balloon should have: from the limits in force, or those that are pending.
+    /// The size that the balloon should have: from the limits in force, or those that are pending. The reserve is charged
+    /// inside them, so it is no room for guest pages.
     pub fn balloon_target(&self, id: VmId) -> Pages {
         let vm = &self.vms[&id];
-        reclaim::balloon_target(vm.size, self.tree.reclaim_high(vm.node), Limit::Max)
+        let high = match self.tree.reclaim_high(vm.node) {
+            Limit::Pages(high) => Limit::Pages(high.saturating_sub(vm.reserve_target)),
+            Limit::Max => Limit::Max,
+        };
+        reclaim::balloon_target(vm.size, high, Limit::Max)
     }
 
     /// Begins, keeps or ends the time in which a VM is held.

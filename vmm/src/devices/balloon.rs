@@ -22,9 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use balloon::{
-    Balloon, Counters, GuestPages, GuestStats, Options, Progress, QueueKind, StatsRequest,
-};
+use balloon::{Balloon, Counters, GuestPages, GuestStats, Options, Progress, QueueKind, StatsRequest};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -221,9 +219,7 @@ pub struct BalloonDevice<M, G> {
 
 impl<M, G> std::fmt::Debug for BalloonDevice<M, G> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("BalloonDevice")
-            .field("deferred", &self.deferred)
-            .finish_non_exhaustive()
+        f.debug_struct("BalloonDevice").field("deferred", &self.deferred).finish_non_exhaustive()
     }
 }
 
@@ -243,10 +239,7 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         pages: G,
         interrupt: Box<dyn Interrupt>,
     ) -> io::Result<(Self, BalloonWindow<M>, BalloonHandle)> {
-        let options = Options {
-            stats: config.stats_interval.is_some(),
-            deflate_on_oom: config.deflate_on_oom,
-        };
+        let options = Options { stats: config.stats_interval.is_some(), deflate_on_oom: config.deflate_on_oom };
         let balloon = Balloon::new(config.ram_pages, options);
         let queues = balloon::queue_count(balloon.offered_features());
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
@@ -266,22 +259,9 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
             Some(interval) => Some((TimerFd::new()?, interval)),
             None => None,
         };
-        let window = BalloonWindow {
-            mmio: mmio.clone(),
-            shared: shared.clone(),
-        };
+        let window = BalloonWindow { mmio: mmio.clone(), shared: shared.clone() };
         let handle = BalloonHandle(shared.clone());
-        Ok((
-            BalloonDevice {
-                mmio,
-                shared,
-                pages,
-                deferred: vec![false; queues],
-                timer,
-            },
-            window,
-            handle,
-        ))
+        Ok((BalloonDevice { mmio, shared, pages, deferred: vec![false; queues], timer }, window, handle))
     }
 
     /// The event for each queue number, to be registered as an ioeventfd on `QueueNotify` (window + 0x50, 4 bytes)
@@ -314,17 +294,12 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
 
     fn set_deferred(&mut self, index: usize, deferred: bool) {
         self.deferred[index] = deferred;
-        self.shared
-            .deferred
-            .store(self.deferred.contains(&true), Ordering::Release);
+        self.shared.deferred.store(self.deferred.contains(&true), Ordering::Release);
     }
 
     fn apply_target(&mut self) {
         let mut mmio = lock(&self.mmio);
-        if mmio
-            .device_mut()
-            .set_target(self.shared.target.load(Ordering::Acquire))
-        {
+        if mmio.device_mut().set_target(self.shared.target.load(Ordering::Acquire)) {
             mmio.config_changed();
         }
     }
@@ -336,11 +311,7 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         let Some((balloon, queue, mem)) = index.and_then(|index| mmio.queue(index)) else {
             return;
         };
-        if balloon.request_stats(queue, mem)
-            == (StatsRequest::Sent {
-                needs_interrupt: true,
-            })
-        {
+        if balloon.request_stats(queue, mem) == (StatsRequest::Sent { needs_interrupt: true }) {
             mmio.signal_used();
         }
         self.shared.publish(&mmio, false);
@@ -383,8 +354,7 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
     /// When the events cannot be watched: the device would be dead without anybody knowing.
     fn init(&mut self, ops: &mut EventOps) {
         let mut watch = |fd: &dyn AsRawFd, data| {
-            ops.add(Events::with_data_raw(fd.as_raw_fd(), data, EventSet::IN))
-                .expect("the balloon's events are new");
+            ops.add(Events::with_data_raw(fd.as_raw_fd(), data, EventSet::IN)).expect("the balloon's events are new");
         };
         for (index, doorbell) in self.shared.doorbells.iter().enumerate() {
             watch(doorbell, index as u32);
@@ -392,9 +362,7 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
         watch(&self.shared.control, CONTROL);
         watch(&self.shared.retry, RETRY);
         if let Some((timer, interval)) = &mut self.timer {
-            timer
-                .reset(*interval, Some(*interval))
-                .expect("a timer with a constant interval");
+            timer.reset(*interval, Some(*interval)).expect("a timer with a constant interval");
             watch(timer, TIMER);
         }
     }

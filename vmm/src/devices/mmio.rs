@@ -85,19 +85,12 @@ struct QueueSlot {
 impl QueueSlot {
     fn new(max_size: u16) -> Result<Self, virtio_queue::Error> {
         let queue = Queue::new(max_size)?;
-        Ok(QueueSlot {
-            size: u32::from(max_size),
-            desc: 0,
-            driver: 0,
-            device: 0,
-            queue,
-        })
+        Ok(QueueSlot { size: u32::from(max_size), desc: 0, driver: 0, device: 0, queue })
     }
 
     fn reset(&mut self) {
         self.queue.reset();
-        (self.size, self.desc, self.driver, self.device) =
-            (u32::from(self.queue.max_size()), 0, 0, 0);
+        (self.size, self.desc, self.driver, self.device) = (u32::from(self.queue.max_size()), 0, 0, 0);
     }
 
     /// Makes the queue ready if size, alignment and addresses are good.
@@ -105,18 +98,9 @@ impl QueueSlot {
         self.queue.reset();
         let size = u16::try_from(self.size).unwrap_or(0);
         let set = self.queue.try_set_size(size).is_ok()
-            && self
-                .queue
-                .try_set_desc_table_address(GuestAddress(self.desc))
-                .is_ok()
-            && self
-                .queue
-                .try_set_avail_ring_address(GuestAddress(self.driver))
-                .is_ok()
-            && self
-                .queue
-                .try_set_used_ring_address(GuestAddress(self.device))
-                .is_ok();
+            && self.queue.try_set_desc_table_address(GuestAddress(self.desc)).is_ok()
+            && self.queue.try_set_avail_ring_address(GuestAddress(self.driver)).is_ok()
+            && self.queue.try_set_used_ring_address(GuestAddress(self.device)).is_ok();
         self.queue.set_ready(set);
         // `is_valid` asks where RAM is; it does not touch it.
         let ready = set && self.queue.is_valid(mem);
@@ -157,15 +141,9 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
     ///
     /// # Errors
     /// When the device's queue size is no power of two.
-    pub fn new(
-        device: D,
-        mem: M,
-        interrupt: Box<dyn Interrupt>,
-    ) -> Result<Self, virtio_queue::Error> {
+    pub fn new(device: D, mem: M, interrupt: Box<dyn Interrupt>) -> Result<Self, virtio_queue::Error> {
         let count = device.queue_count(device.offered_features());
-        let queues = (0..count)
-            .map(|_| QueueSlot::new(device.queue_size()))
-            .collect::<Result<_, _>>()?;
+        let queues = (0..count).map(|_| QueueSlot::new(device.queue_size())).collect::<Result<_, _>>()?;
         Ok(MmioTransport {
             device,
             mem,
@@ -199,11 +177,7 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
 
     /// The features that are negotiated; 0 before FEATURES_OK.
     pub fn features(&self) -> u64 {
-        if self.status.phase() >= Phase::FeaturesOk {
-            self.driver_features
-        } else {
-            0
-        }
+        if self.status.phase() >= Phase::FeaturesOk { self.driver_features } else { 0 }
     }
 
     /// Register accesses that the specification forbids, so far.
@@ -216,10 +190,7 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
         if !self.is_live() {
             return None;
         }
-        let slot = self
-            .queues
-            .get_mut(index)
-            .filter(|slot| slot.queue.ready())?;
+        let slot = self.queues.get_mut(index).filter(|slot| slot.queue.ready())?;
         Some((&mut self.device, &mut slot.queue, &self.mem))
     }
 
@@ -247,10 +218,7 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
         if let Some(at) = offset.checked_sub(CONFIG) {
             return self.device.read_config(at, data);
         }
-        match (
-            <&mut [u8; 4]>::try_from(&mut *data),
-            offset.is_multiple_of(4),
-        ) {
+        match (<&mut [u8; 4]>::try_from(&mut *data), offset.is_multiple_of(4)) {
             (Ok(word), true) => *word = self.read_register(offset).to_le_bytes(),
             _ => {
                 self.violations += 1;
@@ -283,12 +251,8 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
                 1 => (self.device.offered_features() >> 32) as u32,
                 _ => 0,
             },
-            QUEUE_NUM_MAX => self
-                .selected()
-                .map_or(0, |slot| u32::from(slot.queue.max_size())),
-            QUEUE_READY => self
-                .selected()
-                .map_or(0, |slot| u32::from(slot.queue.ready())),
+            QUEUE_NUM_MAX => self.selected().map_or(0, |slot| u32::from(slot.queue.max_size())),
+            QUEUE_READY => self.selected().map_or(0, |slot| u32::from(slot.queue.ready())),
             INTERRUPT_STATUS => self.interrupt_status,
             STATUS => self.status.bits(),
             SHM_LEN_LOW..=SHM_BASE_HIGH => u32::MAX,
@@ -306,8 +270,8 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
             DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             DRIVER_FEATURES => return self.write_features(value),
             QUEUE_SEL => self.queue_sel = value,
-            QUEUE_NUM | QUEUE_DESC_LOW | QUEUE_DESC_HIGH | QUEUE_DRIVER_LOW | QUEUE_DRIVER_HIGH
-            | QUEUE_DEVICE_LOW | QUEUE_DEVICE_HIGH => return self.configure_queue(offset, value),
+            QUEUE_NUM | QUEUE_DESC_LOW | QUEUE_DESC_HIGH | QUEUE_DRIVER_LOW | QUEUE_DRIVER_HIGH | QUEUE_DEVICE_LOW
+            | QUEUE_DEVICE_HIGH => return self.configure_queue(offset, value),
             QUEUE_READY => return self.write_queue_ready(value),
             QUEUE_NOTIFY => return self.notify(value),
             INTERRUPT_ACK => self.interrupt_status &= !value,
@@ -336,9 +300,7 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
     fn write_status(&mut self, value: u32) -> MmioEvent {
         let (chosen, offered) = (self.driver_features, self.device.offered_features());
         let was_live = self.is_live();
-        match self.status.write(value, || {
-            chosen & !offered == 0 && chosen & F_VERSION_1 != 0
-        }) {
+        match self.status.write(value, || chosen & !offered == 0 && chosen & F_VERSION_1 != 0) {
             Change::Reset => {
                 self.reset();
                 MmioEvent::Reset
@@ -374,29 +336,19 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
         let phase = self.status.phase();
         let index = self.queue_sel as usize;
         let count = self.queue_count();
-        let slot = if index < count {
-            self.queues.get_mut(index)
-        } else {
-            None
-        };
+        let slot = if index < count { self.queues.get_mut(index) } else { None };
         let done = match (slot, value) {
             // A queue may be stopped at any time, but a live device starts none.
             (Some(slot), 0) => {
                 slot.queue.set_ready(false);
                 true
             }
-            (Some(slot), 1) if phase == Phase::FeaturesOk && !slot.queue.ready() => {
-                slot.make_ready(&self.mem)
-            }
+            (Some(slot), 1) if phase == Phase::FeaturesOk && !slot.queue.ready() => slot.make_ready(&self.mem),
             // Drivers clear the register of queues that are gone already.
             (None, 0) => true,
             _ => false,
         };
-        if done {
-            MmioEvent::None
-        } else {
-            self.violation()
-        }
+        if done { MmioEvent::None } else { self.violation() }
     }
 
     fn notify(&mut self, value: u32) -> MmioEvent {
@@ -405,11 +357,7 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
             return self.violation();
         }
         // Too early is no violation in practice: Linux' balloon driver kicks its statistics queue before DRIVER_OK.
-        if self.is_live() {
-            MmioEvent::Notify(index)
-        } else {
-            MmioEvent::None
-        }
+        if self.is_live() { MmioEvent::Notify(index) } else { MmioEvent::None }
     }
 
     fn reset(&mut self) {
@@ -427,18 +375,12 @@ impl<D: VirtioDevice, M: GuestMemory> MmioTransport<D, M> {
         if self.status.phase() < Phase::FeaturesOk {
             return 0;
         }
-        self.device
-            .queue_count(self.driver_features)
-            .min(self.queues.len())
+        self.device.queue_count(self.driver_features).min(self.queues.len())
     }
 
     fn selected(&mut self) -> Option<&mut QueueSlot> {
         let index = self.queue_sel as usize;
-        if index < self.queue_count() {
-            self.queues.get_mut(index)
-        } else {
-            None
-        }
+        if index < self.queue_count() { self.queues.get_mut(index) } else { None }
     }
 
     fn signal(&mut self, bit: u32) {

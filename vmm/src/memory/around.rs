@@ -120,8 +120,14 @@ mod tests {
         let mut around = Around::default();
         let (mut a, mut b) = (0, 500_000);
         for _ in 0..5 {
-            a = { let w = touch(&mut around, a); w.first + w.pages };
-            b = { let w = touch(&mut around, b); w.first + w.pages };
+            a = {
+                let w = touch(&mut around, a);
+                w.first + w.pages
+            };
+            b = {
+                let w = touch(&mut around, b);
+                w.first + w.pages
+            };
         }
         assert_eq!((a, b), (31, 500_031));
     }
@@ -132,7 +138,9 @@ mod tests {
         for (page, run) in [(10, 10..11), (11, 11..12), (12, 12..14)] {
             let (w, slot) = around.window(page, run.clone(), false);
             around.filled(slot, w);
-            assert!(w.first >= run.start && w.first + w.pages <= run.end && (w.first..w.first + w.pages).contains(&page));
+            assert!(
+                w.first >= run.start && w.first + w.pages <= run.end && (w.first..w.first + w.pages).contains(&page)
+            );
         }
     }
 }

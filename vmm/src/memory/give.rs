@@ -38,7 +38,8 @@ impl BalloonPages {
         for range in ranges {
             let (mut gpn, mut left) = (range.first, range.pages);
             while left > 0 {
-                let here = gpn.checked_mul(PAGE_SIZE).and_then(|gpa| self.ram.bytes_at(gpa, left.saturating_mul(PAGE_SIZE)));
+                let here =
+                    gpn.checked_mul(PAGE_SIZE).and_then(|gpa| self.ram.bytes_at(gpa, left.saturating_mul(PAGE_SIZE)));
                 let pages = match here {
                     Some((hva, bytes)) => {
                         let pages = bytes / PAGE_SIZE;

@@ -92,7 +92,21 @@ impl FaultThread {
         let Parts { pages, channel, desk, gate, balloon, outside, placement, ram, cpus } = parts;
         let reserve_target = if pages.is_some() { reserve_target(cpus) } else { 0 };
         let told = Told::default();
-        Self { pages, channel, desk, gate, balloon, outside, placement, ram, reserve_target, pause_seq: None, loaded: None, stats_sent: None, told }
+        Self {
+            pages,
+            channel,
+            desk,
+            gate,
+            balloon,
+            outside,
+            placement,
+            ram,
+            reserve_target,
+            pause_seq: None,
+            loaded: None,
+            stats_sent: None,
+            told,
+        }
     }
 
     /// Runs until the process ends.
@@ -101,9 +115,8 @@ impl FaultThread {
     /// When the host refuses epoll; anything later ends the process.
     pub fn run(mut self) -> io::Result<()> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let add = |fd: BorrowedFd<'_>, token| {
-            epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
-        };
+        let add =
+            |fd: BorrowedFd<'_>, token| epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
         if let Some(pages) = &self.pages {
             add(std::os::fd::AsFd::as_fd(pages.uffd()), FAULTS)?;
         }
@@ -111,7 +124,8 @@ impl FaultThread {
         add(borrow(self.desk.bell.as_raw_fd()), BELL)?;
         add(borrow(self.gate.all_out_event().as_raw_fd()), ALL_OUT)?;
         loop {
-            let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
+            let mut events =
+                [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
             let count = match epoll::wait(&epoll, &mut events, None) {
                 Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
@@ -187,7 +201,10 @@ impl FaultThread {
         };
         report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
         let sent = self.channel.send(&FromWorker::Report(report)).is_ok();
-        if !sent && want > 0 && let Some(pages) = &mut self.pages {
+        if !sent
+            && want > 0
+            && let Some(pages) = &mut self.pages
+        {
             pages.unasked();
         }
         self.told = Told { held: report.held, returned_total: report.returned_total, owed: !sent };

@@ -73,7 +73,10 @@ impl Uffd {
         };
         ioctl(fd.as_fd(), nr::UFFDIO_API, &mut api)?;
         if api.features & u64::from(sys::UFFD_FEATURE_MOVE) == 0 {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel has no UFFDIO_MOVE (Linux 6.12 or newer is needed)"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this kernel has no UFFDIO_MOVE (Linux 6.12 or newer is needed)",
+            ));
         }
         Ok(Self { fd, zeroes: zeroes()? })
     }
@@ -95,20 +98,18 @@ impl Uffd {
         ioctl(self.fd.as_fd(), nr::UFFDIO_REGISTER, &mut arg)?;
         let needed = UFFDIO_MOVE_BIT | 1 << sys::_UFFDIO_COPY | 1 << sys::_UFFDIO_WAKE;
         if arg.ioctls & needed != needed {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "userfaultfd does not offer COPY and MOVE for guest memory"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "userfaultfd does not offer COPY and MOVE for guest memory",
+            ));
         }
         Ok(())
     }
 
     /// Fills up to [`MAX_FILL`] absent pages with zeroes, from `address` on, and wakes who waits for them.
     pub fn fill(&self, address: u64, pages: u64) -> Fill {
-        let mut arg = sys::uffdio_copy {
-            dst: address,
-            src: self.zeroes,
-            len: pages.min(MAX_FILL) * PAGE_SIZE,
-            mode: 0,
-            copy: 0,
-        };
+        let mut arg =
+            sys::uffdio_copy { dst: address, src: self.zeroes, len: pages.min(MAX_FILL) * PAGE_SIZE, mode: 0, copy: 0 };
         let result = ioctl(self.fd.as_fd(), nr::UFFDIO_COPY, &mut arg);
         match (result, arg.copy) {
             (_, done) if done > 0 => Fill::Filled(done as u64 / PAGE_SIZE),

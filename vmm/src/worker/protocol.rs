@@ -243,9 +243,7 @@ pub enum DecodeError {
 /// Never for the types of this module as long as free text is at most 512 bytes.
 pub fn encode<'b, M: Serialize>(message: &M, buf: &'b mut [u8; MAX_MESSAGE]) -> &'b [u8] {
     buf[0] = VERSION;
-    let used = postcard::to_slice(message, &mut buf[1..])
-        .expect("messages are bounded")
-        .len();
+    let used = postcard::to_slice(message, &mut buf[1..]).expect("messages are bounded").len();
     &buf[..used + 1]
 }
 

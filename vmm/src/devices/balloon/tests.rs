@@ -67,31 +67,13 @@ impl Vm {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let pages = Pages::default();
-        let config = BalloonConfig {
-            ram_pages: (RAM / 4096) as u32,
-            deflate_on_oom: true,
-            stats_interval,
-        };
+        let config = BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: true, stats_interval };
         let line = Box::new(irq.try_clone().unwrap());
-        let (device, window, handle) =
-            BalloonDevice::new(config, mem.clone(), pages.clone(), line).unwrap();
-        let doorbells = device
-            .doorbells()
-            .iter()
-            .map(|bell| bell.try_clone().unwrap())
-            .collect();
+        let (device, window, handle) = BalloonDevice::new(config, mem.clone(), pages.clone(), line).unwrap();
+        let doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device);
-        Vm {
-            mem,
-            window,
-            handle,
-            events,
-            pages,
-            irq,
-            doorbells,
-            avail: [0; 3],
-        }
+        Vm { mem, window, handle, events, pages, irq, doorbells, avail: [0; 3] }
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -123,14 +105,8 @@ impl Vm {
             assert_eq!(self.read(QUEUE_NUM_MAX), u32::from(spec::QUEUE_SIZE));
             self.write(QUEUE_NUM, u32::from(SIZE));
             let base = ring(index);
-            self.mem
-                .write_slice(&[0; 0x3000], GuestAddress(base))
-                .unwrap();
-            for (register, at) in [
-                (QUEUE_DESC_LOW, 0),
-                (QUEUE_DRIVER_LOW, 0x1000),
-                (QUEUE_DEVICE_LOW, 0x2000),
-            ] {
+            self.mem.write_slice(&[0; 0x3000], GuestAddress(base)).unwrap();
+            for (register, at) in [(QUEUE_DESC_LOW, 0), (QUEUE_DRIVER_LOW, 0x1000), (QUEUE_DEVICE_LOW, 0x2000)] {
                 self.write(register, (base + at) as u32);
                 self.write(register + 4, 0);
             }
@@ -154,16 +130,10 @@ impl Vm {
         let buffer = 0x10_0000 + queue * 0x10_0000 + slot * 0x1000;
         self.mem.write_slice(bytes, GuestAddress(buffer)).unwrap();
         let descriptor = RawDescriptor::from(Descriptor::new(buffer, bytes.len() as u32, 0, 0));
-        self.mem
-            .write_obj(descriptor, GuestAddress(ring(queue) + 16 * slot))
-            .unwrap();
-        self.mem
-            .write_obj(slot as u16, GuestAddress(ring(queue) + 0x1004 + 2 * slot))
-            .unwrap();
+        self.mem.write_obj(descriptor, GuestAddress(ring(queue) + 16 * slot)).unwrap();
+        self.mem.write_obj(slot as u16, GuestAddress(ring(queue) + 0x1004 + 2 * slot)).unwrap();
         *avail = avail.wrapping_add(1);
-        self.mem
-            .write_obj(*avail, GuestAddress(ring(queue) + 0x1002))
-            .unwrap();
+        self.mem.write_obj(*avail, GuestAddress(ring(queue) + 0x1002)).unwrap();
     }
 
     fn offer_pfns(&mut self, queue: u64, pfns: std::ops::Range<u32>) {
@@ -177,9 +147,7 @@ impl Vm {
     }
 
     fn used(&self, queue: u64) -> u16 {
-        self.mem
-            .read_obj(GuestAddress(ring(queue) + 0x2002))
-            .unwrap()
+        self.mem.read_obj(GuestAddress(ring(queue) + 0x2002)).unwrap()
     }
 
     /// Runs the event loop until there is nothing to do; how many events there were.
@@ -225,10 +193,7 @@ fn target_and_actual_take_their_own_ways() {
     vm.handle.set_target(200);
     assert_eq!(vm.read(CONFIG), 100, "the device thread tells the guest");
     vm.run();
-    assert_eq!(
-        (vm.interrupt(), vm.read(CONFIG)),
-        (Some(INTERRUPT_CONFIG), 200)
-    );
+    assert_eq!((vm.interrupt(), vm.read(CONFIG)), (Some(INTERRUPT_CONFIG), 200));
     assert_eq!(vm.read(CONFIG_GENERATION), generation + 1);
     vm.handle.set_target(200);
     vm.run();
@@ -258,14 +223,7 @@ fn inflate_and_deflate_by_ioeventfd_and_by_register() {
     assert_eq!((vm.pages.deflated.get(), vm.used(DEFLATE)), (10, 1));
     assert_eq!(vm.interrupt(), Some(INTERRUPT_USED));
     let counters = vm.handle.counters();
-    assert_eq!(
-        (
-            counters.inflated_pages,
-            counters.deflated_pages,
-            counters.chains
-        ),
-        (266, 10, 3)
-    );
+    assert_eq!((counters.inflated_pages, counters.deflated_pages, counters.chains), (266, 10, 3));
     assert_eq!(vm.handle.guest_errors(), 0);
 }
 
@@ -290,10 +248,7 @@ fn a_deferred_queue_waits_for_retry_and_does_not_spin() {
     vm.kick(INFLATE);
     assert_eq!(vm.run(), 1);
     assert!(vm.handle.deferred());
-    assert_eq!(
-        (vm.pages.calls.get(), vm.used(INFLATE), vm.interrupt()),
-        (1, 0, None)
-    );
+    assert_eq!((vm.pages.calls.get(), vm.used(INFLATE), vm.interrupt()), (1, 0, None));
     assert_eq!(vm.run(), 0, "nothing to do until told");
     vm.handle.retry();
     assert_eq!((vm.run(), vm.pages.calls.get()), (1, 2));
@@ -307,14 +262,7 @@ fn a_deferred_queue_waits_for_retry_and_does_not_spin() {
     assert_eq!((vm.pages.deflated.get(), vm.pages.inflated.get()), (5, 0));
     vm.handle.retry();
     vm.run();
-    assert_eq!(
-        (
-            vm.pages.inflated.get(),
-            vm.used(INFLATE),
-            vm.handle.deferred()
-        ),
-        (5, 1, false)
-    );
+    assert_eq!((vm.pages.inflated.get(), vm.used(INFLATE), vm.handle.deferred()), (5, 1, false));
     assert_eq!(vm.handle.counters().blocked, 2);
 }
 
@@ -358,14 +306,7 @@ fn a_reset_in_the_middle_leaves_the_old_rings_alone() {
     vm.pages.refuse.set(false);
     vm.handle.retry();
     vm.run();
-    assert_eq!(
-        (
-            vm.pages.inflated.get(),
-            vm.used(INFLATE),
-            vm.handle.deferred()
-        ),
-        (0, 0, false)
-    );
+    assert_eq!((vm.pages.inflated.get(), vm.used(INFLATE), vm.handle.deferred()), (0, 0, false));
     assert_eq!(vm.interrupt(), None);
     // The next driver starts from nothing.
     vm.probe();
@@ -388,10 +329,7 @@ fn statistics_are_asked_for_at_every_tick() {
     for round in 1..=3 {
         // The buffer comes back at some tick; nothing else has to happen meanwhile.
         while vm.used(STATS) < round {
-            assert!(
-                start.elapsed() < Duration::from_secs(60),
-                "no request for statistics"
-            );
+            assert!(start.elapsed() < Duration::from_secs(60), "no request for statistics");
             vm.events.run_with_timeout(1000).unwrap();
         }
         assert_eq!(vm.interrupt(), Some(INTERRUPT_USED));
@@ -399,17 +337,11 @@ fn statistics_are_asked_for_at_every_tick() {
         vm.offer(STATS, &set(1000 * u64::from(round)));
         vm.kick(STATS);
         while vm.handle.counters().stats_received < u64::from(round) {
-            assert!(
-                start.elapsed() < Duration::from_secs(60),
-                "the statistics were not read"
-            );
+            assert!(start.elapsed() < Duration::from_secs(60), "the statistics were not read");
             vm.events.run_with_timeout(1000).unwrap();
         }
         let (stats, at) = vm.handle.stats().unwrap();
-        assert_eq!(
-            stats.get(StatTag::FreeMemory),
-            Some(1000 * u64::from(round))
-        );
+        assert_eq!(stats.get(StatTag::FreeMemory), Some(1000 * u64::from(round)));
         assert!(at >= start && at <= Instant::now());
     }
 }
@@ -421,11 +353,7 @@ fn resets_race_with_the_device_thread() {
     impl GuestPages for Slow {
         fn inflate(&mut self, _: &[PageRange]) -> Result<(), WouldBlock> {
             // Every third time in vain.
-            if self.0.fetch_add(1, Ordering::Relaxed).is_multiple_of(3) {
-                Err(WouldBlock)
-            } else {
-                Ok(())
-            }
+            if self.0.fetch_add(1, Ordering::Relaxed).is_multiple_of(3) { Err(WouldBlock) } else { Ok(()) }
         }
         fn deflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
             self.inflate(ranges)
@@ -433,19 +361,10 @@ fn resets_race_with_the_device_thread() {
     }
     let mut vm = Vm::new(None);
     let calls = Arc::new(AtomicU32::new(0));
-    let config = BalloonConfig {
-        ram_pages: (RAM / 4096) as u32,
-        deflate_on_oom: false,
-        stats_interval: None,
-    };
+    let config = BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: false, stats_interval: None };
     let line = Box::new(vm.irq.try_clone().unwrap());
-    let (device, window, handle) =
-        BalloonDevice::new(config, vm.mem.clone(), Slow(calls.clone()), line).unwrap();
-    vm.doorbells = device
-        .doorbells()
-        .iter()
-        .map(|bell| bell.try_clone().unwrap())
-        .collect();
+    let (device, window, handle) = BalloonDevice::new(config, vm.mem.clone(), Slow(calls.clone()), line).unwrap();
+    vm.doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();
     (vm.window, vm.handle) = (window, handle.clone());
     let stop = Arc::new(AtomicBool::new(false));
     let thread = std::thread::spawn({
@@ -472,10 +391,7 @@ fn resets_race_with_the_device_thread() {
         if round % 2 == 0 {
             let start = Instant::now();
             while vm.used(INFLATE) < 4 {
-                assert!(
-                    start.elapsed() < Duration::from_secs(60),
-                    "round {round}: buffers do not come back"
-                );
+                assert!(start.elapsed() < Duration::from_secs(60), "round {round}: buffers do not come back");
                 std::thread::yield_now();
             }
         }

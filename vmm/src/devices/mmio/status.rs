@@ -50,10 +50,7 @@ impl Phase {
         use Phase::*;
         match (self, next) {
             (Reset | Acknowledged | Driver | FeaturesOk | DriverOk, Reset) => true,
-            (Reset, Acknowledged)
-            | (Acknowledged, Driver)
-            | (Driver, FeaturesOk)
-            | (FeaturesOk, DriverOk) => true,
+            (Reset, Acknowledged) | (Acknowledged, Driver) | (Driver, FeaturesOk) | (FeaturesOk, DriverOk) => true,
             (Reset, Driver | FeaturesOk | DriverOk) => false,
             (Acknowledged, Acknowledged | FeaturesOk | DriverOk) => false,
             (Driver, Acknowledged | Driver | DriverOk) => false,
@@ -63,11 +60,7 @@ impl Phase {
     }
 
     fn bits(self) -> u32 {
-        Self::STEPS
-            .iter()
-            .filter(|(phase, _)| *phase <= self)
-            .map(|(_, bit)| bit)
-            .sum()
+        Self::STEPS.iter().filter(|(phase, _)| *phase <= self).map(|(_, bit)| bit).sum()
     }
 }
 
@@ -123,8 +116,7 @@ impl DeviceStatus {
         }
         self.failed |= value & FAILED != 0;
         let kept = self.bits() & !NEEDS_RESET;
-        let unknown =
-            value & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET);
+        let unknown = value & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET);
         if value & kept != kept || unknown != 0 {
             return Change::Refused;
         }
@@ -134,8 +126,7 @@ impl DeviceStatus {
                 continue;
             }
             // Features are looked at only when it is their turn.
-            let mut accept =
-                || next != Phase::FeaturesOk || features_ok.take().is_some_and(|accept| accept());
+            let mut accept = || next != Phase::FeaturesOk || features_ok.take().is_some_and(|accept| accept());
             if !(self.phase.can_become(next) && accept()) {
                 return Change::Refused;
             }
@@ -150,30 +141,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ALL: [Phase; 5] = [
-        Phase::Reset,
-        Phase::Acknowledged,
-        Phase::Driver,
-        Phase::FeaturesOk,
-        Phase::DriverOk,
-    ];
+    const ALL: [Phase; 5] = [Phase::Reset, Phase::Acknowledged, Phase::Driver, Phase::FeaturesOk, Phase::DriverOk];
 
     fn at(phase: Phase) -> DeviceStatus {
-        DeviceStatus {
-            phase,
-            ..DeviceStatus::default()
-        }
+        DeviceStatus { phase, ..DeviceStatus::default() }
     }
 
     #[test]
     fn only_the_next_phase_or_a_reset_follows() {
         for (i, from) in ALL.into_iter().enumerate() {
             for (j, to) in ALL.into_iter().enumerate() {
-                assert_eq!(
-                    from.can_become(to),
-                    j == 0 || j == i + 1,
-                    "{from:?} to {to:?}"
-                );
+                assert_eq!(from.can_become(to), j == 0 || j == i + 1, "{from:?} to {to:?}");
             }
         }
     }
@@ -205,14 +183,8 @@ mod tests {
     #[test]
     fn steps_cannot_be_skipped_and_bits_not_taken_back() {
         assert_eq!(at(Phase::Reset).write(DRIVER, || true), Change::Refused);
-        assert_eq!(
-            at(Phase::Acknowledged).write(ACKNOWLEDGE | FEATURES_OK, || true),
-            Change::Refused
-        );
-        assert_eq!(
-            at(Phase::Driver).write(ACKNOWLEDGE | DRIVER | DRIVER_OK, || true),
-            Change::Refused
-        );
+        assert_eq!(at(Phase::Acknowledged).write(ACKNOWLEDGE | FEATURES_OK, || true), Change::Refused);
+        assert_eq!(at(Phase::Driver).write(ACKNOWLEDGE | DRIVER | DRIVER_OK, || true), Change::Refused);
         assert_eq!(at(Phase::Reset).write(0x10, || true), Change::Refused);
         let mut live = at(Phase::DriverOk);
         for value in [0x7, 0xb, 0xd, 0xe, 1] {
@@ -230,10 +202,7 @@ mod tests {
         assert_eq!((status.bits(), status.is_live()), (0x4f, false));
         // A driver may or may not write the bit back.
         assert_eq!(status.write(0xf, || true), Change::Phase(Phase::DriverOk));
-        assert_eq!(
-            status.write(0x4f | FAILED, || true),
-            Change::Phase(Phase::DriverOk)
-        );
+        assert_eq!(status.write(0x4f | FAILED, || true), Change::Phase(Phase::DriverOk));
         assert_eq!(status.bits(), 0xcf);
         assert_eq!(status.write(0, || true), Change::Reset);
         assert_eq!(status, DeviceStatus::default());

@@ -59,19 +59,12 @@ impl VirtioDevice for Memo {
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         for (i, byte) in data.iter_mut().enumerate() {
-            *byte = offset
-                .checked_add(i as u64)
-                .and_then(|at| self.config.get(at as usize))
-                .copied()
-                .unwrap_or(0);
+            *byte = offset.checked_add(i as u64).and_then(|at| self.config.get(at as usize)).copied().unwrap_or(0);
         }
     }
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         for (i, byte) in data.iter().enumerate() {
-            if let Some(at) = offset
-                .checked_add(i as u64)
-                .and_then(|at| self.config.get_mut(at as usize))
-            {
+            if let Some(at) = offset.checked_add(i as u64).and_then(|at| self.config.get_mut(at as usize)) {
                 *at = *byte;
             }
         }
@@ -96,11 +89,9 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
-        let mem =
-            Untouchable(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap());
+        let mem = Untouchable(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap());
         let interrupts = Arc::new(AtomicU32::new(0));
-        let mmio =
-            MmioTransport::new(Memo::default(), mem, Box::new(Line(interrupts.clone()))).unwrap();
+        let mmio = MmioTransport::new(Memo::default(), mem, Box::new(Line(interrupts.clone()))).unwrap();
         Rig { mmio, interrupts }
     }
 
@@ -153,11 +144,7 @@ impl Rig {
     fn set_up(&mut self, index: u32, size: u32, [desc, driver, device]: [u64; 3]) -> bool {
         self.write(QUEUE_SEL, index);
         self.write(QUEUE_NUM, size);
-        for (low, address) in [
-            (QUEUE_DESC_LOW, desc),
-            (QUEUE_DRIVER_LOW, driver),
-            (QUEUE_DEVICE_LOW, device),
-        ] {
+        for (low, address) in [(QUEUE_DESC_LOW, desc), (QUEUE_DRIVER_LOW, driver), (QUEUE_DEVICE_LOW, device)] {
             self.write(low, address as u32);
             self.write(low + 4, (address >> 32) as u32);
         }
@@ -181,10 +168,7 @@ impl Rig {
 fn the_device_introduces_itself() {
     let mut rig = Rig::new();
     assert_eq!(rig.read(MAGIC_VALUE), 0x7472_6976);
-    assert_eq!(
-        (rig.read(VERSION), rig.read(DEVICE_ID), rig.read(STATUS)),
-        (2, 5, 0)
-    );
+    assert_eq!((rig.read(VERSION), rig.read(DEVICE_ID), rig.read(STATUS)), (2, 5, 0));
     assert_eq!(rig.read(DEVICE_FEATURES), EXTRA_QUEUE as u32);
     rig.write(DEVICE_FEATURES_SEL, 1);
     assert_eq!(rig.read(DEVICE_FEATURES), 1);
@@ -202,11 +186,7 @@ fn features_must_be_offered_and_include_version_1() {
     for bad in [0, EXTRA_QUEUE, F_VERSION_1 | 2, F_VERSION_1 | 1 << 63] {
         let mut rig = Rig::at(0, 0x3);
         rig.features(bad);
-        assert_eq!(
-            rig.violations(|rig| assert_eq!(rig.add_status(FEATURES_OK), MmioEvent::None)),
-            1,
-            "{bad:#x}"
-        );
+        assert_eq!(rig.violations(|rig| assert_eq!(rig.add_status(FEATURES_OK), MmioEvent::None)), 1, "{bad:#x}");
         assert_eq!((rig.read(STATUS), rig.mmio.features()), (0x3, 0));
         rig.features(F_VERSION_1);
         rig.add_status(FEATURES_OK);
@@ -220,11 +200,7 @@ fn features_are_chosen_between_driver_and_features_ok() {
         let mut rig = Rig::at(F_VERSION_1, status);
         let chosen = rig.mmio.features();
         rig.write(DRIVER_FEATURES_SEL, 0);
-        assert_eq!(
-            rig.violations(|rig| assert_eq!(rig.write(DRIVER_FEATURES, 1), MmioEvent::None)),
-            1,
-            "{status:#x}"
-        );
+        assert_eq!(rig.violations(|rig| assert_eq!(rig.write(DRIVER_FEATURES, 1), MmioEvent::None)), 1, "{status:#x}");
         assert_eq!(rig.mmio.features(), chosen);
     }
     let mut rig = Rig::at(F_VERSION_1, 0x3);
@@ -240,10 +216,7 @@ fn queues_exist_by_the_features_chosen() {
         for index in [0, 1, 2, 3, u32::MAX] {
             rig.write(QUEUE_SEL, index);
             assert_eq!(rig.read(QUEUE_NUM_MAX), if index < count { 128 } else { 0 });
-            assert_eq!(
-                rig.set_up(index, 8, [0x1000, 0x2000, 0x3000]),
-                index < count
-            );
+            assert_eq!(rig.set_up(index, 8, [0x1000, 0x2000, 0x3000]), index < count);
         }
     }
     assert_eq!(Rig::at(0, 0x3).read(QUEUE_NUM_MAX), 0);
@@ -269,24 +242,12 @@ fn a_queue_is_ready_only_with_a_good_size_and_addresses_in_ram() {
     ];
     let mut rig = Rig::at(F_VERSION_1, 0xb);
     for (size, addresses) in bad {
-        assert_eq!(
-            rig.violations(|rig| assert!(!rig.set_up(0, size, addresses))),
-            1,
-            "{size} {addresses:x?}"
-        );
+        assert_eq!(rig.violations(|rig| assert!(!rig.set_up(0, size, addresses))), 1, "{size} {addresses:x?}");
     }
     assert!(rig.set_up(0, 8, good));
     rig.add_status(DRIVER_OK);
     let (_, queue, _) = rig.mmio.queue(0).unwrap();
-    assert_eq!(
-        (
-            queue.size(),
-            queue.desc_table(),
-            queue.avail_ring(),
-            queue.used_ring()
-        ),
-        (8, 0x1000, 0x2000, 0x3000)
-    );
+    assert_eq!((queue.size(), queue.desc_table(), queue.avail_ring(), queue.used_ring()), (8, 0x1000, 0x2000, 0x3000));
     assert!(rig.mmio.queue(1).is_none(), "it was not set up");
 }
 
@@ -299,12 +260,7 @@ fn a_ready_queue_is_changed_only_after_it_was_stopped_and_a_live_one_never() {
     rig.write(QUEUE_READY, 0);
     assert!(rig.set_up(0, 16, [0x1000, 0x2000, 0x3000]));
     rig.add_status(DRIVER_OK);
-    for offset in [
-        QUEUE_NUM,
-        QUEUE_DESC_LOW,
-        QUEUE_DRIVER_HIGH,
-        QUEUE_DEVICE_LOW,
-    ] {
+    for offset in [QUEUE_NUM, QUEUE_DESC_LOW, QUEUE_DRIVER_HIGH, QUEUE_DEVICE_LOW] {
         assert_eq!(rig.violations(|rig| rig.write(offset, 0x4000)), 1);
     }
     assert_eq!(rig.mmio.queue(0).unwrap().1.size(), 16);
@@ -327,25 +283,16 @@ fn queues_cannot_be_set_up_before_features_are_fixed() {
 fn a_notification_names_a_queue_of_a_live_device() {
     let mut rig = Rig::live();
     assert_eq!(rig.write(QUEUE_NOTIFY, 1), MmioEvent::Notify(1));
-    assert_eq!(
-        rig.violations(|rig| assert_eq!(rig.write(QUEUE_NOTIFY, 3), MmioEvent::None)),
-        1
-    );
+    assert_eq!(rig.violations(|rig| assert_eq!(rig.write(QUEUE_NOTIFY, 3), MmioEvent::None)), 1);
     let mut early = Rig::at(F_VERSION_1, 0xb);
-    assert_eq!(
-        early.violations(|rig| assert_eq!(rig.write(QUEUE_NOTIFY, 1), MmioEvent::None)),
-        0
-    );
+    assert_eq!(early.violations(|rig| assert_eq!(rig.write(QUEUE_NOTIFY, 1), MmioEvent::None)), 0);
 }
 
 #[test]
 fn interrupts_say_why_until_they_are_acknowledged() {
     let mut rig = Rig::live();
     rig.mmio.signal_used();
-    assert_eq!(
-        (rig.read(INTERRUPT_STATUS), rig.interrupts()),
-        (INTERRUPT_USED, 1)
-    );
+    assert_eq!((rig.read(INTERRUPT_STATUS), rig.interrupts()), (INTERRUPT_USED, 1));
     rig.mmio.config_changed();
     assert_eq!((rig.read(INTERRUPT_STATUS), rig.interrupts()), (3, 2));
     rig.write(INTERRUPT_ACK, INTERRUPT_USED);
@@ -367,17 +314,11 @@ fn a_driver_that_is_not_ready_is_not_interrupted_but_sees_the_generation() {
 #[test]
 fn configuration_space_takes_any_width() {
     let mut rig = Rig::new();
-    assert_eq!(
-        rig.mmio.write(CONFIG, &[1, 2, 3, 4, 5, 6, 7, 8]),
-        MmioEvent::Config
-    );
+    assert_eq!(rig.mmio.write(CONFIG, &[1, 2, 3, 4, 5, 6, 7, 8]), MmioEvent::Config);
     assert_eq!(rig.mmio.write(CONFIG + 1, &[9]), MmioEvent::Config);
     let mut two = [0; 2];
     rig.mmio.read(CONFIG + 1, &mut two);
-    assert_eq!(
-        (two, rig.read(CONFIG + 4), rig.read(CONFIG + 8)),
-        ([9, 3], 0x0807_0605, 0)
-    );
+    assert_eq!((two, rig.read(CONFIG + 4), rig.read(CONFIG + 8)), ([9, 3], 0x0807_0605, 0));
 }
 
 #[test]
@@ -386,14 +327,7 @@ fn a_reset_forgets_everything_at_any_time() {
     rig.mmio.signal_used();
     assert_eq!(rig.write(STATUS, 0), MmioEvent::Reset);
     assert_eq!(rig.mmio.device().resets, 1);
-    assert_eq!(
-        (
-            rig.read(STATUS),
-            rig.read(INTERRUPT_STATUS),
-            rig.mmio.features()
-        ),
-        (0, 0, 0)
-    );
+    assert_eq!((rig.read(STATUS), rig.read(INTERRUPT_STATUS), rig.mmio.features()), (0, 0, 0));
     for index in 0..3 {
         assert!(rig.mmio.queue(index).is_none());
     }
@@ -412,12 +346,7 @@ fn a_reset_forgets_everything_at_any_time() {
     rig.add_status(DRIVER_OK);
     assert_eq!((rig.read(STATUS), rig.mmio.features()), (0xf, F_VERSION_1));
     assert!(rig.mmio.queue(2).is_none());
-    assert_eq!(
-        rig.mmio
-            .queue(0)
-            .map(|(_, queue, _)| (queue.next_avail(), queue.next_used())),
-        Some((0, 0))
-    );
+    assert_eq!(rig.mmio.queue(0).map(|(_, queue, _)| (queue.next_avail(), queue.next_used())), Some((0, 0)));
 }
 
 #[test]
@@ -428,14 +357,7 @@ fn a_failed_or_broken_device_is_not_live() {
 
     let mut rig = Rig::live();
     rig.mmio.require_reset();
-    assert_eq!(
-        (
-            rig.read(STATUS),
-            rig.read(INTERRUPT_STATUS),
-            rig.interrupts()
-        ),
-        (0xf | NEEDS_RESET, 2, 1)
-    );
+    assert_eq!((rig.read(STATUS), rig.read(INTERRUPT_STATUS), rig.interrupts()), (0xf | NEEDS_RESET, 2, 1));
     assert!(rig.mmio.queue(0).is_none());
     rig.mmio.signal_used();
     assert_eq!(rig.interrupts(), 1);
@@ -448,11 +370,7 @@ fn odd_accesses_to_registers_are_counted_and_read_as_zero() {
     let mut rig = Rig::live();
     for (offset, len) in [(0, 1), (0, 2), (0, 8), (2, 4), (0x71, 4), (0xfd, 4), (0, 0)] {
         let mut data = vec![0xff; len];
-        assert_eq!(
-            rig.violations(|rig| rig.mmio.read(offset, &mut data)),
-            1,
-            "{offset:#x}+{len}"
-        );
+        assert_eq!(rig.violations(|rig| rig.mmio.read(offset, &mut data)), 1, "{offset:#x}+{len}");
         assert!(data.iter().all(|byte| *byte == 0));
         assert_eq!(rig.violations(|rig| rig.mmio.write(offset, &data)), 1);
     }
