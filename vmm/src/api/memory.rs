@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use memcg_core::limit_change::Mode;
@@ -14,7 +14,7 @@ use memcg_core::units::{Limit, SizeArg};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::Shared;
+use super::{Name, Shared};
 use crate::controller::MemoryChange;
 use crate::controller::error::{Code, Refusal};
 use crate::controller::view::VmView;
@@ -125,7 +125,7 @@ pub struct ChangeQuery {
 )]
 pub(super) async fn patch(
     State(shared): State<Shared>,
-    Path(name): Path<String>,
+    Name(name): Name,
     query: Result<Query<ChangeQuery>, QueryRejection>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Refusal> {

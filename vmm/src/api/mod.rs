@@ -7,8 +7,9 @@ mod events;
 mod memory;
 pub mod server;
 
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use tokio::sync::watch;
@@ -36,6 +37,20 @@ struct Shared {
 #[derive(OpenApi)]
 #[openapi(info(title = "ballast", description = "KVM guests under memory limits that hold"))]
 struct Document;
+
+/// The name of a VM in a path. It is not checked here: a name that no VM can have is one that no VM has.
+struct Name(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(name) = Path::from_request_parts(parts, state)
+            .await
+            .map_err(|error| Refusal::new(Code::BadRequest, format!("the path: {}", error.body_text())))?;
+        Ok(Self(name))
+    }
+}
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
@@ -96,7 +111,7 @@ async fn list(State(shared): State<Shared>) -> Result<Json<Vec<VmView>>, Refusal
     get, path = "/vms/{name}", params(("name" = String, Path, description = "name of the VM")),
     responses((status = 200, body = VmView), (status = 404, body = Refusal)),
 )]
-async fn show(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
+async fn show(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
     shared.controller.show(&name).await.map(Json)
 }
 
@@ -106,7 +121,7 @@ async fn show(State(shared): State<Shared>, Path(name): Path<String>) -> Result<
     responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
         (status = 503, body = Refusal)),
 )]
-async fn pause(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
+async fn pause(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
     shared.controller.pause(&name).await.map(Json)
 }
 
@@ -116,7 +131,7 @@ async fn pause(State(shared): State<Shared>, Path(name): Path<String>) -> Result
     responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
         (status = 503, body = Refusal)),
 )]
-async fn resume(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
+async fn resume(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
     shared.controller.resume(&name).await.map(Json)
 }
 
@@ -125,6 +140,6 @@ async fn resume(State(shared): State<Shared>, Path(name): Path<String>) -> Resul
     post, path = "/vms/{name}/kill", params(("name" = String, Path, description = "name of the VM")),
     responses((status = 200, body = VmView), (status = 404, body = Refusal)),
 )]
-async fn kill(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<VmView>, Refusal> {
+async fn kill(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
     shared.controller.kill(&name).await.map(Json)
 }

@@ -30,12 +30,12 @@ pub enum BindError {
     #[error("{0} exists and is not a socket: choose another --socket")]
     NotASocket(String),
     /// The system refused.
-    #[error("the socket {path} cannot be made")]
+    #[error("the socket {path} cannot be made ({reason}): choose another --socket")]
     System {
         /// Path of the socket.
         path: String,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
 }
 
@@ -75,7 +75,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 pub fn bind(path: &Path) -> Result<Bound, BindError> {
     check_socket_path(path)?;
     let name = || path.display().to_string();
-    let failed = |source| BindError::System { path: name(), source };
+    let failed = |reason| BindError::System { path: name(), reason };
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
     }

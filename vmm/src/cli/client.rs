@@ -19,7 +19,7 @@ pub async fn open(socket: &Path, method: Method, target: &str, body: String) -> 
     };
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::ConnectionRefused => Failure::error(format!(
-            "nobody listens at {} any more: its VM has ended without removing the file",
+            "nobody listens at {} any more: its VM was killed; remove the file, or start the VM again with ballast run",
             socket.display()
         )),
         std::io::ErrorKind::PermissionDenied => {

@@ -17,11 +17,13 @@ mod options;
 mod run;
 mod show;
 mod socket;
+mod usage;
 mod verbs;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 pub use options::{BalloonArg, MemoryArg, OomArg};
@@ -155,9 +157,15 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors; a closed terminal is not worth a message.
-            let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { USAGE } else { DONE });
+            // Help and version are no errors; a command line with nothing on it is answered with the help. That
+            // nobody reads it is not worth a message.
+            if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                let _ = error.print();
+                return ExitCode::from(if error.use_stderr() { USAGE } else { DONE });
+            }
+            let words: Vec<_> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+            eprintln!("ballast: {}", usage::sentence(&error, words.iter().map(String::as_str)));
+            return ExitCode::from(USAGE);
         }
     };
     init_log(&cli.log);
@@ -185,7 +193,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(status) => ExitCode::from(status),
         Err(failure) => {
-            eprintln!("ballast: {failure}");
+            eprintln!("ballast: {}", usage::printable(&failure.message));
             ExitCode::from(failure.status)
         }
     }

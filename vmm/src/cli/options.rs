@@ -4,15 +4,13 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use memcg_core::tree::{LimitPatch, Tree};
-use memcg_core::units::{Limit, PAGE_SIZE, Pages, SizeArg, parse_size};
+use memcg_core::units::{Limit, Pages, SizeArg, SizeError, parse_size};
 
 use crate::controller::OomPolicy;
 use crate::controller::host::scaled;
 use crate::controller::limits_something;
 use crate::controller::view::{OomAction, OomPreference};
-
-/// Largest guest: what a balloon's 32-bit page numbers can describe.
-const MAX_SIZE: Pages = Pages((1 << 32) - 1);
+use crate::machine::layout::RamLayout;
 
 /// Longest duration that is believed.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
@@ -39,6 +37,14 @@ fn each_pair(text: &str, known: &[&str], mut set: impl FnMut(&str, &str) -> Resu
 /// A limit from a size or `max`.
 pub fn limit(text: &str) -> Result<Limit, String> {
     parse_size(text).and_then(SizeArg::to_limit).map_err(|error| error.to_string())
+}
+
+/// The size of guest RAM; there is no `max` to write instead of a size that makes no sense.
+fn ram(text: &str) -> Result<Pages, String> {
+    parse_size(text).and_then(SizeArg::to_pages).map_err(|error| match error {
+        SizeError::Empty | SizeError::Negative(_) => format!("{text:?} is not a size: write for example size=512M"),
+        error => error.to_string(),
+    })
 }
 
 fn on_off(text: &str) -> Result<bool, String> {
@@ -93,7 +99,7 @@ impl FromStr for MemoryArg {
         each_pair(text, &keys, |key, value| {
             match key {
                 "size" => {
-                    size = Some(parse_size(value).and_then(SizeArg::to_pages).map_err(|error| error.to_string())?);
+                    size = Some(ram(value)?);
                 }
                 "track" => track = Some(on_off(value)?),
                 "max" => limits.max = Some(limit(value)?),
@@ -106,9 +112,7 @@ impl FromStr for MemoryArg {
             Ok(())
         })?;
         let size = size.ok_or("size is missing: write for example size=1G")?;
-        if size.is_zero() || size > MAX_SIZE {
-            return Err(format!("size is between {PAGE_SIZE} bytes and 16T"));
-        }
+        RamLayout::new(size.bytes()).map_err(|error| format!("size: {error}"))?;
         // The core judges how limits go together; a tree of its own is the way to ask.
         let mut tree = Tree::new(Limit::Max);
         let node = tree.add(tree.root(), "new").map_err(|error| error.to_string())?;
@@ -237,10 +241,11 @@ mod tests {
     fn what_is_wrong_with_memory_is_said() {
         for (text, part) in [
             ("max=512M", "size is missing"),
-            ("size=0", "size is between"),
+            ("size=0", "too small"),
             ("size=max", "size: max is not possible"),
             ("size=1000", "size: 1000 bytes is not a multiple"),
-            ("size=-1", "negative"),
+            ("size=-1", "write for example size=512M"),
+            ("size=1G,max=-1", "max: \"-1\" is negative: for no limit write max"),
             ("size=1G,size=2G", "given twice"),
             ("size=1G,limit=5M", "no key \"limit\"; the keys are size, max"),
             ("size=1G,max", "\"max\" is not KEY=VALUE"),
@@ -250,7 +255,8 @@ mod tests {
             ("size=1G,max=64M,track=off", "contradicts"),
             ("size=1G,track=yes", "neither on nor off"),
             ("size=1T,size", "not KEY=VALUE"),
-            ("size=17T", "size is between"),
+            ("size=4K", "at least 2 MiB"),
+            ("size=17T", "too large"),
             ("", "not KEY=VALUE"),
         ] {
             let error = memory(text).expect_err(text);

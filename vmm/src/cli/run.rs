@@ -1,6 +1,7 @@
 //! `ballast run`: a private controller with one VM, in the foreground.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process;
 
@@ -16,7 +17,7 @@ use crate::worker::config::WorkerConfig;
 use crate::worker::protocol::ExitReason;
 
 /// Most vCPUs that a VM can have.
-const MAX_CPUS: i64 = 64;
+const MAX_CPUS: u32 = 64;
 
 /// `ballast run`.
 #[derive(Debug, clap::Args)]
@@ -43,7 +44,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     cmdline: String,
     /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_CPUS))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = cpus)]
     cpus: u32,
     /// Offer the ports of freestanding payloads: exit, wait and print
     #[arg(long)]
@@ -52,14 +53,24 @@ pub struct RunArgs {
     socket: SocketArg,
 }
 
-/// Opens a file that the guest is made of.
-fn open(what: &str, path: &Path) -> Result<File, Failure> {
-    let failed = |error| Failure::run(format!("the {what} {} cannot be opened: {error}", path.display()));
-    let file = File::open(path).map_err(failed)?;
+/// A number of vCPUs.
+fn cpus(text: &str) -> Result<u32, String> {
+    let wrong = || format!("{text:?} is not possible: write a number from 1 to {MAX_CPUS}");
+    text.parse().ok().filter(|cpus| (1..=MAX_CPUS).contains(cpus)).ok_or_else(wrong)
+}
+
+/// Opens the file that the guest gets by `option`.
+fn open(what: &str, option: &str, path: &Path) -> Result<File, Failure> {
+    let failed = |error| {
+        let path = path.display();
+        Failure::run(format!("the {what} {path} cannot be opened ({error}): give another file with {option}"))
+    };
+    // Opening a pipe would otherwise wait for somebody to write to it.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         Ok(file)
     } else {
-        Err(Failure::run(format!("the {what} {} is not a file", path.display())))
+        Err(Failure::run(format!("the {what} {} is not a file: give one with {option}", path.display())))
     }
 }
 
@@ -113,8 +124,8 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
     spawn::check_socket_path(&spawn::worker_socket(&directory)).map_err(|error| as_failure(&error))?;
-    let kernel = open("kernel", &args.kernel)?;
-    let initrd = args.initrd.as_deref().map(|path| open("initial ramdisk", path)).transpose()?;
+    let kernel = open("kernel", "--kernel", &args.kernel)?;
+    let initrd = args.initrd.as_deref().map(|path| open("initial ramdisk", "--initrd", path)).transpose()?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
     if args.memory.accounting {

@@ -44,6 +44,9 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
         None => directories().iter().map(|dir| dir.join(socket_name(name))).collect(),
     };
     let found = candidates.iter().find(|path| path.exists());
+    if let Some(path) = found {
+        check_socket(path)?;
+    }
     found.cloned().ok_or_else(|| {
         let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
         Failure::error(format!(
@@ -54,6 +57,18 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
     })
 }
 
+/// Refuses what is no socket before anybody connects: the system would say that nobody listens there.
+fn check_socket(path: &Path) -> Result<(), Failure> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => Ok(()),
+        Ok(_) => Err(Failure::error(format!("{} is not a socket: give a VM's with --socket", path.display()))),
+        Err(error) => {
+            let path = path.display();
+            Err(Failure::error(format!("there is no socket {path} ({error}): give a running VM's with --socket")))
+        }
+    }
+}
+
 /// The one controller that runs, for verbs without a name.
 ///
 /// # Errors
@@ -61,7 +76,10 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
 pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
     let places = match &arg.socket {
         Some(path) if path.is_dir() => vec![path.clone()],
-        Some(path) => return Ok(path.clone()),
+        Some(path) => {
+            check_socket(path)?;
+            return Ok(path.clone());
+        }
         None => directories(),
     };
     let mut alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();

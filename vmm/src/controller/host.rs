@@ -116,13 +116,16 @@ pub fn open_kvm() -> Result<OwnedFd, Problem> {
     })?;
     // SAFETY: KVM_GET_API_VERSION takes no argument and `device` is open for the whole call.
     let version = unsafe { libc::ioctl(device.as_raw_fd(), KVM_GET_API_VERSION, 0) };
-    if version == KVM_API_VERSION {
-        Ok(device)
-    } else {
-        Err(Problem::new(
+    match version {
+        KVM_API_VERSION => Ok(device),
+        -1 => Err(Problem::new(
+            format!("/dev/kvm is not KVM ({})", io::Error::last_os_error()),
+            "remove it, then: modprobe kvm_intel || modprobe kvm_amd",
+        )),
+        _ => Err(Problem::new(
             format!("/dev/kvm speaks version {version} of its interface, {KVM_API_VERSION} is needed"),
             "install a kernel with KVM",
-        ))
+        )),
     }
 }
 

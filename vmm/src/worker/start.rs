@@ -70,8 +70,19 @@ fn os<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> StartError {
     move |e| StartError::Os(what, e.into())
 }
 
+/// Whether a controller has started this process: only then is there a sealed configuration at its number.
+fn has_been_launched() -> bool {
+    // SAFETY: this fcntl takes numbers and changes nothing, whatever the descriptor is.
+    let seals = unsafe { libc::fcntl(fd::CONFIG, libc::F_GET_SEALS) };
+    seals >= 0 && seals & libc::F_SEAL_WRITE != 0
+}
+
 /// Runs one VM in this process, which does nothing else. Returns never; the controller learns why it ended.
 pub fn main() -> ! {
+    if !has_been_launched() {
+        eprintln!("ballast: a worker is started by its controller, not by hand: start a VM with ballast run");
+        super::exit(2)
+    }
     std::panic::set_hook(Box::new(|panic| {
         // A VM must not hang because one of its threads is gone.
         eprintln!("ballast: worker failed: {panic}");
