@@ -126,7 +126,10 @@ impl FaultThread {
         loop {
             let mut events =
                 [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
-            let count = match epoll::wait(&epoll, &mut events, None) {
+            // A report that the socket had no room for is offered again: nothing else may happen while all vCPUs are held.
+            let again = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+            let owes = self.told.owed && self.channel.peer().is_some();
+            let count = match epoll::wait(&epoll, &mut events, owes.then_some(&again)) {
                 Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(e) => return Err(e.into()),
