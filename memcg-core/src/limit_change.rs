@@ -16,7 +16,7 @@
 //!
 //! While a change is pending, `memory.max` reads the old value and a **ceiling** keeps a guest that faults back in from
 //! winning the race: the lowest usage since the request + slack, never below the new limit, never above the old one. It
-//! is a ratchet: it only falls.
+//! is a ratchet: it only falls, but for a guest that is held at it ([`LimitChange::widen`]).
 //!
 //! **Two clients.** The later request for `max` on a node supersedes the pending one, if it is accepted itself; a
 //! request that is refused leaves the pending one alone. The earlier client's next step says [`Step::Superseded`]. A
@@ -217,6 +217,13 @@ impl LimitChange {
         let ceiling = self.ceiling();
         tree.set_ceiling(self.id, Some(ceiling));
         Step::Waiting { ceiling, progress: self.at_request.saturating_sub(self.lowest) }
+    }
+
+    /// The guest is held at the ceiling: doubles the slack. What gives memory back may need memory first (a driver that
+    /// collects a batch of pages before it hands them over), and a held guest gives nothing. The ceiling still never
+    /// exceeds the old limit, which is the one in force.
+    pub fn widen(&mut self) {
+        self.slack = Pages(self.slack.0.saturating_mul(2));
     }
 
     /// Gives up before the deadline: the old limit stays, the ceiling goes. No effect on a change that has ended.

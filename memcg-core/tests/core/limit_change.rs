@@ -93,6 +93,17 @@ fn the_ceiling_is_a_ratchet() {
     assert_eq!(change.on_usage(&mut tree, at(3)), Step::Waiting { ceiling: Pages(62), progress: Pages(48) });
 }
 
+/// A driver that must touch a batch of pages before it can give them back is held at the ceiling, and held it gives nothing.
+#[test]
+fn a_guest_held_at_the_ceiling_gets_more_slack_but_never_more_than_the_old_limit() {
+    let (mut tree, vm) = vm(100, limit(200));
+    let mut change = pending(&mut tree, vm, 50);
+    for ceiling in [120, 140, 180, 200, 200] {
+        change.widen();
+        assert_eq!(change.on_usage(&mut tree, at(1)), Step::Waiting { ceiling: Pages(ceiling), progress: Pages::ZERO });
+    }
+}
+
 /// The ceiling is never below the new limit, never above the old one.
 #[test]
 fn the_ceiling_stays_between_the_limits() {

@@ -69,7 +69,7 @@ pub(super) struct Requested {
 
 /// A change that waits for memory to be given back.
 pub(super) struct Change {
-    pending: LimitChange,
+    pub(super) pending: LimitChange,
     patch: LimitPatch,
     deadline: Instant,
     waiters: Vec<Waiter>,

@@ -206,6 +206,10 @@ impl Actor {
         } else if vm.hold.is_none() {
             let since = Instant::now();
             vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, acted: false });
+            // Held below the limit in force, by the ceiling of a change that needs the guest to run.
+            if let Some(change) = &mut vm.change {
+                change.pending.widen();
+            }
         }
     }
 

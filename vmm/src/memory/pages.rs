@@ -41,8 +41,9 @@ pub fn reserve_target(cpus: u32) -> u64 {
 /// Pages of a window that are filled first (64 KiB): few enough that the touch waits little longer than for one page.
 const HEAD: u64 = 16;
 
-/// Room below which a fault fills nothing but the touched page.
-const NEAR_LIMIT: u64 = 64;
+/// Room below which a fault fills nothing but the touched page (4 MiB). The ceiling of a limit that is being lowered
+/// leaves little more than a MiB, and the guest's balloon driver needs that for itself.
+const NEAR_LIMIT: u64 = 1024;
 
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
