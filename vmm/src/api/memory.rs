@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -14,7 +13,7 @@ use memcg_core::units::{Limit, SizeArg};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Name, Shared};
+use super::{Contents, Name, Shared};
 use crate::controller::MemoryChange;
 use crate::controller::error::{Code, Refusal};
 use crate::controller::view::VmView;
@@ -127,14 +126,10 @@ pub(super) async fn patch(
     State(shared): State<Shared>,
     Name(name): Name,
     query: Result<Query<ChangeQuery>, QueryRejection>,
-    body: Result<Bytes, BytesRejection>,
+    Contents(body): Contents,
 ) -> Result<Response, Refusal> {
     let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
     // The type of the content is not asked for: curl says it is a form.
-    let body = body.map_err(|error| {
-        let code = if error.status() == StatusCode::PAYLOAD_TOO_LARGE { Code::TooLarge } else { Code::BadRequest };
-        Refusal::new(code, error.body_text())
-    })?;
     // A list would do for a structure of optional fields, and change nothing.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(Refusal::new(

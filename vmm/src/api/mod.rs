@@ -7,11 +7,13 @@ mod events;
 mod memory;
 pub mod server;
 
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
+use hyper::body::Body;
 use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -37,6 +39,25 @@ struct Shared {
 #[derive(OpenApi)]
 #[openapi(info(title = "ballast", description = "KVM guests under memory limits that hold"))]
 struct Document;
+
+/// The bytes of a request that is not too large. A length that is announced is believed before it is waited for.
+struct Contents(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Contents {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let too_large = || Refusal::new(Code::TooLarge, format!("the body is larger than {MAX_BODY} bytes"));
+        if request.body().size_hint().lower() > MAX_BODY as u64 {
+            return Err(too_large());
+        }
+        match Bytes::from_request(request, state).await {
+            Ok(bytes) => Ok(Self(bytes)),
+            Err(error) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
+            Err(error) => Err(Refusal::new(Code::BadRequest, error.body_text())),
+        }
+    }
+}
 
 /// The name of a VM in a path. It is not checked here: a name that no VM can have is one that no VM has.
 struct Name(String);

@@ -110,9 +110,7 @@ struct Directory(PathBuf);
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // What is not there need not be removed; what is not ours stays.
-        let _ = std::fs::remove_file(spawn::worker_socket(&self.0));
-        let _ = std::fs::remove_dir(&self.0);
+        spawn::tidy(&self.0);
     }
 }
 
@@ -134,15 +132,15 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
 
     let mut signals = Signals::new().map_err(|error| as_failure(&error))?;
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
-    let directory = Directory(directory);
     let launched = spawn::launch(Launch {
         config: config(&args, vm_name.clone()),
         kernel,
         initrd,
-        directory: directory.0.clone(),
+        directory: directory.clone(),
         log: log.to_owned(),
     })
     .map_err(|error| as_failure(&error))?;
+    let directory = Directory(directory);
     let (controller, actor) = Controller::start(Limit::Max);
     let spec = VmSpec {
         name: vm_name.clone(),

@@ -3,11 +3,11 @@
 //! Everything that can be refused is refused before the fork: the kernel's age, the devices, the socket's path.
 //! Between fork and exec the child runs [`ChildPlan::apply`], which does system calls only: no allocation, no lock.
 
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -70,6 +70,9 @@ pub enum SpawnError {
     /// The path of a socket does not fit into an address.
     #[error("the socket path {0} is {1} bytes long, at most {MAX_SOCKET_PATH} are possible: choose a shorter --socket")]
     PathTooLong(String, usize),
+    /// Something else is where the VM's directory has to be.
+    #[error("{0} is in the way: it must be a directory for nobody but you, or not be there; choose another --socket")]
+    InTheWay(String),
     /// A system call failed.
     #[error("{what}")]
     System {
@@ -109,20 +112,34 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
 /// process when the worker is to die with it.
 ///
 /// # Errors
-/// See [`SpawnError`]. Nothing is left behind but the directory.
+/// See [`SpawnError`]. Nothing is left behind then, and what was there before stays.
 ///
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     let Launch { config, kernel, initrd, directory, log } = launch;
-    let path = worker_socket(&directory);
-    check_socket_path(&path)?;
+    check_socket_path(&worker_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
     let uffd_device = config.accounting.then(host::open_userfaultfd).transpose()?;
 
-    make_directory(&directory).map_err(system(format!("the directory {} cannot be made", directory.display())))?;
-    let memfd = config_memfd(&config).map_err(system("the worker's configuration cannot be written"))?;
+    make_directory(&directory)?;
+    let files = Files { kvm, uffd_device, kernel, initrd };
+    launch_in(&directory, &config, &files, &log).inspect_err(|_| tidy(&directory))
+}
+
+/// What a worker is handed besides its configuration and sockets.
+struct Files {
+    kvm: OwnedFd,
+    uffd_device: Option<OwnedFd>,
+    kernel: File,
+    initrd: Option<File>,
+}
+
+/// The part of [`launch`] that makes things.
+fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) -> Result<Launched, SpawnError> {
+    let path = worker_socket(directory);
+    let memfd = config_memfd(config).map_err(system("the worker's configuration cannot be written"))?;
     let listener = bind(&path).map_err(system(format!("the worker's socket {} cannot be made", path.display())))?;
     let (console, far_console) = UnixStream::pair().map_err(system("the console's socket pair cannot be made"))?;
 
@@ -130,11 +147,11 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     for (source, target) in [
         (Some(memfd.as_fd()), fd::CONFIG),
         (Some(listener.as_fd()), fd::LISTEN),
-        (Some(kvm.as_fd()), fd::KVM),
-        (uffd_device.as_ref().map(AsFd::as_fd), fd::UFFD_DEV),
+        (Some(files.kvm.as_fd()), fd::KVM),
+        (files.uffd_device.as_ref().map(AsFd::as_fd), fd::UFFD_DEV),
         (Some(far_console.as_fd()), fd::CONSOLE),
-        (Some(kernel.as_fd()), fd::KERNEL),
-        (initrd.as_ref().map(AsFd::as_fd), fd::INITRD),
+        (Some(files.kernel.as_fd()), fd::KERNEL),
+        (files.initrd.as_ref().map(AsFd::as_fd), fd::INITRD),
     ] {
         let Some(source) = source else { continue };
         let copy = rustix::io::fcntl_dupfd_cloexec(source, ABOVE_FIXED)
@@ -142,7 +159,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
             .map_err(system("no descriptor is left for the worker"))?;
         plan.give(copy, target);
     }
-    let child = spawn_child(&config.name, &log, plan).map_err(system("the worker process cannot be started"))?;
+    let child = spawn_child(&config.name, log, plan).map_err(system("the worker process cannot be started"))?;
     drop(far_console);
     let (handle, watch) = supervise(child).map_err(system("the worker process cannot be watched"))?;
     match link::connect(&path, handle.pid()) {
@@ -154,13 +171,38 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     }
 }
 
-/// Makes `directory` for this user alone; one that exists must be a directory of this user.
-fn make_directory(directory: &Path) -> io::Result<()> {
-    match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-        _ => {}
+/// Makes `directory` for this user alone. One that exists, because a killed process has left it, must be so already:
+/// somebody else's is not changed.
+fn make_directory(directory: &Path) -> Result<(), SpawnError> {
+    let failed = |e| system(format!("the directory {} cannot be made", directory.display()))(e);
+    if let Some(parent) = directory.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
     }
-    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700))
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Ok(()) => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(failed(e)),
+    }
+    let found = std::fs::symlink_metadata(directory).map_err(failed)?;
+    let private = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0;
+    if private { Ok(()) } else { Err(SpawnError::InTheWay(directory.display().to_string())) }
+}
+
+/// Removes what [`launch`] has made in `directory`, and the directory if nothing else is in it.
+pub fn tidy(directory: &Path) {
+    // What is not there need not be removed; what is not ours stays.
+    let _ = remove_socket(&worker_socket(directory));
+    let _ = std::fs::remove_dir(directory);
+}
+
+/// Removes the socket at `path`, if there is one; a file of another kind is an error.
+fn remove_socket(path: &Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path),
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
 }
 
 fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
@@ -175,10 +217,7 @@ fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
 /// Binds the worker's socket, in place of one that a dead worker left. It is the child that listens on it, so that
 /// the credentials a connecting process sees are the worker's.
 fn bind(path: &Path) -> io::Result<OwnedFd> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
+    remove_socket(path)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
