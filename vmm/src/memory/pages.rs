@@ -301,7 +301,8 @@ impl Pages {
                 self.held_ns += self.held_since.take().map_or(0, |since| monotonic_ns() - since);
             }
         }
-        if self.device_blocked && self.stock.stock() > Count(0) {
+        let device_may = self.stock.stock() > Count(0) || self.stock.debt() == Count(0);
+        if self.device_blocked && device_may {
             self.device_blocked = false;
             self.balloon.retry();
         }
