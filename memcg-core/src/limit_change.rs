@@ -40,6 +40,17 @@ use std::time::Duration;
 use crate::tree::{LimitPatch, NodeId, SetLimitError, Tree};
 use crate::units::{Limit, PAGE_SIZE, Pages};
 
+/// The terms on which a limit below usage is reclaimed for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Time after which the request has failed.
+    pub wait: Duration,
+    /// What the guest may use above its lowest usage meanwhile.
+    pub slack: Pages,
+    /// How far below the new limit usage must come before it is in force early, see [`LimitChange::set_margin`].
+    pub margin: Pages,
+}
+
 /// What to do when usage is above the new limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
@@ -119,6 +130,7 @@ pub struct LimitChange {
     old: Limit,
     new: Pages,
     slack: Pages,
+    margin: Pages,
     at_request: Pages,
     lowest: Pages,
     deadline: Duration,
@@ -138,10 +150,9 @@ impl LimitChange {
         new_max: Limit,
         mode: Mode,
         now: Duration,
-        wait: Duration,
-        slack: Pages,
+        terms: Terms,
     ) -> Result<Begun, SetLimitError> {
-        LimitChange::begin_patch(tree, id, &LimitPatch::max(new_max), mode, now, wait, slack)
+        LimitChange::begin_patch(tree, id, &LimitPatch::max(new_max), mode, now, terms)
     }
 
     /// [`LimitChange::begin`] for any limits: the whole patch comes into force together with its `max`. Without a `max`
@@ -155,13 +166,14 @@ impl LimitChange {
         patch: &LimitPatch,
         mode: Mode,
         now: Duration,
-        wait: Duration,
-        slack: Pages,
+        terms: Terms,
     ) -> Result<Begun, SetLimitError> {
         tree.check_patch(id, patch)?;
         let usage = tree.usage(id);
         let old = tree.limits(id).max;
-        let lowered = patch.max.and_then(Limit::as_pages).filter(|new| usage > *new && Limit::Pages(*new) < old);
+        let margin = if mode == Mode::Reclaim { terms.margin } else { Pages::ZERO };
+        let above = |new: &Pages| usage + margin > *new && Limit::Pages(*new) < old;
+        let lowered = patch.max.and_then(Limit::as_pages).filter(above);
         let new = match (lowered, mode) {
             (None, _) | (Some(_), Mode::Force) => {
                 let generation = tree.set_limits(id, patch)?;
@@ -177,10 +189,11 @@ impl LimitChange {
             ticket: 0,
             old,
             new,
-            slack,
+            slack: terms.slack,
+            margin,
             at_request: usage,
             lowest: usage,
-            deadline: now.saturating_add(wait),
+            deadline: now.saturating_add(terms.wait),
             ended: None,
         };
         change.ticket = tree.begin_pending(id, *patch, change.ceiling());
@@ -206,7 +219,8 @@ impl LimitChange {
         }
         let usage = tree.usage(self.id);
         self.lowest = self.lowest.min(usage);
-        if tree.pending_fits(self.id) {
+        let settled = now >= self.deadline || usage + self.margin <= self.new;
+        if settled && tree.pending_fits(self.id) {
             let generation = tree.end_pending(self.id, true);
             return Step::Committed(outcome(tree, self.id, generation));
         }
@@ -217,6 +231,12 @@ impl LimitChange {
         let ceiling = self.ceiling();
         tree.set_ceiling(self.id, Some(ceiling));
         Step::Waiting { ceiling, progress: self.at_request.saturating_sub(self.lowest) }
+    }
+
+    /// Before the deadline, waits until usage is `margin` below the new limit. For a guest that is still giving memory
+    /// back: at the limit itself it would be held in the middle of it, and then it could give no more.
+    pub fn set_margin(&mut self, margin: Pages) {
+        self.margin = margin;
     }
 
     /// The guest is held at the ceiling: doubles the slack. What gives memory back may need memory first (a driver that

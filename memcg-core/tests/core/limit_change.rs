@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use memcg_core::limit_change::{Begun, LimitChange, Mode, Outcome, Step, slack};
+use memcg_core::limit_change::{Begun, LimitChange, Mode, Outcome, Step, Terms, slack};
 use memcg_core::tree::{Kind, LimitPatch, Mode as Charge, NodeId, SetLimitError, Tree};
 use memcg_core::units::{Limit, Pages};
 use proptest::prelude::*;
 
 const WAIT: Duration = Duration::from_secs(10);
-const SLACK: Pages = Pages(10);
+const TERMS: Terms = Terms { wait: WAIT, slack: Pages(10), margin: Pages::ZERO };
 
 fn at(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -28,7 +28,7 @@ fn limit(n: u64) -> Limit {
 }
 
 fn begin(tree: &mut Tree, id: NodeId, new: Limit, mode: Mode) -> Result<Begun, SetLimitError> {
-    LimitChange::begin(tree, id, new, mode, at(0), WAIT, SLACK)
+    LimitChange::begin(tree, id, new, mode, at(0), TERMS)
 }
 
 fn pending(tree: &mut Tree, id: NodeId, new: u64) -> LimitChange {
@@ -104,6 +104,24 @@ fn a_guest_held_at_the_ceiling_gets_more_slack_but_never_more_than_the_old_limit
     }
 }
 
+/// A guest whose balloon is still filling would be held at the very limit, in the middle of giving.
+#[test]
+fn with_a_margin_the_limit_is_in_force_only_when_usage_is_that_far_below_or_at_the_deadline() {
+    let terms = Terms { margin: Pages(5), ..TERMS };
+    let (mut tree, vm) = vm(52, limit(200));
+    let begun = LimitChange::begin(&mut tree, vm, limit(55), Mode::Reclaim, at(0), terms);
+    let Ok(Begun::Pending(mut change)) = begun else { panic!("52 is not 5 below 55") };
+    tree.uncharge(vm, Pages(1));
+    assert!(matches!(change.on_usage(&mut tree, at(1)), Step::Waiting { .. }));
+    change.set_margin(Pages(4));
+    assert!(matches!(change.on_usage(&mut tree, at(2)), Step::Committed(_)), "51 is 4 below 55");
+    let begun = LimitChange::begin(&mut tree, vm, limit(52), Mode::Reclaim, at(3), terms);
+    let Ok(Begun::Pending(mut change)) = begun else { panic!("51 is not 5 below 52") };
+    assert!(matches!(change.on_usage(&mut tree, at(3) + WAIT), Step::Committed(_)), "it fits: in time");
+    let begun = LimitChange::begin(&mut tree, vm, limit(51), Mode::Refuse, at(0), terms);
+    assert!(matches!(begun, Ok(Begun::Committed(_))), "a refusal knows no margin");
+}
+
 /// The ceiling is never below the new limit, never above the old one.
 #[test]
 fn the_ceiling_stays_between_the_limits() {
@@ -111,7 +129,8 @@ fn the_ceiling_stays_between_the_limits() {
     let mut change = pending(&mut tree, vm, 99);
     assert_eq!(change.on_usage(&mut tree, at(1)), Step::Waiting { ceiling: Pages(105), progress: Pages::ZERO });
     let (mut tree, vm) = self::vm(100, Limit::Max);
-    let change = LimitChange::begin(&mut tree, vm, limit(98), Mode::Reclaim, at(0), WAIT, Pages::ZERO);
+    let change =
+        LimitChange::begin(&mut tree, vm, limit(98), Mode::Reclaim, at(0), Terms { slack: Pages::ZERO, ..TERMS });
     assert_eq!(tree.snapshot(vm).ceiling, Some(Pages(100)));
     let Ok(Begun::Pending(mut change)) = change else { panic!("usage is above") };
     tree.uncharge(vm, Pages(1));
@@ -205,7 +224,7 @@ fn a_refused_request_does_not_supersede() {
     let mut first = pending(&mut tree, vm, 50);
     let _ = begin(&mut tree, vm, limit(40), Mode::Refuse).unwrap_err();
     let patch = LimitPatch { if_generation: Some(seen), ..LimitPatch::max(limit(500)) };
-    let stale = LimitChange::begin_patch(&mut tree, vm, &patch, Mode::Force, at(0), WAIT, SLACK).unwrap_err();
+    let stale = LimitChange::begin_patch(&mut tree, vm, &patch, Mode::Force, at(0), TERMS).unwrap_err();
     assert!(matches!(stale, SetLimitError::Stale { .. }));
     assert!(matches!(first.on_usage(&mut tree, at(1)), Step::Waiting { .. }));
     assert_eq!(tree.snapshot(vm).max_pending, Some(limit(50)));
@@ -216,7 +235,7 @@ fn a_refused_request_does_not_supersede() {
 fn a_request_is_all_or_nothing() {
     let (mut tree, vm) = vm(100, limit(200));
     let patch = LimitPatch { high: Some(limit(40)), low: Some(limit(20)), ..LimitPatch::max(limit(50)) };
-    let begin = |tree: &mut Tree| match LimitChange::begin_patch(tree, vm, &patch, Mode::Reclaim, at(0), WAIT, SLACK) {
+    let begin = |tree: &mut Tree| match LimitChange::begin_patch(tree, vm, &patch, Mode::Reclaim, at(0), TERMS) {
         Ok(Begun::Pending(change)) => change,
         other => panic!("{other:?}"),
     };
@@ -232,7 +251,7 @@ fn a_request_is_all_or_nothing() {
     assert_eq!(tree.limits(vm), patch.apply(before));
     // A patch that cannot be is refused before anything is pending.
     let bad = LimitPatch { high: Some(limit(40)), ..LimitPatch::max(limit(30)) };
-    let error = LimitChange::begin_patch(&mut tree, vm, &bad, Mode::Reclaim, at(0), WAIT, SLACK).unwrap_err();
+    let error = LimitChange::begin_patch(&mut tree, vm, &bad, Mode::Reclaim, at(0), TERMS).unwrap_err();
     assert!(matches!(error, SetLimitError::AboveMax { knob: "memory.high", .. }));
 }
 
@@ -255,7 +274,7 @@ fn other_limits_must_fit_the_pending_one_too() {
 fn overhead_that_grew_meanwhile_is_waited_for() {
     let (mut tree, vm) = vm(100, limit(200));
     let patch = LimitPatch { vmm_max: Some(limit(5)), ..LimitPatch::max(limit(50)) };
-    let begun = LimitChange::begin_patch(&mut tree, vm, &patch, Mode::Reclaim, at(0), WAIT, SLACK);
+    let begun = LimitChange::begin_patch(&mut tree, vm, &patch, Mode::Reclaim, at(0), TERMS);
     let Ok(Begun::Pending(mut change)) = begun else { panic!("usage is above") };
     let _ = tree.try_charge_as(vm, Kind::Overhead, Pages(6), Charge::Wait).unwrap();
     tree.uncharge(vm, Pages(90));
@@ -298,7 +317,7 @@ proptest! {
     ) {
         let old_max = limit(old.max(used));
         let (mut tree, vm) = vm(used, old_max);
-        let begun = LimitChange::begin(&mut tree, vm, limit(new), Mode::Reclaim, at(0), at(50), Pages(slack)).unwrap();
+        let begun = LimitChange::begin(&mut tree, vm, limit(new), Mode::Reclaim, at(0), Terms { wait: at(50), slack: Pages(slack), ..TERMS }).unwrap();
         let mut change = match begun {
             Begun::Committed(_) => {
                 prop_assert!(used <= new || limit(new) >= old_max);

@@ -15,9 +15,10 @@
 
 use std::time::Duration;
 
-use memcg_core::limit_change::{Begun, LimitChange, Mode, Step, slack};
+use memcg_core::limit_change::{Begun, LimitChange, Mode, Step, Terms, slack};
+use memcg_core::reclaim;
 use memcg_core::tree::{LimitPatch, SetLimitError};
-use memcg_core::units::{Limit, human};
+use memcg_core::units::{Limit, Pages, human};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -130,7 +131,9 @@ impl Actor {
         let vm = &self.vms[&id];
         let before = self.tree.generation(vm.node);
         let deadline = host::scaled(DEADLINE).max(wait.unwrap_or_default());
-        let begun = LimitChange::begin_patch(&mut self.tree, vm.node, &patch, mode, now, deadline, slack(vm.cpus));
+        let margin = patch.max.map_or(Pages::ZERO, |max| self.margin(id, max));
+        let terms = Terms { wait: deadline, slack: slack(vm.cpus), margin };
+        let begun = LimitChange::begin_patch(&mut self.tree, vm.node, &patch, mode, now, terms);
         let name = vm.name.clone();
         match begun {
             Err(error) => {
@@ -194,7 +197,11 @@ impl Actor {
             return;
         };
         let node = vm.node;
+        let Some(new) = vm.change.as_ref().map(|change| change.pending.new_max()) else { return };
+        let margin = self.margin(id, Limit::Pages(new));
+        let vm = self.vms.get_mut(&id).expect("checked");
         let Some(change) = &mut vm.change else { return };
+        change.pending.set_margin(margin);
         let ceiling = self.tree.snapshot(node).ceiling;
         match change.pending.on_usage(&mut self.tree, now) {
             Step::Waiting { ceiling: lower, .. } => {
@@ -256,6 +263,18 @@ impl Actor {
             let seq = vm.seq;
             vm.send(ToWorker::Recall { seq });
         }
+    }
+
+    /// How far below a new `max` usage must be before that is in force early: as far as the balloon aims, unless it is
+    /// there already. A guest without a balloon driver gives nothing, so there is nothing to wait for.
+    fn margin(&self, id: VmId, max: Limit) -> Pages {
+        let vm = &self.vms[&id];
+        let (Limit::Pages(new), Limit::Pages(high)) = (max, reclaim::effective_high(Limit::Max, max)) else {
+            return Pages::ZERO;
+        };
+        let target = reclaim::balloon_target(vm.size, Limit::Pages(high.saturating_sub(vm.reserve_target)), Limit::Max);
+        let there = u64::from(vm.report.balloon_actual) >= target.0;
+        if !vm.report.balloon_ready || there { Pages::ZERO } else { new.saturating_sub(high) }
     }
 
     /// Ends what is overdue: clients that do not want to wait longer, and the change itself.

@@ -83,6 +83,8 @@ pub struct FaultThread {
 struct Told {
     held: bool,
     returned_total: u64,
+    balloon_actual: u32,
+    balloon_ready: bool,
     owed: bool,
 }
 
@@ -184,7 +186,14 @@ impl FaultThread {
         };
         let ask = pages.ask();
         let now = pages.report();
-        let news = now.held != self.told.held || now.returned_total != self.told.returned_total || self.told.owed;
+        let told = Told {
+            held: now.held,
+            returned_total: now.returned_total,
+            balloon_actual: self.balloon.actual(),
+            balloon_ready: self.balloon.ready(),
+            owed: false,
+        };
+        let news = told != self.told;
         if ask.is_some() || news {
             let (want, want_now) = ask.unwrap_or_default();
             self.report(None, want, want_now);
@@ -210,7 +219,13 @@ impl FaultThread {
         {
             pages.unasked();
         }
-        self.told = Told { held: report.held, returned_total: report.returned_total, owed: !sent };
+        self.told = Told {
+            held: report.held,
+            returned_total: report.returned_total,
+            balloon_actual: report.balloon_actual,
+            balloon_ready: report.balloon_ready,
+            owed: !sent,
+        };
     }
 
     /// Sends the guest's statistics when they are newer than the last ones sent.

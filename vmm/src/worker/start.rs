@@ -199,6 +199,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, ports)?;
     }
     let window_at = layout::virtio_window(0);
+    let window = Window { registers: window, bell: clone_event(&desk.bell)? };
     buses.mmio.insert(window_at, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(window)))?;
 
     let vm = NewVm::new(handed(fd::KVM), config.cpus)?;
@@ -334,14 +335,21 @@ impl MutEventSubscriber for Bell {
     }
 }
 
-/// The balloon's registers on the bus.
-impl BusDevice for BalloonWindow<GuestMem> {
+/// The balloon's registers on the bus. What the guest writes there may be what the controller waits for (the balloon's
+/// size, a driver that is ready), so the thread that reports is woken.
+struct Window {
+    registers: BalloonWindow<GuestMem>,
+    bell: EventFd,
+}
+
+impl BusDevice for Window {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        BalloonWindow::read(self, offset, data);
+        self.registers.read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
-        BalloonWindow::write(self, offset, data);
+        self.registers.write(offset, data);
+        let _ = self.bell.write(1);
         Effect::None
     }
 }
