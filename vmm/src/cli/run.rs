@@ -1,9 +1,13 @@
 //! `ballast run`: a private controller with one VM, in the foreground.
 
 use std::fs::File;
+use std::future::poll_fn;
+use std::mem::MaybeUninit;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process;
+use std::task::Poll;
+use std::time::Duration;
 
 use memcg_core::units::{Limit, human};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -53,6 +57,9 @@ pub struct RunArgs {
     socket: SocketArg,
 }
 
+/// How long the output of a guest that was ended may take to be read.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+
 /// A number of vCPUs.
 fn cpus(text: &str) -> Result<u32, String> {
     let wrong = || format!("{text:?} is not possible: write a number from 1 to {MAX_CPUS}");
@@ -75,29 +82,37 @@ fn open(what: &str, option: &str, path: &Path) -> Result<File, Failure> {
 }
 
 /// The signals that end a VM.
-struct Signals([(Signal, i32); 4]);
+struct Signals(Vec<(Signal, i32)>);
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        let on = |kind: SignalKind| signal(kind).map(|signal| (signal, kind.as_raw_value()));
-        Ok(Self([
-            on(SignalKind::interrupt())?,
-            on(SignalKind::terminate())?,
-            on(SignalKind::hangup())?,
-            on(SignalKind::quit())?,
-        ]))
+        let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()];
+        // Whoever starts a VM with nohup wants it to outlive the terminal.
+        if !is_ignored(libc::SIGHUP) {
+            kinds.push(SignalKind::hangup());
+        }
+        let signals = kinds.into_iter().map(|kind| Ok((signal(kind)?, kind.as_raw_value())));
+        signals.collect::<std::io::Result<_>>().map(Self)
     }
 
     /// The number of the next signal.
     async fn next(&mut self) -> i32 {
-        let Self([(a, int), (b, term), (c, hup), (d, quit)]) = self;
-        tokio::select! {
-            _ = a.recv() => *int,
-            _ = b.recv() => *term,
-            _ = c.recv() => *hup,
-            _ = d.recv() => *quit,
-        }
+        poll_fn(|context| {
+            let arrived =
+                self.0.iter_mut().find_map(|(signal, number)| signal.poll_recv(context).is_ready().then_some(*number));
+            arrived.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
+}
+
+/// Whether this process was started with a signal ignored.
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: without a new action this only writes the present one to `action`, which is large enough.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: all of a sigaction are numbers and an optional function, for which zeroes are valid values.
+    asked == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// The exit status after signal number `signal`.
@@ -181,8 +196,16 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
             end.await
         }
     };
+    // A guest that has ended has its output read, however long that takes; one that was told to end has not.
+    let patience = async {
+        match status {
+            Some(_) => tokio::time::sleep(host::scaled(LAST_OUTPUT)).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = console.drained() => {}
+        () = patience => {}
         // Nobody reads the output and somebody has lost patience.
         signal = signals.next() => status = Some(signal_status(signal)),
     }
