@@ -13,13 +13,14 @@ use ballast_tests::{TestVm, ballast, deadline, payload, wait_until};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{LocalModes, Termios};
 
-use super::{Place, Reaped, finish, skipped, unique, word, workers};
+use super::{Place, Reaped, finish, heed_hangups, skipped, unique, word, workers};
 
 #[test]
 fn signals_in_a_pipe_end_the_guest_and_leave_nothing() {
     if skipped("signals") {
         return;
     }
+    heed_hangups();
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
         let name = unique("signal");
         let mut vm = TestVm::builder(&name).memory("size=64M,max=48M").cmdline("shell").start();
@@ -100,26 +101,40 @@ fn a_closed_stdin_or_stdout_ends_nothing_and_hangs_nothing() {
     place.is_untouched_by(&name, &"head");
     // A reader that does not read does not keep it from ending either.
     let name = unique("full");
-    let mut command = run(&name, "storm 4M 4M; shell");
-    let child = Reaped(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the program starts"));
-    wait_until("the VM runs", 10, || (!workers(&name).is_empty()).then_some(()));
-    let mut stdin = child.0.stdin.as_ref().expect("piped");
-    let commands = "echo something that fills the pipe and everything before it\n".repeat(2000);
-    stdin.write_all(commands.as_bytes()).expect("the console takes input");
-    // SAFETY: kill takes numbers; the child has not been reaped.
-    unsafe { libc::kill(child.0.id() as i32, libc::SIGTERM) };
-    let patience = child.0.id();
-    let ended = Instant::now();
-    let status = wait_with_second_signal(child, patience);
-    assert_eq!(status, Some(143), "after {:?}", ended.elapsed());
+    let mut command = run(&name, &format!("{}shell", "echo x;".repeat(500)));
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    // One page, and what the guest prints is more than that.
+    let page = rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a pipe") as u64;
+    let child = Reaped(command.stdin(Stdio::piped()).stdout(writer).spawn().expect("the program starts"));
+    let waiting = || rustix::io::ioctl_fionread(&reader).expect("a pipe");
+    wait_until("the pipe is nearly full", 10, || (waiting() > page / 2).then_some(()));
+    child.signal(libc::SIGTERM);
+    assert_eq!(child.wait("it ends"), Some(143));
     place.is_untouched_by(&name, &"a full pipe");
 }
 
-/// Waits for the end; output that nobody reads may keep the program until it is told a second time.
-fn wait_with_second_signal(child: Reaped, id: u32) -> Option<i32> {
-    // SAFETY: kill takes numbers; the child has not been reaped.
-    unsafe { libc::kill(id as i32, libc::SIGTERM) };
-    child.wait("it ends")
+#[test]
+fn a_hangup_that_is_ignored_at_the_start_ends_nothing() {
+    if skipped("nohup") {
+        return;
+    }
+    let place = Place::new();
+    let name = unique("nohup");
+    let payload = payload();
+    let words = ["--memory", "size=64M,max=48M", "--debug-port", "--kernel", word(&payload), "--cmdline", "shell"];
+    let command = place.run(&name, &words);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    let mut child = Reaped(shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the program starts"));
+    let mut console = BufReader::new(child.0.stdout.take().expect("piped")).lines();
+    let mut line = || console.next().expect("a line").expect("text");
+    assert_eq!(line(), "READY");
+    child.signal(libc::SIGHUP);
+    child.0.stdin.as_ref().expect("piped").write_all(b"echo still here\n").expect("the console takes input");
+    assert_eq!(line(), "OK echo still here");
+    child.signal(libc::SIGTERM);
+    assert_eq!(child.wait("it ends"), Some(143));
+    place.is_untouched_by(&name, &"nohup");
 }
 
 #[test]
@@ -214,9 +229,7 @@ impl OnTerminal {
     }
 
     fn signal(&self, signal: i32) {
-        let id = self.child.as_ref().expect("running").0.id();
-        // SAFETY: kill takes numbers; the child has not been reaped.
-        unsafe { libc::kill(id as i32, signal) };
+        self.child.as_ref().expect("running").signal(signal);
     }
 
     /// Waits for the end; checks that nothing is left and that the terminal is as it was. Returns the status.
@@ -262,6 +275,7 @@ fn every_other_end_on_a_terminal_gives_it_back_too() {
     if skipped("terminal-ends") {
         return;
     }
+    heed_hangups();
     let payload = payload();
     let words = ["--memory", "size=64M,max=48M", "--debug-port", "--kernel", word(&payload), "--cmdline"];
     let start = |commands: &str| OnTerminal::start(&[&words[..], &[commands]].concat());
@@ -294,6 +308,7 @@ fn a_terminal_that_goes_away_ends_the_guest() {
     if skipped("hangup") {
         return;
     }
+    heed_hangups();
     let payload = payload();
     let words = ["--memory", "size=64M,max=48M", "--debug-port", "--cmdline", "shell", "--kernel", word(&payload)];
     let mut run = OnTerminal::start(&words);
@@ -302,9 +317,8 @@ fn a_terminal_that_goes_away_ends_the_guest() {
     // The reading thread holds the last copy of our end; it is told by the hangup of the other.
     drop((ours, printed, terminal));
     let child = child.expect("running");
-    // SAFETY: kill takes numbers; the child has not been reaped. This is what the kernel sends to the leader of a
-    // session whose terminal has gone.
-    unsafe { libc::kill(child.0.id() as i32, libc::SIGHUP) };
+    // What the kernel sends to the leader of a session whose terminal has gone.
+    child.signal(libc::SIGHUP);
     assert_eq!(child.wait("it ends"), Some(129));
     assert!(std::fs::read_dir(place.path("")).expect("ours").flatten().next().is_none());
     assert!(workers(&name).is_empty());

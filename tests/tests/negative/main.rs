@@ -20,6 +20,12 @@ fn skipped(test: &str) -> bool {
     missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
 }
 
+/// Has programs that are started from here on be ended by SIGHUP, also where the tests themselves run under nohup.
+fn heed_hangups() {
+    // SAFETY: takes numbers; the default action replaces whatever this process inherited.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+}
+
 /// A name that no other VM on this machine has, so that its processes can be told from others'.
 fn unique(name: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -77,6 +83,12 @@ fn finish(mut command: Command) -> Said {
 struct Reaped(std::process::Child);
 
 impl Reaped {
+    /// Sends it a signal.
+    fn signal(&self, signal: i32) {
+        // SAFETY: kill takes numbers; the child has not been reaped, so the id is its own.
+        unsafe { libc::kill(self.0.id() as i32, signal) };
+    }
+
     /// Waits for the end and returns the exit status.
     fn wait(mut self, what: &str) -> Option<i32> {
         wait_until(what, 10, || self.0.try_wait().expect("our child")).code()

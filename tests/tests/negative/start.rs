@@ -274,6 +274,13 @@ fn a_host_that_cannot_run_vms_is_refused_with_the_command_that_fixes_it() {
         let words = ["run", "--name", &name, "--memory", memory, "--kernel", word(&kernel), "--socket", word(&socket)];
         in_it(&words).refused(125, part, &devices);
         place.is_untouched_by(&name, &devices);
+        if devices == kvm {
+            // And a directory in which one may not make anything.
+            std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o500)).expect("ours");
+            let words = [&words[..4], &["size=64M"], &words[5..]].concat();
+            in_it(&words).refused(125, "cannot be made (Permission denied", &devices);
+            place.is_untouched_by(&name, &devices);
+        }
         let doctor = in_it(&["doctor"]);
         assert_eq!(doctor.status, Some(1), "{doctor:?}");
         assert!(doctor.out.contains("FAIL") && doctor.out.contains("do this:"), "{doctor:?}");
