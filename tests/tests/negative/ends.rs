@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use ballast_tests::{TestVm, ballast, deadline, payload, wait_until};
+use ballast_tests::{TestVm, ballast, deadline, http, payload, wait_until};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{LocalModes, Termios};
+use serde_json::Value;
 
 use super::{Place, Reaped, finish, heed_hangups, skipped, unique, word, workers};
 
@@ -101,16 +102,21 @@ fn a_closed_stdin_or_stdout_ends_nothing_and_hangs_nothing() {
     place.is_untouched_by(&name, &"head");
     // A reader that does not read does not keep it from ending either.
     let name = unique("full");
-    let mut command = run(&name, &format!("{}shell", "echo x;".repeat(500)));
+    let mut command = run(&name, &format!("{}touch 32M 8M; shell", "echo x;".repeat(500)));
     let (reader, writer) = std::io::pipe().expect("a pipe");
-    // One page, and what the guest prints is more than that.
-    let page = rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a pipe") as u64;
+    // What the guest prints before it touches memory is more than that.
+    rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a pipe");
     let child = Reaped(command.stdin(Stdio::piped()).stdout(writer).spawn().expect("the program starts"));
-    let waiting = || rustix::io::ioctl_fionread(&reader).expect("a pipe");
-    wait_until("the pipe is nearly full", 10, || (waiting() > page / 2).then_some(()));
+    let socket = place.path("sockets").join(format!("{name}.sock"));
+    wait_until("the guest has printed it all", 10, || {
+        let (_, body) = http(&socket, "GET", &format!("/vms/{name}"), None).ok()?;
+        let now: Value = serde_json::from_str(&body).ok()?;
+        now["memory"]["stat"]["guest_bytes"].as_u64().filter(|touched| *touched >= 8 << 20)
+    });
     child.signal(libc::SIGTERM);
     assert_eq!(child.wait("it ends"), Some(143));
     place.is_untouched_by(&name, &"a full pipe");
+    drop(reader);
 }
 
 #[test]
