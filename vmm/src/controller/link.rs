@@ -145,12 +145,16 @@ async fn write(socket: &AsyncFd<OwnedFd>, message: &ToWorker) -> io::Result<()> 
 
 /// Reads one packet; a packet that is longer than the buffer is cut, which leaves it one byte too long to decode.
 async fn read(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut reset = false;
     loop {
         let mut ready = socket.readable().await?;
         match rustix::net::recv(socket.get_ref(), &mut *buffer, RecvFlags::DONTWAIT) {
             Ok((length, _)) => return Ok(length),
             Err(Errno::AGAIN) => ready.clear_ready(),
             Err(Errno::INTR) => {}
+            // A worker that ends with messages of ours unread resets the connection. That is reported first and once;
+            // its last words are still there behind it.
+            Err(Errno::CONNRESET) if !reset => reset = true,
             Err(error) => return Err(error.into()),
         }
     }

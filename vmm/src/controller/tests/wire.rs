@@ -65,6 +65,21 @@ async fn a_stranger_at_the_workers_socket_is_refused() {
     assert!(matches!(link::connect(&path, own), Err(link::ConnectError::Connect { .. })));
 }
 
+#[tokio::test]
+async fn last_words_are_heard_from_a_worker_that_has_not_read_its_messages() {
+    let (near, far) = pair();
+    let mut buffer = [0; MAX_MESSAGE];
+    rustix::net::send(&near, encode(&ToWorker::Start, &mut buffer), SendFlags::empty()).expect("sent");
+    let words = FromWorker::Failed { message: "the kernel file is empty".to_owned(), smallest_max: None };
+    rustix::net::send(&far, encode(&words, &mut buffer), SendFlags::empty()).expect("sent");
+    drop(far);
+    let (inbox, mut heard) = tokio::sync::mpsc::channel(4);
+    let (_queue, reader) = link::attach(near, inbox, |item| item).expect("attached");
+    reader.await;
+    assert_eq!(heard.recv().await, Some(link::FromLink::Message(words)));
+    assert_eq!(heard.recv().await, Some(link::FromLink::Closed));
+}
+
 /// An interface with one VM behind it, and requests to it.
 struct Site {
     _dir: tempfile::TempDir,
