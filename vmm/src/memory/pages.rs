@@ -236,15 +236,18 @@ impl Pages {
     }
 
     fn hold(&mut self) {
+        // Looked at before: on a busy host all may be out when the kicks are done.
+        let (since, were_out) = (monotonic_ns(), self.gate.all_out());
         if self.gate.hold(gate::NO_MEMORY) {
-            self.held_since = Some(monotonic_ns());
-            self.leaving = !self.gate.all_out();
+            self.held_since = Some(since);
+            self.leaving = !were_out;
         }
     }
 
     /// The last vCPU has come out.
     pub fn on_all_out(&mut self) {
         if let Some(since) = self.held_since
+            && self.gate.all_out()
             && std::mem::take(&mut self.leaving)
         {
             self.hold_times.record(self.gate.all_out_ns().saturating_sub(since));
