@@ -258,10 +258,12 @@ impl Actor {
         }
         let enough = usage.0.saturating_sub(stock) <= change.pending.new_max().0;
         if stock > 0 && enough && change.recall.is_none() {
-            vm.seq = vm.seq.wrapping_add(1);
-            change.recall = Some(vm.seq);
-            let seq = vm.seq;
-            vm.send(ToWorker::Recall { seq });
+            let seq = vm.next_seq();
+            // One that was not sent is not waited for: the next report is the next chance.
+            let sent = vm.send(ToWorker::Recall { seq });
+            if let Some(change) = &mut vm.change {
+                change.recall = sent.then_some(seq);
+            }
         }
     }
 
