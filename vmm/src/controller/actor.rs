@@ -298,7 +298,7 @@ impl Actor {
                 vm.paused_by = Some(by);
             }
             if let Some(reply) = reply {
-                answer(reply, Ok(self.vm_view(id, false)));
+                self.pause_again(id, reply);
             }
             return;
         }
@@ -320,6 +320,23 @@ impl Actor {
         let details = self.account(id, json!({ "by": if by == PausedBy::User { "request" } else { "policy" } }));
         let name = self.vms[&id].name.clone();
         self.event(EventKind::Paused, Some(&name), details);
+    }
+
+    /// A VM is to be paused that is paused already: its vCPUs may be on their way out, or its worker silent.
+    fn pause_again(&mut self, id: VmId, reply: Reply<VmView>) {
+        let vm = self.vms.get_mut(&id).expect("found");
+        let pending = vm.waiting.iter().find(|w| matches!(w.what, Awaited::Paused(_))).map(|w| w.seq);
+        if pending.is_none() && vm.report.paused {
+            answer(reply, Ok(self.vm_view(id, false)));
+            return;
+        }
+        let seq = pending.unwrap_or_else(|| vm.next_seq());
+        if pending.is_none() && !vm.send(ToWorker::Pause { seq }) {
+            answer(reply, Err(silent(&vm.name)));
+            return;
+        }
+        let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
+        vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
     }
 
     fn resume_on_request(&mut self, id: VmId, reply: Reply<VmView>) {
@@ -354,6 +371,14 @@ impl Actor {
         }
         vm.state = VmState::Running;
         vm.paused_by = None;
+        vm.report.paused = false;
+        // The worker answers no pause that was taken back before its vCPUs were out.
+        let taken_back = vm.waiting.extract_if(.., |w| matches!(w.what, Awaited::Paused(_)));
+        for waiting in taken_back.collect::<Vec<_>>() {
+            if let Awaited::Paused(reply) = waiting.what {
+                answer(reply, Err(Refusal::new(Code::Superseded, "a later request let the VM go on")));
+            }
+        }
         if let Some(hold) = &mut vm.hold {
             // Time in which nobody could have helped does not count.
             hold.since = Instant::now();
@@ -362,7 +387,7 @@ impl Actor {
         }
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
-            vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
+            vm.waiting.push(Waiting { seq, until, what: Awaited::Resumed(reply) });
         }
         let details = self.account(id, json!({ "by": by }));
         let name = self.vms[&id].name.clone();
@@ -410,7 +435,7 @@ impl Actor {
             let waiting = vm.waiting.swap_remove(index);
             match waiting.what {
                 Awaited::View(reply) => answer(reply, Ok(self.vm_view(id, true))),
-                Awaited::Paused(reply) => answer(reply, Err(silent(&vm.name))),
+                Awaited::Paused(reply) | Awaited::Resumed(reply) => answer(reply, Err(silent(&vm.name))),
                 Awaited::Recall(requested) => self.begin_change(id, *requested),
             }
         }

@@ -23,7 +23,7 @@ pub enum Code {
     LimitBelowUsage,
     /// Memory was not given back in time; the old limit is in force.
     LimitNotReached,
-    /// A later change of the same limit took this one's place.
+    /// A later request took this one's place.
     Superseded,
     /// The VM runs without accounting.
     NotAccounted,

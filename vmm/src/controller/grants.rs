@@ -51,15 +51,16 @@ impl Actor {
     /// Gives the answers that waited for this report.
     fn answered(&mut self, id: VmId, seq: Option<u32>) {
         let Some(seq) = seq else { return };
-        let Some(vm) = self.vms.get_mut(&id) else {
-            return;
-        };
-        let Some(index) = vm.waiting.iter().position(|waiting| waiting.seq == seq) else {
-            return;
-        };
-        match vm.waiting.swap_remove(index).what {
-            Awaited::View(reply) | Awaited::Paused(reply) => answer(reply, Ok(self.vm_view(id, false))),
-            Awaited::Recall(requested) => self.begin_change(id, *requested),
+        // More than one may wait for the same pause.
+        while let Some(vm) = self.vms.get_mut(&id)
+            && let Some(index) = vm.waiting.iter().position(|waiting| waiting.seq == seq)
+        {
+            match vm.waiting.swap_remove(index).what {
+                Awaited::View(reply) | Awaited::Paused(reply) | Awaited::Resumed(reply) => {
+                    answer(reply, Ok(self.vm_view(id, false)));
+                }
+                Awaited::Recall(requested) => self.begin_change(id, *requested),
+            }
         }
     }
 

@@ -210,7 +210,7 @@ impl Actor {
         for waiting in waiting {
             match waiting.what {
                 Awaited::View(reply) => answer(reply, Ok(self.vm_view(id, false))),
-                Awaited::Paused(reply) => answer(reply, Err(gone.clone())),
+                Awaited::Paused(reply) | Awaited::Resumed(reply) => answer(reply, Err(gone.clone())),
                 Awaited::Recall(requested) => Self::abandon_request(*requested, &gone),
             }
         }

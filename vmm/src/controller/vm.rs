@@ -93,8 +93,10 @@ pub(super) struct Waiting {
 pub(super) enum Awaited {
     /// Show the VM; without an answer, its last known numbers.
     View(Reply<VmView>),
-    /// The vCPUs are out, or back; without an answer the request fails.
+    /// The vCPUs are out; without an answer the request fails.
     Paused(Reply<VmView>),
+    /// The vCPUs are let go on; without an answer the request fails.
+    Resumed(Reply<VmView>),
     /// The stock is back, begin the change of the limit; without an answer begin all the same.
     Recall(Box<Requested>),
 }

@@ -102,6 +102,47 @@ async fn pause_and_resume_are_answered_by_the_worker_and_idempotent() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pause_is_answered_when_the_vcpus_are_out_or_when_it_is_taken_back() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    let start = |worker: &FakeWorker| {
+        let controller = worker.controller.clone();
+        tokio::spawn(async move { controller.pause("vm").await })
+    };
+    let first = start(&worker);
+    let ToWorker::Pause { seq } = worker.next().await else { panic!("no pause") };
+    assert!(matches!(worker.next().await, ToWorker::Recall { .. }));
+    // The second one is not told that the VM stands still before it does.
+    let second = start(&worker);
+    assert_eq!(worker.try_next().await, None);
+    assert!(!second.is_finished());
+    worker.report.paused = true;
+    worker.answer(seq).await;
+    for pausing in [first, second] {
+        assert_eq!(pausing.await.expect("no panic").expect("paused").state, VmState::Paused);
+    }
+
+    let controller = worker.controller.clone();
+    tokio::spawn(async move { controller.resume("vm").await });
+    let ToWorker::Resume { seq } = worker.next().await else { panic!("no resume") };
+    worker.report.paused = false;
+    worker.answer(seq).await;
+    let taken_back = start(&worker);
+    assert!(matches!(worker.next().await, ToWorker::Pause { .. }));
+    let controller = worker.controller.clone();
+    tokio::spawn(async move { controller.resume("vm").await });
+    // No answer of the worker is needed, and it would give none.
+    assert_eq!(taken_back.await.expect("no panic").expect_err("taken back").code, Code::Superseded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_pause_does_not_say_yes_for_a_silent_worker() {
+    let worker = FakeWorker::running(Setup::default()).await;
+    for _ in 0..2 {
+        assert_eq!(worker.controller.pause("vm").await.expect_err("silent").code, Code::Busy);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn kill_is_answered_when_the_worker_is_gone() {
     let worker = FakeWorker::running(Setup::default()).await;
     let controller = worker.controller.clone();
