@@ -12,6 +12,7 @@
 //! | `changes.rs` | changes of limits |
 //! | `show.rs` | what the interface sees |
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -253,6 +254,7 @@ impl Actor {
             refused: false,
             grant_due: false,
             balloon_sent: None,
+            balloon_due: false,
             hold: None,
             oom_events: 0,
             oom_killed: false,
@@ -265,6 +267,7 @@ impl Actor {
             link_closed: false,
             patience: Some(Instant::now() + host::scaled(WORKER_PATIENCE)),
             ended: Some(ended),
+            warned: Cell::default(),
         };
         self.event(EventKind::Created, Some(&vm.name), details);
         self.vms.insert(new.id, vm);

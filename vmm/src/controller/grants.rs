@@ -10,6 +10,8 @@
 //! A hold has one deadline, from the first report that says so. Repeating it does not put the deadline off, and
 //! being released cancels it.
 
+use std::time::Duration;
+
 use memcg_core::reclaim;
 use memcg_core::tree::{Charge, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -24,6 +26,9 @@ use crate::worker::protocol::{Report, ToWorker};
 
 /// The only life of a controller there is until workers are taken over.
 pub const EPOCH: u32 = 1;
+
+/// Time after which the policy tries again to pause a VM whose worker does not read.
+const SILENT_RETRY: Duration = Duration::from_secs(1);
 
 impl Actor {
     /// Takes a report.
@@ -162,6 +167,11 @@ impl Actor {
                 self.send_grant(id, vm.refused);
             }
         }
+        let room = |vm: &Vm| vm.alive() && vm.to_worker.capacity() > 0;
+        let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.balloon_due && room(vm)).map(|(id, _)| *id).collect();
+        for id in due {
+            self.aim_balloon(id);
+        }
     }
 
     /// Tries the refused wants again when there may be room for them.
@@ -181,9 +191,12 @@ impl Actor {
         let vm = self.vms.get_mut(&id).expect("checked");
         let pages = u32::try_from(target.0).unwrap_or(u32::MAX);
         if vm.state == VmState::Starting || vm.balloon_sent == Some(pages) {
+            vm.balloon_due = false;
             return;
         }
-        if vm.send(ToWorker::BalloonTarget { pages }) {
+        let sent = vm.send(ToWorker::BalloonTarget { pages });
+        vm.balloon_due = !sent;
+        if sent {
             vm.balloon_sent = Some(pages);
         }
     }
@@ -222,6 +235,11 @@ impl Actor {
         let (action, running) = (vm.oom.action, vm.state == VmState::Running);
         let Some(hold) = &mut vm.hold else { return };
         if hold.acted || hold.deadline > now || !running {
+            return;
+        }
+        if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
+            // A silent worker cannot be told; it holds its vCPUs itself, and is told when it reads again.
+            hold.deadline = now + SILENT_RETRY;
             return;
         }
         hold.acted = true;

@@ -1,5 +1,6 @@
 //! One VM as the controller knows it.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use memcg_core::tree::NodeId;
@@ -12,6 +13,9 @@ use super::error::Refusal;
 use super::spawn::Death;
 use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
 use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
+
+/// Time between two lines in the log about one worker that does not read.
+const WARN_EVERY: Duration = Duration::from_secs(10);
 
 /// Number of a VM in this controller; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -151,6 +155,8 @@ pub(super) struct Vm {
     pub grant_due: bool,
     /// The balloon target last sent.
     pub balloon_sent: Option<u32>,
+    /// A target was dropped because the worker did not read.
+    pub balloon_due: bool,
     pub hold: Option<Hold>,
     pub oom_events: u64,
     /// The policy has killed it.
@@ -168,6 +174,8 @@ pub(super) struct Vm {
     /// When to stop waiting: for hello, for the end after the last words, or for the last words after the end.
     pub patience: Option<Instant>,
     pub ended: Option<oneshot::Sender<VmEnd>>,
+    /// When it was last said in the log that the worker does not read.
+    pub warned: Cell<Option<Instant>>,
 }
 
 impl Vm {
@@ -189,7 +197,9 @@ impl Vm {
     /// Sends a message, unless the worker has not read its last ones. Never waits.
     pub fn send(&self, message: ToWorker) -> bool {
         let sent = self.to_worker.try_send(message).is_ok();
-        if !sent {
+        // Every request may end here: a line for each would fill the log, and then the controller waits for its reader.
+        if !sent && self.warned.get().is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            self.warned.set(Some(Instant::now()));
             tracing::warn!(vm = self.name, "the worker does not read its messages");
         }
         sent
