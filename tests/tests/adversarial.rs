@@ -91,3 +91,29 @@ fn usage_never_exceeds_the_limit_with_one_vcpu() {
 fn usage_never_exceeds_the_limit_with_two_vcpus() {
     storm(2);
 }
+
+#[test]
+fn an_exit_status_survives_a_client_that_keeps_asking() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP an_exit_status_survives reason={reason}");
+        return;
+    }
+    for round in 0..10 {
+        let mut vm = TestVm::builder("asked").memory("size=64M,max=32M").cmdline("exit 7").start();
+        let socket = vm.socket().to_owned();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                // Queries that the worker has not read when it ends.
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let _ = http(&socket, "GET", "/vms/asked", None);
+                    }
+                });
+            }
+            let status = vm.wait(10);
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(status.code(), Some(7), "round {round}");
+        });
+    }
+}
