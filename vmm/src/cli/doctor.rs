@@ -1,5 +1,7 @@
 //! `ballast doctor`: can this host run VMs, and what to do if not.
 
+use std::path::Path;
+
 use memcg_core::units::human;
 
 use super::{DONE, ERROR};
@@ -17,6 +19,12 @@ pub fn doctor() -> u8 {
         ("memory", memory()),
     ];
     let (mut status, mut out) = (DONE, String::new());
+    // No failure: freestanding guests run on any KVM.
+    let linux = if ["kvm_intel", "kvm_amd"].iter().any(|module| Path::new("/sys/module").join(module).exists()) {
+        "ok    linux guests this KVM runs them (VMX or SVM)\n"
+    } else {
+        "note  linux guests this KVM is neither VMX nor SVM: only freestanding guests run on it\n"
+    };
     for (what, result) in checks {
         match result {
             Ok(text) => out.push_str(&format!("ok    {what:12} {text}\n")),
@@ -26,6 +34,7 @@ pub fn doctor() -> u8 {
             }
         }
     }
+    out.push_str(linux);
     // A closed pipe is the reader's choice.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes());
     status

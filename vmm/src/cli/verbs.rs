@@ -12,6 +12,7 @@ use super::{DONE, Failure, NOT_REACHED, NameArg, SocketArg, client, show, socket
 use crate::api::MemoryPatch;
 use crate::controller::events::{Event, EventKind};
 use crate::controller::view::{VmState, VmView};
+use crate::controller::{DEADLINE, host};
 
 /// `ballast set`.
 #[derive(Debug, clap::Args)]
@@ -84,10 +85,12 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
     let max = |bytes: Option<u64>| bytes.map_or("max".to_owned(), human);
     if status == hyper::StatusCode::ACCEPTED {
         eprintln!(
-            "ballast: accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it fits",
+            "ballast: accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it fits, and \
+             stays as it is if it does not within {} s of the request",
             human(view.memory.current_bytes),
             max(view.memory.max_bytes),
             max(view.memory.max_pending_bytes),
+            host::scaled(DEADLINE).as_secs(),
         );
         return Ok(NOT_REACHED);
     }
