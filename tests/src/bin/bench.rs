@@ -191,7 +191,7 @@ fn full(short: usize, long: usize) -> usize {
 /// R1: sequential first touch of 256 MiB, unmanaged time over charged time.
 fn first_touch(id: &'static str, cpus: u32) -> Outcome {
     let work = if cpus == 1 { "touch 16M 256M seed=1" } else { "touch 16M 256M seed=1 cpus=all" };
-    let runs = pairs(full(5, 9), || run("size=320M", cpus, work), || run("size=320M,max=320M", cpus, work));
+    let runs = pairs(full(9, 21), || run("size=320M", cpus, work), || run("size=320M,max=320M", cpus, work));
     let charged = &runs[runs.len() / 2].1;
     let (touched, around) = (number(&charged.faults, "touched_pages"), number(&charged.faults, "around_pages"));
     let ratio = 256.0 * MIB as f64 / 4096.0;
@@ -232,7 +232,7 @@ fn random_touch() -> Outcome {
 fn charge_cost() -> Outcome {
     let work = "touch 16M 256M seed=1";
     let pages = (256 * MIB / 4096) as f64;
-    let runs = pairs(full(9, 31), || bare_ns("around", work), || run("size=320M,track=on", 1, work).ns);
+    let runs = pairs(full(31, 61), || bare_ns("around", work), || run("size=320M,track=on", 1, work).ns);
     let values = runs.iter().map(|(_, ours)| 1.0 + charge_ns() / (*ours as f64 / pages)).collect();
     let mut whole: Vec<f64> = runs.iter().map(|(bare, ours)| *ours as f64 / *bare as f64).collect();
     whole.sort_by(f64::total_cmp);
@@ -367,7 +367,7 @@ fn bare(around: bool, work: &str) -> u64 {
             true => ballast::memory::place::Placement::with(its),
             false => ballast::memory::place::Placement::free(),
         };
-        let mut windows = Around::default();
+        let mut windows = Around::new(1);
         loop {
             let mut wait = [rustix::event::PollFd::new(&uffd, rustix::event::PollFlags::IN)];
             let _ = rustix::event::poll(&mut wait, None);
@@ -376,7 +376,12 @@ fn bare(around: bool, work: &str) -> u64 {
                 let run = page..if around { ram.pages() } else { page + 1 };
                 let (window, stream) = windows.window(page, run, !around);
                 windows.filled(stream, window);
-                while uffd.fill(ram.hva(window.first), window.pages) == Fill::RetryLater {}
+                let mut done = 0;
+                while done < window.pages {
+                    if let Fill::Filled(pages) = uffd.fill(ram.hva(window.first + done), window.pages - done) {
+                        done += pages;
+                    }
+                }
             });
             placement.follow(n);
         }

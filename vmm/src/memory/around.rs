@@ -7,8 +7,9 @@
 //! fault starts a stream with a granule of one page in the place of the one unused for longest. So a stream never fills
 //! more pages ahead than have been touched in it before.
 
-/// Largest granule in pages (2 MiB), for a guest that has walked through as much already.
-pub const MAX_GRANULE: u64 = 512;
+/// Largest granule in pages (8 MiB, what a full stock holds) for a guest with one vCPU that has walked through as much
+/// already. Vcpus share it: while one window is filled, the faults of the others wait.
+pub const MAX_GRANULE: u64 = 2048;
 
 /// Streams remembered; more than vCPUs are likely to walk at the same time in a small guest.
 const STREAMS: usize = 8;
@@ -33,13 +34,19 @@ pub struct Window {
 }
 
 /// The streams of one VM.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Around {
     streams: [Stream; STREAMS],
     clock: u64,
+    max: u64,
 }
 
 impl Around {
+    /// No stream yet, for a guest with `cpus` vCPUs (at least 1).
+    pub fn new(cpus: u32) -> Self {
+        Self { streams: Default::default(), clock: 0, max: (MAX_GRANULE / u64::from(cpus.max(1))).max(16) }
+    }
+
     /// The window for a fault at `page` when the run of fillable pages around it is `run`, and its stream's number
     /// for [`Around::filled`].
     ///
@@ -55,7 +62,7 @@ impl Around {
         let stream = &mut self.streams[slot];
         stream.used = self.clock;
         let downwards = found.is_some() && stream.above != page;
-        stream.granule = if found.is_some() { (stream.granule * 2).min(MAX_GRANULE) } else { 1 };
+        stream.granule = if found.is_some() { (stream.granule * 2).min(self.max) } else { 1 };
         let window = if single {
             Window { first: page, pages: 1 }
         } else if downwards {
@@ -86,22 +93,33 @@ mod tests {
     }
 
     #[test]
-    fn a_sequential_walk_doubles_up_to_two_megabytes() {
-        let mut around = Around::default();
+    fn a_sequential_walk_doubles_up_to_what_a_stock_holds() {
+        let mut around = Around::new(1);
         let mut page = 1000;
-        let sizes: Vec<u64> = (0..11)
+        let sizes: Vec<u64> = (0..13)
             .map(|_| {
                 let w = touch(&mut around, page);
                 page = w.first + w.pages;
                 w.pages
             })
             .collect();
-        assert_eq!(sizes, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 512]);
+        assert_eq!(sizes, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2048]);
+    }
+
+    #[test]
+    fn vcpus_share_the_largest_granule() {
+        let mut around = Around::new(4);
+        let mut page = 0;
+        for _ in 0..15 {
+            let w = touch(&mut around, page);
+            assert!(w.pages <= MAX_GRANULE / 4);
+            page = w.first + w.pages;
+        }
     }
 
     #[test]
     fn a_walk_downwards_is_followed_too() {
-        let mut around = Around::default();
+        let mut around = Around::new(1);
         touch(&mut around, 1000);
         assert_eq!(touch(&mut around, 999), Window { first: 998, pages: 2 });
         assert_eq!(touch(&mut around, 997), Window { first: 994, pages: 4 });
@@ -109,7 +127,7 @@ mod tests {
 
     #[test]
     fn random_touches_get_one_page_each() {
-        let mut around = Around::default();
+        let mut around = Around::new(1);
         for i in 0..100 {
             assert_eq!(touch(&mut around, i * 7919 % 100_000).pages, 1);
         }
@@ -117,7 +135,7 @@ mod tests {
 
     #[test]
     fn interleaved_walks_keep_their_own_granules() {
-        let mut around = Around::default();
+        let mut around = Around::new(1);
         let (mut a, mut b) = (0, 500_000);
         for _ in 0..5 {
             a = {
@@ -134,7 +152,7 @@ mod tests {
 
     #[test]
     fn the_window_stays_inside_the_run() {
-        let mut around = Around::default();
+        let mut around = Around::new(1);
         for (page, run) in [(10, 10..11), (11, 11..12), (12, 12..14)] {
             let (w, slot) = around.window(page, run.clone(), false);
             around.filled(slot, w);

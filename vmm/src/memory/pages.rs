@@ -101,7 +101,7 @@ impl Pages {
         Self {
             frames: FrameTable::new(ram.pages() as usize),
             stock: Stock::new(Count(reserve)),
-            around: Around::default(),
+            around: Around::new(cpus),
             counts: FaultCounts::default(),
             // More faults than the reserve has pages cannot wait at once but for claimed pages, one a thread.
             waiting: Vec::with_capacity(4 * reserve as usize),
