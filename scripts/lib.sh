@@ -29,6 +29,10 @@ unlock_cache() { exec {CACHE_LOCK}>&-; }
 scratch() { mktemp -d "$CACHE/$1.$$.XXXXXX"; }
 remove_scratch() { rm -rf "$CACHE"/*."$$".??????; }
 
+# Can this user run guests with limits on this machine's KVM, and is that a KVM that runs Linux?
+can_run_guests() { [ -w /dev/kvm ] && [ -w /dev/userfaultfd ]; }
+can_run_linux() { can_run_guests && { [ -e /sys/module/kvm_intel ] || [ -e /sys/module/kvm_amd ]; }; }
+
 # need COMMAND:PACKAGE... installs the packages whose command is missing. That takes root.
 need() {
     local pair missing=()
