@@ -3,6 +3,8 @@
 use memcg_core::tree::{AddError, Kind, LimitPatch, Mode, NodeId, RemoveError, Tree};
 use memcg_core::units::{Limit, Pages};
 
+use crate::nodes::{group, vm};
+
 /// A tree `/ → group → vm, sibling` and `/ → uncle`.
 struct Family {
     tree: Tree,
@@ -14,10 +16,10 @@ struct Family {
 
 fn family() -> Family {
     let mut tree = Tree::new(Limit::Max);
-    let group = tree.add(tree.root(), "group").unwrap();
-    let vm = tree.add(group, "vm").unwrap();
-    let sibling = tree.add(group, "sibling").unwrap();
-    let uncle = tree.add(tree.root(), "uncle").unwrap();
+    let root = tree.root();
+    let group = group(&mut tree, root, "group");
+    let (vm, sibling) = (vm(&mut tree, group, "vm"), crate::nodes::vm(&mut tree, group, "sibling"));
+    let uncle = crate::nodes::vm(&mut tree, root, "uncle");
     Family { tree, group, vm, sibling, uncle }
 }
 

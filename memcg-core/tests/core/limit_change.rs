@@ -5,6 +5,7 @@ use std::time::Duration;
 use memcg_core::limit_change::{Begun, LimitChange, Mode, Outcome, Step, Terms, slack};
 use memcg_core::tree::{Kind, LimitPatch, Mode as Charge, NodeId, SetLimitError, Tree};
 use memcg_core::units::{Limit, Pages};
+
 use proptest::prelude::*;
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -17,7 +18,8 @@ fn at(ms: u64) -> Duration {
 /// A VM with `used` pages and a limit.
 fn vm(used: u64, max: Limit) -> (Tree, NodeId) {
     let mut tree = Tree::new(Limit::Max);
-    let vm = tree.add(tree.root(), "vm").unwrap();
+    let root = tree.root();
+    let vm = crate::nodes::vm(&mut tree, root, "vm");
     tree.set_limits(vm, &LimitPatch::max(max)).unwrap();
     let _ = tree.try_charge(vm, Pages(used), Charge::Wait).unwrap();
     (tree, vm)

@@ -5,7 +5,8 @@ use memcg_core::units::{Limit, Pages};
 
 fn vm() -> (Tree, NodeId) {
     let mut tree = Tree::new(Limit::Max);
-    let vm = tree.add(tree.root(), "vm").unwrap();
+    let root = tree.root();
+    let vm = crate::nodes::vm(&mut tree, root, "vm");
     (tree, vm)
 }
 
@@ -107,7 +108,8 @@ fn lowering_high_below_usage_is_a_crossing() {
 #[test]
 fn the_root_has_a_limit() {
     let mut tree = Tree::new(Limit::Pages(Pages(8)));
-    let vm = tree.add(tree.root(), "vm").unwrap();
+    let root = tree.root();
+    let vm = crate::nodes::vm(&mut tree, root, "vm");
     assert_eq!(tree.try_charge(vm, Pages(9), Mode::Wait).unwrap_err().level, tree.root());
     tree.set_limits(tree.root(), &LimitPatch::max(Limit::Pages(Pages(9)))).unwrap();
     let _ = tree.try_charge(vm, Pages(9), Mode::Wait).unwrap();

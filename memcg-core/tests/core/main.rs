@@ -4,6 +4,7 @@ mod charge;
 mod frame;
 mod limit_change;
 mod limits;
+mod nodes;
 mod reclaim;
 mod stock;
 mod tree_model;

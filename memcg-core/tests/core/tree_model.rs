@@ -357,8 +357,9 @@ proptest! {
         ops in prop::collection::vec((0usize..2, 0u64..300, any::<bool>()), 0..200),
     ) {
         let mut tree = Tree::new(to_limit(limits[0]));
-        let group = tree.add(tree.root(), "group").unwrap();
-        let vms = [tree.add(group, "a").unwrap(), tree.add(group, "b").unwrap()];
+        let root = tree.root();
+        let group = crate::nodes::group(&mut tree, root, "group");
+        let vms = ["a", "b"].map(|name| crate::nodes::vm(&mut tree, group, name));
         tree.set_limits(group, &LimitPatch::max(to_limit(limits[1]))).unwrap();
         tree.set_limits(vms[0], &LimitPatch::max(to_limit(limits[2]))).unwrap();
         for (vm, pages, charge) in ops {
