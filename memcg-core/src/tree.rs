@@ -1,7 +1,8 @@
 //! The tree of counters: host, groups, VMs.
 //!
-//! One owner, plain integers: no atomics, no locks, every snapshot consistent. Each node has three counters: memory
-//! (U, everything), vmm (K, overhead, always in U too) and swap (S). A charge walks from the node to the root; it is
+//! One owner, plain integers: no atomics, no locks, every snapshot consistent. Each node has four counters: memory
+//! (U, everything), vmm (K, overhead, always in U too), store (compressed content of evicted pages, in U too) and swap
+//! (S). A node is charged only when its accounting is on ([`Accounting`]). A charge walks from the node to the root; it is
 //! checked at every level before the first counter moves, so a refused charge changes nothing but one count of failures
 //! at the level that refused.
 //!
@@ -26,6 +27,7 @@
 //! | 57, 81, B51 | overhead charges K first, then U, in one step; a refusal by K touches only K's count |
 //! | 62, 84, 116 | [`Mode`] |
 //! | 63 | [`Refused::level`]: where the limit was met, hence whose subtree may be reclaimed |
+//! | 58, 67, 68, 70, 73, 93, 94 | [`Accounting`]: off at first, inherited, one-way, turned on in one step |
 //! | 66 | peak and failcnt can be reset; peak ≥ usage always |
 //! | 69 | writing the limits that are already there changes nothing |
 //! | 71 | lowering `vmm.max` below usage is refused |
@@ -34,15 +36,17 @@
 //! | 115, B80, B91 | `high` is edge-triggered: `before <= high && after > high`, re-evaluated when it is lowered |
 //! | 120 | peak moves only when the whole charge succeeded |
 
+mod accounting;
 mod charge;
 mod check;
 mod counter;
 mod limits;
 mod snapshot;
 
+pub use accounting::Accounting;
 pub use charge::{Charge, Crossed, Kind, Mode, Refused, Reservation};
 pub use check::Violation;
-pub use counter::CounterSnapshot;
+pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
 pub use limits::{LimitPatch, Limits, SetLimitError};
 pub use snapshot::NodeSnapshot;
 
@@ -123,6 +127,7 @@ struct Node {
     /// Childless nodes below this one, itself when it has no children: those who share its room.
     members: u32,
     online: bool,
+    accounting: Accounting,
     counters: Counters,
     limits: Limits,
     /// A cap on memory while a lower `max` is pending.
@@ -144,6 +149,7 @@ impl Node {
             depth,
             members: 1,
             online: true,
+            accounting: Accounting::Off,
             counters: Counters::default(),
             limits: Limits::default(),
             ceiling: None,
@@ -177,6 +183,7 @@ impl Tree {
     pub fn new(budget: Limit) -> Tree {
         let mut root = Node::new("/".to_owned(), None, 0);
         root.limits.max = budget;
+        root.accounting = Accounting::On;
         let slots = vec![Slot { life: 0, node: Some(root) }];
         Tree { slots, free: Vec::new(), root: NodeId { index: 0, life: 0 }, next_ticket: 1 }
     }
@@ -186,7 +193,8 @@ impl Tree {
         self.root
     }
 
-    /// Adds a node below `parent`, without limits and charges (`min` and `low` are 0).
+    /// Adds a node below `parent`, without limits and charges (`min` and `low` are 0). It is accounted from the start
+    /// below an accounted group, and not otherwise; the root's own accounting is not passed on.
     ///
     /// # Errors
     /// [`AddError`]; nothing has changed then.
@@ -207,7 +215,10 @@ impl Tree {
         if parent != self.root && !above.counters.is_free_of_own() {
             return Err(AddError::ParentCharged(above.name.clone()));
         }
-        let node = Node::new(name.to_owned(), Some(parent), above.depth + 1);
+        let mut node = Node::new(name.to_owned(), Some(parent), above.depth + 1);
+        if parent != self.root {
+            node.accounting = above.accounting;
+        }
         // A parent without children counted as one member itself; the child takes its place.
         let more = !above.children.is_empty();
         let id = self.insert(node);
@@ -246,7 +257,7 @@ impl Tree {
             return Err(RemoveError::HasChildren { name: node.name.clone(), children: node.children.len() });
         }
         if !node.counters.is_free() {
-            let usage = node.counters.memory.usage + node.counters.swap.usage;
+            let usage = node.counters.get(Counter::Memory).usage + node.counters.get(Counter::Swap).usage;
             return Err(RemoveError::Charged { name: node.name.clone(), usage });
         }
         let above = self.node_mut(parent);
@@ -334,6 +345,16 @@ impl Tree {
     /// `id` and its ancestors, the root last.
     pub fn ancestry(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
         std::iter::successors(Some(id), |at| self.node(*at).parent)
+    }
+
+    /// `id` and everything below it, each before what is below it.
+    pub fn subtree(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
+        let mut left = vec![id];
+        std::iter::from_fn(move || {
+            let at = left.pop()?;
+            left.extend(self.node(at).children.iter().rev());
+            Some(at)
+        })
     }
 
     /// Whether `id` is `top` or below it: a limit met at `top` may be relieved only there (rows 48, 63).

@@ -1,7 +1,6 @@
 //! Charging: prepare (may be refused) → commit (cannot fail) or refund.
 
-use super::counter::Which;
-use super::{MAX_LEVELS, Node, NodeId, Tree};
+use super::{Accounting, Counter, MAX_LEVELS, Node, NodeId, Overhead, Tree};
 use crate::reclaim;
 use crate::units::{Limit, Pages};
 
@@ -27,9 +26,25 @@ pub enum Kind {
     /// Guest pages, and those charged ahead for them: memory.
     Guest,
     /// Overhead of the VMM: vmm and memory in one step.
-    Overhead,
+    Overhead(Overhead),
+    /// Compressed content of evicted pages, rounded up to pages: store and memory in one step.
+    Store,
     /// Evicted pages: swap.
     Swap,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 8] = [
+        Kind::Guest,
+        Kind::Overhead(Overhead::Vcpu),
+        Kind::Overhead(Overhead::Queue),
+        Kind::Overhead(Overhead::FrameRecords),
+        Kind::Overhead(Overhead::PageTables),
+        Kind::Overhead(Overhead::Worker),
+        Kind::Store,
+        Kind::Swap,
+    ];
 }
 
 /// Nodes that went above their high limit with one charge. No allocation.
@@ -73,14 +88,19 @@ pub struct Charge {
 
 /// A charge that was refused. Nothing has changed but one count of failures at `level`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{} over the limit", .short_by)]
+#[error("{counter}: {usage} in use of {limit}, {short_by} do not fit")]
 pub struct Refused {
     /// The lowest node without room: reclaim, and the choice of a victim, are its subtree's affair alone.
     pub level: NodeId,
+    /// The counter that has no room there. With [`Counter::Vmm`] reclaim does not help.
+    pub counter: Counter,
+    /// What that counter is now.
+    pub usage: Pages,
+    /// The limit in its way, a ceiling included. [`Limit::Max`]: it would leave 64 bits. An offline node refuses as if
+    /// its usage were its limit.
+    pub limit: Limit,
     /// Pages that did not fit there.
     pub short_by: Pages,
-    /// True when it was `vmm.max` that refused: reclaim does not help.
-    pub by_vmm: bool,
 }
 
 /// A charge that is not yet used. Dropped, it refunds; [`Reservation::commit`] keeps it.
@@ -123,21 +143,22 @@ impl Drop for Reservation<'_> {
 
 impl Node {
     /// The effective limit of one counter.
-    fn limit(&self, which: Which) -> Limit {
+    fn limit(&self, which: Counter) -> Limit {
         match which {
-            Which::Vmm => self.limits.vmm_max,
-            Which::Memory => self.limits.max.min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
-            Which::Swap => self.limits.swap_max,
+            Counter::Memory => self.limits.max.min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
+            Counter::Vmm => self.limits.vmm_max,
+            Counter::Store => self.limits.store_max,
+            Counter::Swap => self.limits.swap_max,
         }
     }
 
     /// What could still be charged to one counter here, `None` without a limit.
-    fn room(&self, which: Which) -> Option<Pages> {
+    fn room(&self, which: Counter) -> Option<Pages> {
         self.limit(which).as_pages().map(|limit| limit.saturating_sub(self.counters.get(which).usage))
     }
 
     /// By how much `pages` would not fit. Without a limit only 64 bits are in the way.
-    fn short(&self, which: Which, pages: Pages) -> Option<Pages> {
+    fn short(&self, which: Counter, pages: Pages) -> Option<Pages> {
         let usage = self.counters.get(which).usage;
         let room = self.room(which).unwrap_or(Pages(u64::MAX).saturating_sub(usage));
         (pages > room).then(|| pages.saturating_sub(room))
@@ -146,7 +167,7 @@ impl Node {
     /// Brings the reported overcharge up to date after usage or limit moved.
     pub(super) fn settle_overcharge(&mut self) {
         self.overcharge = match self.limits.max {
-            Limit::Pages(max) => self.counters.memory.usage.saturating_sub(max),
+            Limit::Pages(max) => self.counters.get(Counter::Memory).usage.saturating_sub(max),
             Limit::Max => Pages::ZERO,
         };
     }
@@ -173,27 +194,28 @@ impl Tree {
     /// As [`Self::try_charge`].
     pub fn try_charge_as(&mut self, id: NodeId, kind: Kind, pages: Pages, mode: Mode) -> Result<Charge, Refused> {
         let mut charge = Charge { pages, crossed_high: Crossed::NONE, forced_at: None };
-        if pages.is_zero() {
+        let node = self.node(id);
+        if pages.is_zero() || node.accounting == Accounting::Off {
             return Ok(charge);
         }
-        if !self.node(id).online && mode != Mode::NoFail {
-            return Err(Refused { level: id, short_by: pages, by_vmm: false });
+        if !node.online && mode != Mode::NoFail {
+            let usage = node.counters.get(Counter::Memory).usage;
+            let limit = Limit::Pages(usage);
+            return Err(Refused { level: id, counter: Counter::Memory, usage, limit, short_by: pages });
         }
         for &which in kind.counters() {
-            let Some((level, short_by)) = self.first_short(id, which, pages) else {
+            let Some(level) = self.first_short(id, which, pages) else {
                 continue;
             };
-            let refused = Refused { level, short_by, by_vmm: which == Which::Vmm };
             if mode != Mode::NoFail {
                 self.count_refusal(level, which, mode);
-                return Err(refused);
+                return Err(self.refusal(level, which, pages));
             }
-            if self.ancestry(id).any(|at| self.node(at).counters.get(which).usage.checked_add(pages).is_none()) {
-                return Err(refused);
-            }
+            self.check_bits(id, kind, pages)?;
             charge.forced_at = charge.forced_at.or(Some(level));
         }
         // Nothing can fail from here on.
+        self.node_mut(id).counters.change_own(kind, |own| own + pages);
         let mut at = Some(id);
         while let Some(level) = at {
             let node = self.node_mut(level);
@@ -203,14 +225,11 @@ impl Tree {
                 if over {
                     counter.refuse(Mode::NoFail);
                 }
-                if level == id {
-                    counter.own += pages;
-                }
                 let before = counter.usage;
                 counter.usage += pages;
                 counter.peak = counter.peak.max(counter.usage);
                 let after = counter.usage;
-                if which == Which::Memory
+                if which == Counter::Memory
                     && let Limit::Pages(high) = node.high()
                     && before <= high
                     && after > high
@@ -232,13 +251,15 @@ impl Tree {
     /// # Errors
     /// [`Refused`] when not even `min` fits, counted by `mode`.
     pub fn charge_up_to(&mut self, id: NodeId, want: Pages, min: Pages, mode: Mode) -> Result<Charge, Refused> {
-        let room = if self.node(id).online { self.margin(id).unwrap_or(want) } else { Pages::ZERO };
+        let node = self.node(id);
+        let free = node.online || node.accounting == Accounting::Off;
+        let room = if free { self.margin(id).unwrap_or(want) } else { Pages::ZERO };
         let pages = want.min(room).max(min);
         if pages.is_zero()
             && !want.is_zero()
-            && let Some((level, _)) = self.first_short(id, Which::Memory, Pages::ONE)
+            && let Some(level) = self.first_short(id, Counter::Memory, Pages::ONE)
         {
-            self.count_refusal(level, Which::Memory, Mode::NoRetry);
+            self.count_refusal(level, Counter::Memory, Mode::NoRetry);
         }
         self.try_charge(id, pages, mode)
     }
@@ -269,29 +290,21 @@ impl Tree {
 
     /// [`Self::uncharge`] for any kind.
     pub fn uncharge_as(&mut self, id: NodeId, kind: Kind, pages: Pages) {
-        let counters = &mut self.node_mut(id).counters;
-        let mut real = pages;
-        for &which in kind.counters() {
-            real = real.min(counters.get(which).own);
+        let node = self.node_mut(id);
+        if node.accounting == Accounting::Off {
+            return;
         }
-        if kind == Kind::Guest {
-            // What is overhead cannot be taken off as guest memory: K <= U.
-            real = real.min(counters.memory.own.saturating_sub(counters.vmm.own));
-        }
+        let real = pages.min(node.counters.own(kind));
         if real != pages {
-            counters.get_mut(kind.counters()[0]).underflows += 1;
+            node.counters.get_mut(kind.counters()[0]).underflows += 1;
             debug_assert!(false, "uncharge of {pages} ({kind:?}) with {real} charged");
         }
-        let mut own = true;
+        node.counters.change_own(kind, |own| own.saturating_sub(real));
         self.walk(id, |node| {
             for &which in kind.counters() {
                 let counter = node.counters.get_mut(which);
                 counter.usage = counter.usage.saturating_sub(real);
-                if own {
-                    counter.own = counter.own.saturating_sub(real);
-                }
             }
-            own = false;
             node.settle_overcharge();
         });
     }
@@ -299,41 +312,62 @@ impl Tree {
     /// Takes everything off that is charged to `id` itself: its worker is gone and the memory is back. Returns the
     /// pages of memory that were charged.
     pub fn uncharge_all(&mut self, id: NodeId) -> Pages {
-        let counters = &self.node(id).counters;
-        let (memory, vmm, swap) = (counters.memory.own, counters.vmm.own, counters.swap.own);
-        self.uncharge_as(id, Kind::Guest, memory.saturating_sub(vmm));
-        self.uncharge_as(id, Kind::Overhead, vmm);
-        self.uncharge_as(id, Kind::Swap, swap);
+        let memory = self.node(id).counters.get(Counter::Memory).own;
+        for kind in Kind::ALL {
+            self.uncharge_as(id, kind, self.node(id).counters.own(kind));
+        }
         memory
     }
 
     /// Guest memory that could be charged to `id` before the nearest limit of any ancestor is met, a ceiling included;
-    /// `None` when there is no limit at all.
+    /// `None` when there is no limit at all, and for what is not accounted.
     pub fn margin(&self, id: NodeId) -> Option<Pages> {
-        self.ancestry(id).filter_map(|at| self.node(at).room(Which::Memory)).min()
+        if self.node(id).accounting == Accounting::Off {
+            return None;
+        }
+        self.ancestry(id).filter_map(|at| self.node(at).room(Counter::Memory)).min()
     }
 
     /// The stock that the VM `id` may hold: at most 8 MiB, one eighth of its room, and its part of one eighth of each
     /// group's room ([`reclaim::stock_max`]).
     pub fn stock_max(&self, id: NodeId) -> Pages {
-        let own = self.node(id).room(Which::Memory);
+        let own = self.node(id).room(Counter::Memory);
         let part = |at: NodeId| {
             let node = self.node(at);
-            reclaim::stock_max(None, node.room(Which::Memory), node.members)
+            reclaim::stock_max(None, node.room(Counter::Memory), node.members)
         };
         let groups = self.ancestry(id).skip(1).map(part).min().unwrap_or(reclaim::STOCK_CAP);
         reclaim::stock_max(own, None, 1).min(groups)
     }
 
-    /// The lowest level where `pages` do not fit, and by how much.
-    fn first_short(&self, id: NodeId, which: Which, pages: Pages) -> Option<(NodeId, Pages)> {
-        self.ancestry(id).find_map(|at| self.node(at).short(which, pages).map(|short| (at, short)))
+    /// The lowest level where `pages` do not fit.
+    fn first_short(&self, id: NodeId, which: Counter, pages: Pages) -> Option<NodeId> {
+        self.ancestry(id).find(|at| self.node(*at).short(which, pages).is_some())
     }
 
-    fn count_refusal(&mut self, level: NodeId, which: Which, mode: Mode) {
+    /// Says that `pages` do not fit at `level`.
+    pub(super) fn refusal(&self, level: NodeId, counter: Counter, pages: Pages) -> Refused {
+        let node = self.node(level);
+        let (usage, limit) = (node.counters.get(counter).usage, node.limit(counter));
+        Refused { level, counter, usage, limit, short_by: node.short(counter, pages).unwrap_or(pages) }
+    }
+
+    /// Whether every counter on the way up can hold `pages` more.
+    pub(super) fn check_bits(&self, id: NodeId, kind: Kind, pages: Pages) -> Result<(), Refused> {
+        for at in self.ancestry(id) {
+            for &which in kind.counters() {
+                if self.node(at).counters.get(which).usage.checked_add(pages).is_none() {
+                    return Err(self.refusal(at, which, pages));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count_refusal(&mut self, level: NodeId, which: Counter, mode: Mode) {
         let node = self.node_mut(level);
         node.counters.get_mut(which).refuse(mode);
-        if which == Which::Memory && mode == Mode::Wait {
+        if which == Counter::Memory && mode == Mode::Wait {
             node.max_hits += 1;
         }
     }

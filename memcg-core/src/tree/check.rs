@@ -1,6 +1,6 @@
 //! The invariants of the tree, as a function that anyone may call at any time.
 
-use super::{NodeId, Tree};
+use super::{Accounting, Counter, NodeId, Tree};
 use crate::units::{Limit, Pages};
 
 /// An invariant that does not hold. There should never be one.
@@ -26,13 +26,33 @@ pub enum Violation {
         /// Memory.
         memory: Pages,
     },
+    /// Overhead is not what its types add up to, or there is less memory than what must be in it.
+    #[error("{path}: of {memory} charged to it are {vmm} overhead ({parts} by type) and {store} store")]
+    Parts {
+        /// Path of the node.
+        path: String,
+        /// Memory charged to this very node.
+        memory: Pages,
+        /// Overhead charged to it.
+        vmm: Pages,
+        /// The same, type by type.
+        parts: Pages,
+        /// Store charged to it.
+        store: Pages,
+    },
+    /// An accounted node above one that is not, or charges that should not be.
+    #[error("{path}: accounting is off, but its parent's is on or something is charged to it")]
+    Accounting {
+        /// Path of the node.
+        path: String,
+    },
     /// A counter is not what its parts add up to.
     #[error("{path}: {counter} is {usage}, own and children add up to {sum}")]
     Sum {
         /// Path of the node.
         path: String,
         /// Which counter.
-        counter: &'static str,
+        counter: Counter,
         /// Its usage.
         usage: Pages,
         /// Own charges and the usage of all children.
@@ -44,7 +64,7 @@ pub enum Violation {
         /// Path of the node.
         path: String,
         /// Which counter.
-        counter: &'static str,
+        counter: Counter,
     },
     /// Something was uncharged that had not been charged.
     #[error("{path}: {count} uncharges of {counter} were larger than what was charged")]
@@ -52,7 +72,7 @@ pub enum Violation {
         /// Path of the node.
         path: String,
         /// Which counter.
-        counter: &'static str,
+        counter: Counter,
         /// How often.
         count: u64,
     },
@@ -70,7 +90,7 @@ pub enum Violation {
 
 impl Tree {
     /// Every invariant that does not hold: usage ≤ max or reported as overcharge, K ≤ U, parent = own + children,
-    /// peak ≥ usage, no underflow, members right. Empty in a healthy tree, at any moment.
+    /// store and overhead by type within memory, peak ≥ usage, no underflow, members and accounting right. Empty in a healthy tree, at any moment.
     pub fn check(&self) -> Vec<Violation> {
         let mut found = Vec::new();
         for id in self.ids() {
@@ -82,7 +102,8 @@ impl Tree {
     fn check_node(&self, id: NodeId, found: &mut Vec<Violation>) {
         let node = self.node(id);
         let path = || self.path(id);
-        let (memory, vmm) = (node.counters.memory.usage, node.counters.vmm.usage);
+        let usage = |which| node.counters.get(which).usage;
+        let (memory, vmm) = (usage(Counter::Memory), usage(Counter::Vmm));
         if let Limit::Pages(max) = node.limits.max
             && memory.saturating_sub(max) > node.overcharge
         {
@@ -91,21 +112,27 @@ impl Tree {
         if vmm > memory {
             found.push(Violation::VmmAboveMemory { path: path(), vmm, memory });
         }
-        let counters = |id: NodeId| {
-            let counters = &self.node(id).counters;
-            [("memory", counters.memory), ("vmm", counters.vmm), ("swap", counters.swap)]
-        };
-        for (n, (counter, value)) in counters(id).into_iter().enumerate() {
-            let below: Pages = node.children.iter().map(|child| counters(*child)[n].1.usage).sum();
-            let sum = value.own + below;
-            if sum != value.usage {
-                found.push(Violation::Sum { path: path(), counter, usage: value.usage, sum });
+        let [memory, vmm, store, _] = Counter::ALL.map(|which| node.counters.get(which).own);
+        let parts = node.counters.parts.iter().map(|(_, pages)| pages).sum();
+        if parts != vmm || vmm + store > memory {
+            found.push(Violation::Parts { path: path(), memory, vmm, parts, store });
+        }
+        let inherited = node.parent.is_some_and(|up| up != self.root && self.accounting(up) == Accounting::On);
+        if node.accounting == Accounting::Off && (inherited || !node.counters.is_free_of_own()) {
+            found.push(Violation::Accounting { path: path() });
+        }
+        for which in Counter::ALL {
+            let counter = node.counters.get(which);
+            let below: Pages = node.children.iter().map(|child| self.node(*child).counters.get(which).usage).sum();
+            let sum = counter.own + below;
+            if sum != counter.usage {
+                found.push(Violation::Sum { path: path(), counter: which, usage: counter.usage, sum });
             }
-            if value.peak < value.usage {
-                found.push(Violation::Peak { path: path(), counter });
+            if counter.peak < counter.usage {
+                found.push(Violation::Peak { path: path(), counter: which });
             }
-            if value.underflows > 0 {
-                found.push(Violation::Underflow { path: path(), counter, count: value.underflows });
+            if counter.underflows > 0 {
+                found.push(Violation::Underflow { path: path(), counter: which, count: counter.underflows });
             }
         }
         let members = match node.children.as_slice() {

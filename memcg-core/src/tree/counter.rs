@@ -1,4 +1,6 @@
-//! One counter, and the three of a node.
+//! One counter, and the four of a node.
+
+use std::fmt;
 
 use super::charge::{Kind, Mode};
 use crate::units::Pages;
@@ -37,21 +39,81 @@ impl CounterSnapshot {
     }
 }
 
-/// Which of the counters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Which {
-    Vmm,
+/// Which of a node's counters, hence which limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Counter {
+    /// Everything in memory (U): guest pages, overhead, store.
     Memory,
+    /// Overhead (K), in memory too.
+    Vmm,
+    /// Compressed content of evicted pages, in memory too.
+    Store,
+    /// Evicted pages (S), counted at their full size.
     Swap,
+}
+
+impl Counter {
+    /// All of them.
+    pub const ALL: [Counter; 4] = [Counter::Memory, Counter::Vmm, Counter::Store, Counter::Swap];
+}
+
+impl fmt::Display for Counter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Counter::Memory => "memory",
+            Counter::Vmm => "vmm",
+            Counter::Store => "store",
+            Counter::Swap => "swap",
+        })
+    }
+}
+
+/// What overhead of the VMM is for (row 98). It is charged before the thing exists, and refused without reclaim: it
+/// cannot be reclaimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Overhead {
+    /// A vCPU: its thread, stack and KVM's state.
+    Vcpu,
+    /// A queue of a device.
+    Queue,
+    /// The frame table and whatever else is kept for each page (row 11).
+    FrameRecords,
+    /// Page tables that map guest memory.
+    PageTables,
+    /// The worker process itself.
+    Worker,
+}
+
+impl Overhead {
+    /// All of them.
+    pub const ALL: [Overhead; 5] =
+        [Overhead::Vcpu, Overhead::Queue, Overhead::FrameRecords, Overhead::PageTables, Overhead::Worker];
+}
+
+/// What the overhead of one very node consists of; its parts add up to [`CounterSnapshot::own`] of vmm.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OverheadParts([Pages; Overhead::ALL.len()]);
+
+impl OverheadParts {
+    /// Pages of one type.
+    pub fn get(&self, overhead: Overhead) -> Pages {
+        self.0[overhead as usize]
+    }
+
+    /// Every type with its pages.
+    pub fn iter(&self) -> impl Iterator<Item = (Overhead, Pages)> + '_ {
+        Overhead::ALL.into_iter().map(|overhead| (overhead, self.get(overhead)))
+    }
 }
 
 impl Kind {
     /// The counters that a charge of this kind moves, the one that cannot be reclaimed first (row 81).
-    pub(super) fn counters(self) -> &'static [Which] {
+    pub(super) fn counters(self) -> &'static [Counter] {
         match self {
-            Kind::Guest => &[Which::Memory],
-            Kind::Overhead => &[Which::Vmm, Which::Memory],
-            Kind::Swap => &[Which::Swap],
+            Kind::Guest => &[Counter::Memory],
+            Kind::Overhead(_) => &[Counter::Vmm, Counter::Memory],
+            Kind::Store => &[Counter::Store, Counter::Memory],
+            Kind::Swap => &[Counter::Swap],
         }
     }
 }
@@ -59,35 +121,53 @@ impl Kind {
 /// The counters of a node.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counters {
-    pub memory: CounterSnapshot,
-    pub vmm: CounterSnapshot,
-    pub swap: CounterSnapshot,
+    values: [CounterSnapshot; Counter::ALL.len()],
+    pub parts: OverheadParts,
 }
 
 impl Counters {
-    pub fn get(&self, which: Which) -> &CounterSnapshot {
-        match which {
-            Which::Vmm => &self.vmm,
-            Which::Memory => &self.memory,
-            Which::Swap => &self.swap,
+    pub fn get(&self, which: Counter) -> &CounterSnapshot {
+        &self.values[which as usize]
+    }
+
+    pub fn get_mut(&mut self, which: Counter) -> &mut CounterSnapshot {
+        &mut self.values[which as usize]
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut CounterSnapshot> {
+        self.values.iter_mut()
+    }
+
+    /// What is charged to this very node as `kind`.
+    pub fn own(&self, kind: Kind) -> Pages {
+        let own = |which| self.get(which).own;
+        match kind {
+            Kind::Guest => own(Counter::Memory).saturating_sub(own(Counter::Vmm)).saturating_sub(own(Counter::Store)),
+            Kind::Overhead(overhead) => self.parts.get(overhead),
+            Kind::Store => own(Counter::Store),
+            Kind::Swap => own(Counter::Swap),
         }
     }
 
-    pub fn get_mut(&mut self, which: Which) -> &mut CounterSnapshot {
-        match which {
-            Which::Vmm => &mut self.vmm,
-            Which::Memory => &mut self.memory,
-            Which::Swap => &mut self.swap,
+    /// Changes what is charged to this very node as `kind`: `change` gets each number that the kind is part of.
+    pub fn change_own(&mut self, kind: Kind, change: impl Fn(Pages) -> Pages) {
+        for &which in kind.counters() {
+            let own = &mut self.get_mut(which).own;
+            *own = change(*own);
+        }
+        if let Kind::Overhead(overhead) = kind {
+            let part = &mut self.parts.0[overhead as usize];
+            *part = change(*part);
         }
     }
 
     /// True when nothing is charged here or below.
     pub fn is_free(&self) -> bool {
-        self.memory.usage.is_zero() && self.vmm.usage.is_zero() && self.swap.usage.is_zero()
+        self.values.iter().all(|counter| counter.usage.is_zero())
     }
 
     /// True when nothing is charged to this very node.
     pub fn is_free_of_own(&self) -> bool {
-        self.memory.own.is_zero() && self.vmm.own.is_zero() && self.swap.own.is_zero()
+        self.values.iter().all(|counter| counter.own.is_zero())
     }
 }

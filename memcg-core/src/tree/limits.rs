@@ -1,6 +1,6 @@
 //! Limits of a node and how they are set: wholly or not at all.
 
-use super::{Node, NodeId, Tree};
+use super::{Accounting, Counter, Node, NodeId, Tree};
 use crate::reclaim;
 use crate::units::{Limit, Pages, human};
 
@@ -17,6 +17,8 @@ pub struct Limits {
     pub max: Limit,
     /// `swap.max`: no eviction above.
     pub swap_max: Limit,
+    /// `store.max`: no eviction whose compressed content goes above.
+    pub store_max: Limit,
     /// `vmm.max`: overhead above is refused.
     pub vmm_max: Limit,
 }
@@ -29,6 +31,7 @@ impl Default for Limits {
             high: Limit::Max,
             max: Limit::Max,
             swap_max: Limit::Max,
+            store_max: Limit::Max,
             vmm_max: Limit::Max,
         }
     }
@@ -47,6 +50,8 @@ pub struct LimitPatch {
     pub max: Option<Limit>,
     /// New `swap.max`.
     pub swap_max: Option<Limit>,
+    /// New `store.max`.
+    pub store_max: Option<Limit>,
     /// New `vmm.max`.
     pub vmm_max: Option<Limit>,
     /// Only if the node's generation is this: compare-and-set for clients that do not know of each other.
@@ -67,8 +72,18 @@ impl LimitPatch {
             high: self.high.unwrap_or(limits.high),
             max: self.max.unwrap_or(limits.max),
             swap_max: self.swap_max.unwrap_or(limits.swap_max),
+            store_max: self.store_max.unwrap_or(limits.store_max),
             vmm_max: self.vmm_max.unwrap_or(limits.vmm_max),
         }
+    }
+
+    /// Whether it asks for any limit or protection at all. What only says `max`, or a `min` or `low` of 0, does not: to
+    /// write back what an unlimited node reads as changes nothing, accounting included (row 69).
+    pub fn limits_something(&self) -> bool {
+        let capped = [self.high, self.max, self.swap_max, self.store_max, self.vmm_max];
+        let protected = [self.min, self.low];
+        capped.into_iter().flatten().any(|limit| !limit.is_max())
+            || protected.into_iter().flatten().any(|limit| limit != Limit::ZERO)
     }
 
     /// This patch without what `later` sets.
@@ -80,6 +95,7 @@ impl LimitPatch {
             high: keep(self.high, later.high),
             max: keep(self.max, later.max),
             swap_max: keep(self.swap_max, later.swap_max),
+            store_max: keep(self.store_max, later.store_max),
             vmm_max: keep(self.vmm_max, later.vmm_max),
             if_generation: None,
         }
@@ -98,6 +114,12 @@ pub enum SetLimitError {
         value: Limit,
         /// The `memory.max` that it would meet, now or when a pending change is done.
         max: Limit,
+    },
+    /// Accounting is off, so that there is nothing to limit.
+    #[error("{node:?} is not accounted: activate its accounting first")]
+    NotAccounted {
+        /// Path of the node.
+        node: String,
     },
     /// Somebody else changed limits meanwhile.
     #[error("the limits have changed meanwhile (generation {actual}, not {expected}): read them again and decide anew")]
@@ -182,7 +204,10 @@ impl Tree {
             // Must still hold when the pending change is done.
             check_order(&pending.patch.without(patch).apply(new))?;
         }
-        let usage = node.counters.vmm.usage;
+        if node.accounting == Accounting::Off && patch.limits_something() {
+            return Err(SetLimitError::NotAccounted { node: self.path(id) });
+        }
+        let usage = node.counters.get(Counter::Vmm).usage;
         if patch.vmm_max.is_some() && Limit::Pages(usage) > new.vmm_max {
             return Err(SetLimitError::VmmBelowUsage { usage, limit: new.vmm_max });
         }
@@ -229,7 +254,7 @@ impl Tree {
         let node = self.node(id);
         let fits = |pending: &PendingMax| {
             let new = pending.patch.apply(node.limits);
-            let (memory, vmm) = (node.counters.memory.usage, node.counters.vmm.usage);
+            let (memory, vmm) = (node.counters.get(Counter::Memory).usage, node.counters.get(Counter::Vmm).usage);
             Limit::Pages(memory) <= new.max && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
         };
         node.pending.as_ref().is_some_and(fits)
@@ -250,7 +275,7 @@ impl Tree {
 impl Node {
     /// Puts `new` in force.
     fn install(&mut self, new: Limits) {
-        let usage = Limit::Pages(self.counters.memory.usage);
+        let usage = Limit::Pages(self.counters.get(Counter::Memory).usage);
         let was_above = usage > self.high();
         self.limits = new;
         self.generation += 1;

@@ -1,16 +1,22 @@
 //! Looking at a node.
 
-use super::counter::CounterSnapshot;
-use super::{Limits, NodeId, Tree};
+use super::counter::{CounterSnapshot, OverheadParts};
+use super::{Accounting, Counter, Limits, NodeId, Tree};
 use crate::units::{Limit, Pages};
 
 /// One node at one moment: every number is of the same state of the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeSnapshot {
-    /// Memory: everything, guest pages and overhead.
+    /// Whether it is charged for what it uses; if not, these are numbers of its accounted members.
+    pub accounting: Accounting,
+    /// Memory: everything, guest pages, overhead and store.
     pub memory: CounterSnapshot,
     /// Overhead; counted in memory too.
     pub vmm: CounterSnapshot,
+    /// Overhead of this very node, by type.
+    pub overhead: OverheadParts,
+    /// Compressed content of evicted pages; counted in memory too.
+    pub store: CounterSnapshot,
     /// Evicted pages.
     pub swap: CounterSnapshot,
     /// The limits in force.
@@ -40,9 +46,12 @@ impl Tree {
     pub fn snapshot(&self, id: NodeId) -> NodeSnapshot {
         let node = self.node(id);
         NodeSnapshot {
-            memory: node.counters.memory,
-            vmm: node.counters.vmm,
-            swap: node.counters.swap,
+            accounting: node.accounting,
+            memory: *node.counters.get(Counter::Memory),
+            vmm: *node.counters.get(Counter::Vmm),
+            overhead: node.counters.parts,
+            store: *node.counters.get(Counter::Store),
+            swap: *node.counters.get(Counter::Swap),
             limits: node.limits,
             max_pending: node.pending.as_ref().and_then(|pending| pending.patch.max),
             ceiling: node.ceiling,
@@ -58,7 +67,7 @@ impl Tree {
 
     /// Memory charged to `id` and below.
     pub fn usage(&self, id: NodeId) -> Pages {
-        self.node(id).counters.memory.usage
+        self.node(id).counters.get(Counter::Memory).usage
     }
 
     /// The limits of `id` in force.
@@ -74,7 +83,7 @@ impl Tree {
     /// Forgets the peaks of `id`: they start again from the usage of now.
     pub fn reset_peak(&mut self, id: NodeId) {
         let counters = &mut self.node_mut(id).counters;
-        for counter in [&mut counters.memory, &mut counters.vmm, &mut counters.swap] {
+        for counter in counters.iter_mut() {
             counter.peak = counter.usage;
         }
     }
@@ -82,7 +91,7 @@ impl Tree {
     /// Sets the failure counts of `id` to zero; `max_hits` stays.
     pub fn reset_failcnt(&mut self, id: NodeId) {
         let counters = &mut self.node_mut(id).counters;
-        for counter in [&mut counters.memory, &mut counters.vmm, &mut counters.swap] {
+        for counter in counters.iter_mut() {
             counter.failcnt = 0;
         }
     }

@@ -1,6 +1,6 @@
 //! Charges: the rules of semantics rows 1-7, 57-64, 77-84, 104-120 one by one. Sequences are in `tree_model`.
 
-use memcg_core::tree::{AddError, Kind, LimitPatch, Mode, NodeId, RemoveError, Tree};
+use memcg_core::tree::{AddError, Counter, Kind, LimitPatch, Mode, NodeId, Overhead, RemoveError, Tree};
 use memcg_core::units::{Limit, Pages};
 
 use crate::nodes::{group, vm};
@@ -58,7 +58,7 @@ fn limit_zero_refuses_the_first_page() {
     let mut f = family();
     f.max(f.vm, 0);
     let refused = f.tree.try_charge(f.vm, Pages(1), Mode::Wait).unwrap_err();
-    assert_eq!((refused.level, refused.short_by, refused.by_vmm), (f.vm, Pages(1), false));
+    assert_eq!((refused.level, refused.short_by, refused.counter), (f.vm, Pages(1), Counter::Memory));
     assert_eq!(f.usages(), [0; 5]);
     assert_eq!(f.tree.snapshot(f.vm).memory.failcnt, 1);
 }
@@ -177,19 +177,19 @@ fn overhead_is_charged_to_both_and_asks_k_first() {
     let mut f = family();
     f.patch(f.vm, LimitPatch { vmm_max: pages(10), max: pages(50), ..LimitPatch::default() });
     let _ = f.tree.try_charge(f.vm, Pages(40), Mode::Wait).unwrap();
-    let _ = f.tree.try_charge_as(f.vm, Kind::Overhead, Pages(10), Mode::Wait).unwrap();
-    let refused = f.tree.try_charge_as(f.vm, Kind::Overhead, Pages(1), Mode::Wait).unwrap_err();
-    assert!(refused.by_vmm, "reclaim would not help, and U is full too");
+    let _ = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(10), Mode::Wait).unwrap();
+    let refused = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(1), Mode::Wait).unwrap_err();
+    assert_eq!(refused.counter, Counter::Vmm, "reclaim would not help, and U is full too");
     let node = f.tree.snapshot(f.vm);
     assert_eq!((node.memory.usage, node.vmm.usage), (Pages(50), Pages(10)));
     assert_eq!((node.memory.failcnt, node.vmm.failcnt, node.max_hits), (0, 1, 0));
     // K with room, U without: U refuses and K stays.
     f.patch(f.vm, LimitPatch { vmm_max: pages(20), ..LimitPatch::default() });
-    let refused = f.tree.try_charge_as(f.vm, Kind::Overhead, Pages(1), Mode::Wait).unwrap_err();
-    assert!(!refused.by_vmm);
+    let refused = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(1), Mode::Wait).unwrap_err();
+    assert_eq!(refused.counter, Counter::Memory);
     let node = f.tree.snapshot(f.vm);
     assert_eq!((node.vmm.usage, node.vmm.failcnt, node.memory.failcnt), (Pages(10), 1, 1));
-    f.tree.uncharge_as(f.vm, Kind::Overhead, Pages(10));
+    f.tree.uncharge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(10));
     let node = f.tree.snapshot(f.vm);
     assert_eq!((node.memory.usage, node.vmm.usage), (Pages(40), Pages::ZERO));
     assert!(f.tree.check().is_empty());
@@ -201,7 +201,7 @@ fn teardown_completes_at_every_limit() {
     let mut f = family();
     f.patch(f.vm, LimitPatch { vmm_max: pages(0), max: pages(0), ..LimitPatch::default() });
     f.max(f.group, 0);
-    let charge = f.tree.try_charge_as(f.vm, Kind::Overhead, Pages(3), Mode::NoFail).unwrap();
+    let charge = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(3), Mode::NoFail).unwrap();
     assert_eq!(charge.forced_at, Some(f.vm));
     assert_eq!((f.tree.snapshot(f.vm).vmm.forced, f.tree.snapshot(f.group).overcharge), (1, Pages(3)));
     assert_eq!(f.tree.uncharge_all(f.vm), Pages(3));
@@ -271,7 +271,7 @@ fn a_reservation_commits_or_refunds() {
     f.tree.uncharge(f.vm, Pages(8));
     let charge = f.tree.reserve(f.vm, Pages(5), Mode::Wait).unwrap().commit_part(Pages(2));
     assert_eq!((charge.pages, f.usages()), (Pages(2), [2, 2, 2, 0, 0]));
-    drop(f.tree.reserve_as(f.vm, Kind::Overhead, Pages(3), Mode::Wait).unwrap());
+    drop(f.tree.reserve_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(3), Mode::Wait).unwrap());
     assert_eq!((f.usages(), f.tree.snapshot(f.vm).vmm.usage), ([2, 2, 2, 0, 0], Pages::ZERO));
     f.tree.uncharge(f.vm, Pages(2));
     f.tree.remove(f.vm).unwrap();
@@ -306,7 +306,7 @@ fn an_uncharge_below_zero_stops_a_debug_build() {
 #[should_panic(expected = "uncharge of 2 pages")]
 fn overhead_is_not_uncharged_as_guest_memory() {
     let mut f = family();
-    let _ = f.tree.try_charge_as(f.vm, Kind::Overhead, Pages(3), Mode::Wait).unwrap();
+    let _ = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(3), Mode::Wait).unwrap();
     f.tree.uncharge(f.vm, Pages(2));
 }
 

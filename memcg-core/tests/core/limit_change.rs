@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use memcg_core::limit_change::{Begun, LimitChange, Mode, Outcome, Step, Terms, slack};
-use memcg_core::tree::{Kind, LimitPatch, Mode as Charge, NodeId, SetLimitError, Tree};
+use memcg_core::tree::{Kind, LimitPatch, Mode as Charge, NodeId, Overhead, SetLimitError, Tree};
 use memcg_core::units::{Limit, Pages};
 
 use proptest::prelude::*;
@@ -278,10 +278,10 @@ fn overhead_that_grew_meanwhile_is_waited_for() {
     let patch = LimitPatch { vmm_max: Some(limit(5)), ..LimitPatch::max(limit(50)) };
     let begun = LimitChange::begin_patch(&mut tree, vm, &patch, Mode::Reclaim, at(0), TERMS);
     let Ok(Begun::Pending(mut change)) = begun else { panic!("usage is above") };
-    let _ = tree.try_charge_as(vm, Kind::Overhead, Pages(6), Charge::Wait).unwrap();
+    let _ = tree.try_charge_as(vm, Kind::Overhead(Overhead::Queue), Pages(6), Charge::Wait).unwrap();
     tree.uncharge(vm, Pages(90));
     assert!(matches!(change.on_usage(&mut tree, at(1)), Step::Waiting { .. }));
-    tree.uncharge_as(vm, Kind::Overhead, Pages(1));
+    tree.uncharge_as(vm, Kind::Overhead(Overhead::Queue), Pages(1));
     assert!(matches!(change.on_usage(&mut tree, at(2)), Step::Committed(_)));
 }
 

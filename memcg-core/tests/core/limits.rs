@@ -1,6 +1,6 @@
 //! Setting limits at once: order, compare-and-set, idempotence. Changes that wait are in `limit_change`.
 
-use memcg_core::tree::{Kind, LimitPatch, Limits, Mode, NodeId, SetLimitError, Tree};
+use memcg_core::tree::{Kind, LimitPatch, Limits, Mode, NodeId, Overhead, SetLimitError, Tree};
 use memcg_core::units::{Limit, Pages};
 
 fn vm() -> (Tree, NodeId) {
@@ -14,8 +14,16 @@ fn pages(n: u64) -> Option<Limit> {
     Some(Limit::Pages(Pages(n)))
 }
 
-const NONE: LimitPatch =
-    LimitPatch { min: None, low: None, high: None, max: None, swap_max: None, vmm_max: None, if_generation: None };
+const NONE: LimitPatch = LimitPatch {
+    min: None,
+    low: None,
+    high: None,
+    max: None,
+    swap_max: None,
+    store_max: None,
+    vmm_max: None,
+    if_generation: None,
+};
 
 /// semantics row 6: a refused change leaves every limit, and says which knob to turn.
 #[test]
@@ -48,13 +56,14 @@ fn writing_the_same_is_no_change() {
     let (mut tree, vm) = vm();
     let generation = tree.set_limits(vm, &LimitPatch { min: pages(1), max: pages(9), ..NONE }).unwrap();
     assert_eq!(generation, 1);
-    let Limits { min, low, high, max, swap_max, vmm_max } = tree.limits(vm);
+    let Limits { min, low, high, max, swap_max, store_max, vmm_max } = tree.limits(vm);
     let same = LimitPatch {
         min: Some(min),
         low: Some(low),
         high: Some(high),
         max: Some(max),
         swap_max: Some(swap_max),
+        store_max: Some(store_max),
         vmm_max: Some(vmm_max),
         if_generation: None,
     };
@@ -80,14 +89,14 @@ fn a_stale_generation_is_refused() {
 #[test]
 fn vmm_max_below_usage_is_refused() {
     let (mut tree, vm) = vm();
-    let _ = tree.try_charge_as(vm, Kind::Overhead, Pages(2048), Mode::Wait).unwrap();
+    let _ = tree.try_charge_as(vm, Kind::Overhead(Overhead::Queue), Pages(2048), Mode::Wait).unwrap();
     let error = tree.set_limits(vm, &LimitPatch { vmm_max: pages(1024), ..NONE }).unwrap_err();
     assert_eq!(error.to_string(), "vmm.max 4M is below the 8M of overhead in use, which cannot be reclaimed");
     assert_eq!(tree.limits(vm).vmm_max, Limit::Max);
     tree.set_limits(vm, &LimitPatch { vmm_max: pages(2048), ..NONE }).unwrap();
     // semantics row 70: without a limit again it is still counted.
     tree.set_limits(vm, &LimitPatch { vmm_max: Some(Limit::Max), ..NONE }).unwrap();
-    tree.uncharge_as(vm, Kind::Overhead, Pages(48));
+    tree.uncharge_as(vm, Kind::Overhead(Overhead::Queue), Pages(48));
     assert_eq!(tree.snapshot(vm).vmm.usage, Pages(2000));
 }
 

@@ -1,10 +1,12 @@
 //! Tests of `memcg-core` through its public interface. One binary, one file per module.
 
+mod accounting;
 mod charge;
 mod frame;
 mod limit_change;
 mod limits;
 mod nodes;
+mod overhead;
 mod reclaim;
 mod stock;
 mod tree_model;

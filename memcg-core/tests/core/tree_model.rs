@@ -1,7 +1,7 @@
 //! Random sequences against a model so naive that it cannot be wrong: every sum is computed from scratch.
 
 use memcg_core::reclaim::effective_high;
-use memcg_core::tree::{Kind, LimitPatch, Mode, NodeId, NodeSnapshot, Refused, Tree};
+use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, NodeSnapshot, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use proptest::prelude::*;
 
@@ -10,12 +10,12 @@ use proptest::prelude::*;
 struct Node {
     id: NodeId,
     parent: Option<usize>,
-    guest: u64,
-    vmm: u64,
-    swap: u64,
+    /// Pages by kind, in the order of [`Kind::ALL`].
+    own: [u64; Kind::ALL.len()],
     max: Limit,
     high: Limit,
     vmm_max: Limit,
+    store_max: Limit,
     swap_max: Limit,
     ceiling: Option<u64>,
     gone: bool,
@@ -26,11 +26,18 @@ struct Model {
     nodes: Vec<Node>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum What {
-    Memory,
-    Vmm,
-    Swap,
+/// Which counters a charge moves, in the order in which they are asked.
+fn counters(kind: Kind) -> &'static [Counter] {
+    match kind {
+        Kind::Guest => &[Counter::Memory],
+        Kind::Overhead(_) => &[Counter::Vmm, Counter::Memory],
+        Kind::Store => &[Counter::Store, Counter::Memory],
+        Kind::Swap => &[Counter::Swap],
+    }
+}
+
+fn index(kind: Kind) -> usize {
+    Kind::ALL.iter().position(|other| *other == kind).unwrap()
 }
 
 impl Model {
@@ -39,54 +46,41 @@ impl Model {
     }
 
     /// Own + children, by looking at every node.
-    fn usage(&self, node: usize, what: What) -> u64 {
+    fn usage(&self, node: usize, what: Counter) -> u64 {
         let below = |n: &usize| !self.nodes[*n].gone && self.chain(*n).contains(&node);
         let own = |n: usize| {
-            let n = &self.nodes[n];
-            match what {
-                What::Memory => n.guest + n.vmm,
-                What::Vmm => n.vmm,
-                What::Swap => n.swap,
-            }
+            let of = |kind: &&Kind| counters(**kind).contains(&what);
+            Kind::ALL.iter().filter(of).map(|kind| self.nodes[n].own[index(*kind)]).sum::<u64>()
         };
         (0..self.nodes.len()).filter(below).map(own).sum()
     }
 
-    fn limit(&self, node: usize, what: What) -> Limit {
+    fn limit(&self, node: usize, what: Counter) -> Limit {
         let n = &self.nodes[node];
         match what {
-            What::Memory => n.max.min(n.ceiling.map_or(Limit::Max, |c| Limit::Pages(Pages(c)))),
-            What::Vmm => n.vmm_max,
-            What::Swap => n.swap_max,
+            Counter::Memory => n.max.min(n.ceiling.map_or(Limit::Max, |c| Limit::Pages(Pages(c)))),
+            Counter::Vmm => n.vmm_max,
+            Counter::Store => n.store_max,
+            Counter::Swap => n.swap_max,
         }
     }
 
-    fn fits(&self, node: usize, what: What, pages: u64) -> bool {
+    fn fits(&self, node: usize, what: Counter, pages: u64) -> bool {
         Limit::Pages(Pages(self.usage(node, what) + pages)) <= self.limit(node, what)
     }
 
     /// Who would refuse, and for which counter.
-    fn refuser(&self, node: usize, kind: Kind, pages: u64) -> Option<(usize, What)> {
+    fn refuser(&self, node: usize, kind: Kind, pages: u64) -> Option<(usize, Counter)> {
         if pages == 0 {
             return None;
         }
-        let whats: &[What] = match kind {
-            Kind::Guest => &[What::Memory],
-            Kind::Overhead => &[What::Vmm, What::Memory],
-            Kind::Swap => &[What::Swap],
-        };
-        whats.iter().find_map(|what| {
+        counters(kind).iter().find_map(|what| {
             self.chain(node).into_iter().find(|level| !self.fits(*level, *what, pages)).map(|level| (level, *what))
         })
     }
 
     fn own(&mut self, node: usize, kind: Kind) -> &mut u64 {
-        let n = &mut self.nodes[node];
-        match kind {
-            Kind::Guest => &mut n.guest,
-            Kind::Overhead => &mut n.vmm,
-            Kind::Swap => &mut n.swap,
-        }
+        &mut self.nodes[node].own[index(kind)]
     }
 }
 
@@ -98,13 +92,13 @@ enum Op {
     Uncharge(usize, Kind, u64),
     UpTo(usize, u64, u64),
     Reserve(usize, u64, u64),
-    Limits(usize, Option<u64>, Option<u64>, Option<u64>, Option<u64>),
+    Limits(usize, [Option<u64>; 5]),
     Ceiling(usize, Option<u64>),
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let node = 0usize..64;
-    let kind = prop_oneof![4 => Just(Kind::Guest), 1 => Just(Kind::Overhead), 1 => Just(Kind::Swap)];
+    let kind = prop_oneof![4 => Just(Kind::Guest), 4 => prop::sample::select(&Kind::ALL[..])];
     let mode =
         prop_oneof![Just(Mode::Wait), Just(Mode::Again), Just(Mode::NoWait), Just(Mode::NoRetry), Just(Mode::NoFail)];
     let pages = prop_oneof![0u64..8, 0u64..600];
@@ -116,8 +110,7 @@ fn op() -> impl Strategy<Value = Op> {
         5 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
         2 => (node.clone(), pages.clone(), 0u64..4).prop_map(|(n, w, m)| Op::UpTo(n, w, m)),
         2 => (node.clone(), pages.clone(), pages).prop_map(|(n, p, u)| Op::Reserve(n, p, u)),
-        3 => (node.clone(), limit.clone(), limit.clone(), limit.clone(), limit.clone())
-            .prop_map(|(n, a, b, c, d)| Op::Limits(n, a, b, c, d)),
+        3 => (node.clone(), prop::array::uniform5(limit.clone())).prop_map(|(n, limits)| Op::Limits(n, limits)),
         1 => (node, limit).prop_map(|(n, c)| Op::Ceiling(n, c)),
     ]
 }
@@ -137,12 +130,11 @@ impl Run {
         let root = Node {
             id: tree.root(),
             parent: None,
-            guest: 0,
-            vmm: 0,
-            swap: 0,
+            own: [0; Kind::ALL.len()],
             max: Limit::Max,
             high: Limit::Max,
             vmm_max: Limit::Max,
+            store_max: Limit::Max,
             swap_max: Limit::Max,
             ceiling: None,
             gone: false,
@@ -165,23 +157,24 @@ impl Run {
         &self,
         before: &[(NodeId, NodeSnapshot)],
         refused: Refused,
-        expected: Option<(usize, What)>,
+        expected: Option<(usize, Counter)>,
         mode: Mode,
     ) {
         let (level, what) = expected.expect("the model would have granted it");
         assert_eq!(refused.level, self.model.nodes[level].id);
-        assert_eq!(refused.by_vmm, what == What::Vmm);
+        assert_eq!(refused.counter, what);
         for ((id, mut old), (_, new)) in before.iter().cloned().zip(self.snapshots()) {
             if id == refused.level {
                 let counter = match what {
-                    What::Memory => &mut old.memory,
-                    What::Vmm => &mut old.vmm,
-                    What::Swap => &mut old.swap,
+                    Counter::Memory => &mut old.memory,
+                    Counter::Vmm => &mut old.vmm,
+                    Counter::Store => &mut old.store,
+                    Counter::Swap => &mut old.swap,
                 };
                 match mode {
                     Mode::Wait => {
                         counter.failcnt += 1;
-                        old.max_hits += u64::from(what == What::Memory);
+                        old.max_hits += u64::from(what == Counter::Memory);
                     }
                     Mode::NoWait => counter.would_block += 1,
                     Mode::NoRetry => counter.batch_misses += 1,
@@ -211,7 +204,7 @@ impl Run {
     }
 
     fn before(&self, node: usize) -> Vec<u64> {
-        self.model.chain(node).into_iter().map(|level| self.model.usage(level, What::Memory)).collect()
+        self.model.chain(node).into_iter().map(|level| self.model.usage(level, Counter::Memory)).collect()
     }
 
     fn crossings(&self, node: usize, before: &[u64]) -> Vec<NodeId> {
@@ -219,7 +212,7 @@ impl Run {
             let n = &self.model.nodes[*level];
             let high = effective_high(n.high, n.max);
             let above = |usage: u64| Limit::Pages(Pages(usage)) > high;
-            !above(**before) && above(self.model.usage(*level, What::Memory))
+            !above(**before) && above(self.model.usage(*level, Counter::Memory))
         };
         self.model.chain(node).into_iter().zip(before).filter(crosses).map(|(l, _)| self.model.nodes[l].id).collect()
     }
@@ -232,12 +225,13 @@ impl Run {
                 let Ok(id) = self.tree.add(self.model.nodes[parent].id, &name) else {
                     return;
                 };
+                self.tree.activate(id, |_| Pages::ZERO).unwrap();
                 let node = Node { id, parent: Some(parent), ..Run::new().model.nodes[0].clone() };
                 self.model.nodes.push(node);
             }
             Op::Remove(n) => {
                 let node = self.pick(n);
-                let empty = [What::Memory, What::Swap].iter().all(|what| self.model.usage(node, *what) == 0);
+                let empty = Counter::ALL.iter().all(|what| self.model.usage(node, *what) == 0);
                 let leaf = self.model.nodes.iter().all(|other| other.gone || other.parent != Some(node));
                 let removed = self.tree.remove(self.model.nodes[node].id).is_ok();
                 assert_eq!(removed, node != 0 && empty && leaf);
@@ -260,7 +254,7 @@ impl Run {
                 match self.tree.charge_up_to(id, Pages(want), Pages(min), Mode::Wait) {
                     Ok(charge) => {
                         assert_eq!(charge.pages.0, want.min(room).max(min));
-                        self.model.nodes[node].guest += charge.pages.0;
+                        self.model.nodes[node].own[0] += charge.pages.0;
                     }
                     Err(_) => assert!(room < min),
                 }
@@ -273,29 +267,31 @@ impl Run {
                     Ok(reservation) if used > pages => drop(reservation),
                     Ok(reservation) => {
                         let _ = reservation.commit_part(Pages(used));
-                        self.model.nodes[node].guest += used;
+                        self.model.nodes[node].own[0] += used;
                     }
                     Err(refused) => assert_eq!(Some(refused.level), expected.map(|(l, _)| self.model.nodes[l].id)),
                 }
             }
-            Op::Limits(n, max, high, vmm_max, swap_max) => {
+            Op::Limits(n, [max, high, vmm_max, store_max, swap_max]) => {
                 let node = self.pick(n);
                 let patch = LimitPatch {
                     max: Some(to_limit(max)),
                     high: Some(to_limit(high)),
                     vmm_max: Some(to_limit(vmm_max)),
+                    store_max: Some(to_limit(store_max)),
                     swap_max: Some(to_limit(swap_max)),
                     ..LimitPatch::default()
                 };
                 let before = self.tree.snapshot(self.model.nodes[node].id);
                 let ok = self.tree.set_limits(self.model.nodes[node].id, &patch).is_ok();
-                let fits_vmm = Limit::Pages(Pages(self.model.usage(node, What::Vmm))) <= to_limit(vmm_max);
+                let fits_vmm = Limit::Pages(Pages(self.model.usage(node, Counter::Vmm))) <= to_limit(vmm_max);
                 assert_eq!(ok, fits_vmm && (high.is_none() || to_limit(high) <= to_limit(max)));
                 if ok {
                     let n = &mut self.model.nodes[node];
                     n.max = to_limit(max);
                     n.high = to_limit(high);
                     n.vmm_max = to_limit(vmm_max);
+                    n.store_max = to_limit(store_max);
                     n.swap_max = to_limit(swap_max);
                 } else {
                     assert_eq!(self.tree.snapshot(self.model.nodes[node].id), before);
@@ -315,15 +311,19 @@ impl Run {
         for (n, node) in self.model.nodes.iter().enumerate().filter(|(_, node)| !node.gone) {
             let real = self.tree.snapshot(node.id);
             let usage = |what| Pages(self.model.usage(n, what));
-            assert_eq!(real.memory.usage, usage(What::Memory));
-            assert_eq!(real.vmm.usage, usage(What::Vmm));
-            assert_eq!(real.swap.usage, usage(What::Swap));
+            assert_eq!(real.memory.usage, usage(Counter::Memory));
+            assert_eq!(real.vmm.usage, usage(Counter::Vmm));
+            assert_eq!(real.store.usage, usage(Counter::Store));
+            assert_eq!(real.swap.usage, usage(Counter::Swap));
+            for (overhead, pages) in real.overhead.iter() {
+                assert_eq!(pages.0, node.own[index(Kind::Overhead(overhead))]);
+            }
             assert!(real.vmm.usage <= real.memory.usage && real.memory.usage <= real.memory.peak);
-            let over = node.max.as_pages().map_or(Pages::ZERO, |max| usage(What::Memory).saturating_sub(max));
+            let over = node.max.as_pages().map_or(Pages::ZERO, |max| usage(Counter::Memory).saturating_sub(max));
             assert_eq!(real.overcharge, over);
             let room = |level: usize| {
-                let limit = self.model.limit(level, What::Memory).as_pages()?;
-                Some(limit.saturating_sub(Pages(self.model.usage(level, What::Memory))))
+                let limit = self.model.limit(level, Counter::Memory).as_pages()?;
+                Some(limit.saturating_sub(Pages(self.model.usage(level, Counter::Memory))))
             };
             assert_eq!(self.tree.margin(node.id), self.model.chain(n).into_iter().filter_map(room).min());
         }
@@ -346,7 +346,9 @@ proptest! {
             run.tree.uncharge_all(node.id);
         }
         let root = run.tree.snapshot(run.tree.root());
-        prop_assert_eq!((root.memory.usage, root.vmm.usage, root.swap.usage), (Pages(0), Pages(0), Pages(0)));
+        for counter in [root.memory, root.vmm, root.store, root.swap] {
+            prop_assert_eq!(counter.usage, Pages::ZERO);
+        }
         prop_assert_eq!(run.tree.check(), vec![]);
     }
 

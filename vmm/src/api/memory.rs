@@ -77,6 +77,7 @@ impl MemoryPatch {
             high: limit("high_bytes", self.high_bytes)?,
             max: limit("max_bytes", self.max_bytes)?,
             swap_max: limit("swap_max_bytes", self.swap_max_bytes)?,
+            store_max: None,
             vmm_max: limit("vmm_max_bytes", self.vmm_max_bytes)?,
             if_generation: None,
         })

@@ -8,7 +8,6 @@ use memcg_core::units::{Limit, Pages, SizeArg, SizeError, parse_size};
 
 use crate::controller::OomPolicy;
 use crate::controller::host::scaled;
-use crate::controller::limits_something;
 use crate::controller::view::{OomAction, OomPreference};
 use crate::machine::layout::RamLayout;
 
@@ -116,8 +115,9 @@ impl FromStr for MemoryArg {
         // The core judges how limits go together; a tree of its own is the way to ask.
         let mut tree = Tree::new(Limit::Max);
         let node = tree.add(tree.root(), "new").map_err(|error| error.to_string())?;
+        tree.activate(node, |_| Pages::ZERO).map_err(|error| error.to_string())?;
         tree.check_patch(node, &limits).map_err(|error| error.to_string())?;
-        let limited = limits_something(&limits);
+        let limited = limits.limits_something();
         if limited && track == Some(false) {
             return Err("track=off contradicts a limit: without accounting there are none".to_owned());
         }

@@ -219,6 +219,9 @@ impl Actor {
             AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
             _ => Refusal::new(Code::AlreadyExists, error.to_string()),
         })?;
+        if new.accounting {
+            self.tree.activate(node, |_| Pages::ZERO).expect("a new node has nothing resident");
+        }
         if let Err(error) = self.tree.set_limits(node, &new.limits) {
             // Nothing is charged to it, so removing cannot fail.
             let _ = self.tree.remove(node);

@@ -89,7 +89,7 @@ impl Actor {
     /// Takes a request: tests it, and recalls the stock when it could be in the way.
     pub fn change(&mut self, id: VmId, change: MemoryChange, reply: Reply<Changed>) {
         let vm = self.vms.get_mut(&id).expect("found");
-        if !vm.accounting && limits_something(&change.patch) {
+        if !vm.accounting && change.patch.limits_something() {
             let message = format!(
                 "the VM {:?} runs without accounting: start it with a limit or with --memory track=on to set one later",
                 vm.name
@@ -334,18 +334,11 @@ impl Actor {
         let code = match error {
             SetLimitError::AboveMax { .. } => Code::InvalidLimit,
             SetLimitError::Stale { .. } => Code::GenerationMismatch,
+            SetLimitError::NotAccounted { .. } => Code::NotAccounted,
             SetLimitError::VmmBelowUsage { .. } | SetLimitError::BelowUsage { .. } => Code::LimitBelowUsage,
         };
         Refusal::new(code, error.to_string())
             .usage(self.tree.usage(node).bytes())
             .generation(self.tree.generation(node))
     }
-}
-
-/// Whether a patch asks for any limit or protection at all.
-pub fn limits_something(patch: &LimitPatch) -> bool {
-    let capped = [patch.high, patch.max, patch.swap_max, patch.vmm_max];
-    let protected = [patch.min, patch.low];
-    capped.into_iter().flatten().any(|limit| !limit.is_max())
-        || protected.into_iter().flatten().any(|limit| limit != Limit::ZERO)
 }

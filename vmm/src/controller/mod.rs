@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 
 pub use actor::NewVm;
 use actor::{Actor, Input, Request};
-pub use changes::{Changed, DEADLINE, MemoryChange, limits_something};
+pub use changes::{Changed, DEADLINE, MemoryChange};
 use error::{Code, Refusal};
 use events::Event;
 pub use grants::EPOCH;
