@@ -41,17 +41,21 @@ mod charge;
 mod check;
 mod counter;
 mod limits;
+mod moving;
+mod node;
+mod reserve;
 mod snapshot;
 
 pub use accounting::Accounting;
-pub use charge::{Charge, Crossed, Kind, Mode, Refused, Reservation};
+pub use charge::{Charge, Crossed, Kind, Mode, Refused};
 pub use check::Violation;
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
 pub use limits::{LimitPatch, Limits, SetLimitError};
+pub use moving::{MoveError, Moved};
+pub use reserve::Reservation;
 pub use snapshot::NodeSnapshot;
 
-use counter::Counters;
-use limits::PendingMax;
+use node::Node;
 
 use crate::units::{Limit, Pages};
 
@@ -116,52 +120,6 @@ pub enum RemoveError {
     },
 }
 
-/// One node.
-#[derive(Clone, Debug)]
-struct Node {
-    name: String,
-    parent: Option<NodeId>,
-    children: Vec<NodeId>,
-    /// Distance from the root.
-    depth: usize,
-    /// Childless nodes below this one, itself when it has no children: those who share its room.
-    members: u32,
-    online: bool,
-    accounting: Accounting,
-    counters: Counters,
-    limits: Limits,
-    /// A cap on memory while a lower `max` is pending.
-    ceiling: Option<Pages>,
-    pending: Option<PendingMax>,
-    /// Memory above `max`, from a forced change or a charge that could not be refused.
-    overcharge: Pages,
-    max_hits: u64,
-    high_hits: u64,
-    generation: u64,
-}
-
-impl Node {
-    fn new(name: String, parent: Option<NodeId>, depth: usize) -> Node {
-        Node {
-            name,
-            parent,
-            children: Vec::new(),
-            depth,
-            members: 1,
-            online: true,
-            accounting: Accounting::Off,
-            counters: Counters::default(),
-            limits: Limits::default(),
-            ceiling: None,
-            pending: None,
-            overcharge: Pages::ZERO,
-            max_hits: 0,
-            high_hits: 0,
-            generation: 0,
-        }
-    }
-}
-
 #[derive(Clone, Debug)]
 struct Slot {
     life: u32,
@@ -219,14 +177,29 @@ impl Tree {
         if parent != self.root {
             node.accounting = above.accounting;
         }
-        // A parent without children counted as one member itself; the child takes its place.
-        let more = !above.children.is_empty();
         let id = self.insert(node);
-        self.node_mut(parent).children.push(id);
-        if more {
-            self.walk(parent, |node| node.members += 1);
-        }
+        self.attach(id, parent);
         Ok(id)
+    }
+
+    /// Makes `id` the last child of `parent`, and its members those of all above.
+    fn attach(&mut self, id: NodeId, parent: NodeId) {
+        let members = self.node(id).members;
+        self.node_mut(id).parent = Some(parent);
+        let above = self.node_mut(parent);
+        above.children.push(id);
+        // A parent without children counted as one member itself; the child takes its place.
+        let instead = u32::from(above.children.len() == 1);
+        self.walk(parent, |node| node.members = node.members + members - instead);
+    }
+
+    /// The reverse of [`Self::attach`].
+    fn detach(&mut self, id: NodeId, parent: NodeId) {
+        let members = self.node(id).members;
+        let above = self.node_mut(parent);
+        above.children.retain(|child| *child != id);
+        let instead = u32::from(above.children.is_empty());
+        self.walk(parent, |node| node.members = node.members + instead - members);
     }
 
     fn insert(&mut self, node: Node) -> NodeId {
@@ -260,11 +233,7 @@ impl Tree {
             let usage = node.counters.get(Counter::Memory).usage + node.counters.get(Counter::Swap).usage;
             return Err(RemoveError::Charged { name: node.name.clone(), usage });
         }
-        let above = self.node_mut(parent);
-        above.children.retain(|child| *child != id);
-        if !above.children.is_empty() {
-            self.walk(parent, |node| node.members -= 1);
-        }
+        self.detach(id, parent);
         let slot = &mut self.slots[id.index as usize];
         slot.node = None;
         // A slot that has used up its lives is not used again, so that no id ever means two nodes.

@@ -1,6 +1,6 @@
-//! Charging: prepare (may be refused) → commit (cannot fail) or refund.
+//! Charging and uncharging. A charge that is not yet used is a [`super::Reservation`].
 
-use super::{Accounting, Counter, MAX_LEVELS, Node, NodeId, Overhead, Tree};
+use super::{Accounting, Counter, MAX_LEVELS, NodeId, Overhead, Tree};
 use crate::reclaim;
 use crate::units::{Limit, Pages};
 
@@ -54,7 +54,7 @@ pub struct Crossed {
 }
 
 impl Crossed {
-    const NONE: Crossed = Crossed { ids: [None; MAX_LEVELS] };
+    pub(super) const NONE: Crossed = Crossed { ids: [None; MAX_LEVELS] };
 
     /// The nodes, the lowest first.
     pub fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
@@ -66,7 +66,7 @@ impl Crossed {
         self.ids[0].is_none()
     }
 
-    fn push(&mut self, id: NodeId) {
+    pub(super) fn push(&mut self, id: NodeId) {
         // There is a place for every level.
         if let Some(free) = self.ids.iter_mut().find(|slot| slot.is_none()) {
             *free = Some(id);
@@ -88,7 +88,7 @@ pub struct Charge {
 
 /// A charge that was refused. Nothing has changed but one count of failures at `level`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{counter}: {usage} in use of {limit}, {short_by} do not fit")]
+#[error("{counter}: {usage} in use of {limit}, short by {short_by}")]
 pub struct Refused {
     /// The lowest node without room: reclaim, and the choice of a victim, are its subtree's affair alone.
     pub level: NodeId,
@@ -101,81 +101,6 @@ pub struct Refused {
     pub limit: Limit,
     /// Pages that did not fit there.
     pub short_by: Pages,
-}
-
-/// A charge that is not yet used. Dropped, it refunds; [`Reservation::commit`] keeps it.
-#[derive(Debug)]
-#[must_use = "dropped, the charge is refunded at once"]
-pub struct Reservation<'t> {
-    tree: &'t mut Tree,
-    id: NodeId,
-    kind: Kind,
-    charge: Charge,
-    /// What is refunded on drop.
-    open: Pages,
-}
-
-impl Reservation<'_> {
-    /// Pages reserved.
-    pub fn pages(&self) -> Pages {
-        self.open
-    }
-
-    /// Keeps the whole charge. Cannot fail.
-    pub fn commit(mut self) -> Charge {
-        self.open = Pages::ZERO;
-        self.charge
-    }
-
-    /// Keeps `used` pages (at most what was reserved) and refunds the rest. Cannot fail.
-    pub fn commit_part(mut self, used: Pages) -> Charge {
-        let used = used.min(self.open);
-        self.open = self.open.saturating_sub(used);
-        Charge { pages: used, ..self.charge }
-    }
-}
-
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        self.tree.uncharge_as(self.id, self.kind, self.open);
-    }
-}
-
-impl Node {
-    /// The effective limit of one counter.
-    fn limit(&self, which: Counter) -> Limit {
-        match which {
-            Counter::Memory => self.limits.max.min(self.ceiling.map_or(Limit::Max, Limit::Pages)),
-            Counter::Vmm => self.limits.vmm_max,
-            Counter::Store => self.limits.store_max,
-            Counter::Swap => self.limits.swap_max,
-        }
-    }
-
-    /// What could still be charged to one counter here, `None` without a limit.
-    fn room(&self, which: Counter) -> Option<Pages> {
-        self.limit(which).as_pages().map(|limit| limit.saturating_sub(self.counters.get(which).usage))
-    }
-
-    /// By how much `pages` would not fit. Without a limit only 64 bits are in the way.
-    fn short(&self, which: Counter, pages: Pages) -> Option<Pages> {
-        let usage = self.counters.get(which).usage;
-        let room = self.room(which).unwrap_or(Pages(u64::MAX).saturating_sub(usage));
-        (pages > room).then(|| pages.saturating_sub(room))
-    }
-
-    /// Brings the reported overcharge up to date after usage or limit moved.
-    pub(super) fn settle_overcharge(&mut self) {
-        self.overcharge = match self.limits.max {
-            Limit::Pages(max) => self.counters.get(Counter::Memory).usage.saturating_sub(max),
-            Limit::Max => Pages::ZERO,
-        };
-    }
-
-    /// Where background reclaim starts.
-    pub(super) fn high(&self) -> Limit {
-        reclaim::effective_high(self.limits.high, self.limits.max)
-    }
 }
 
 impl Tree {
@@ -220,25 +145,10 @@ impl Tree {
         while let Some(level) = at {
             let node = self.node_mut(level);
             for &which in kind.counters() {
-                let over = node.short(which, pages).is_some();
-                let counter = node.counters.get_mut(which);
-                if over {
-                    counter.refuse(Mode::NoFail);
-                }
-                let before = counter.usage;
-                counter.usage += pages;
-                counter.peak = counter.peak.max(counter.usage);
-                let after = counter.usage;
-                if which == Counter::Memory
-                    && let Limit::Pages(high) = node.high()
-                    && before <= high
-                    && after > high
-                {
-                    node.high_hits += 1;
+                if node.raise(which, pages) {
                     charge.crossed_high.push(level);
                 }
             }
-            node.settle_overcharge();
             at = node.parent;
         }
         Ok(charge)
@@ -264,23 +174,6 @@ impl Tree {
         self.try_charge(id, pages, mode)
     }
 
-    /// [`Self::try_charge`] as a [`Reservation`] that refunds itself unless it is committed.
-    ///
-    /// # Errors
-    /// As [`Self::try_charge`].
-    pub fn reserve(&mut self, id: NodeId, pages: Pages, mode: Mode) -> Result<Reservation<'_>, Refused> {
-        self.reserve_as(id, Kind::Guest, pages, mode)
-    }
-
-    /// [`Self::reserve`] for any kind.
-    ///
-    /// # Errors
-    /// As [`Self::try_charge`].
-    pub fn reserve_as(&mut self, id: NodeId, kind: Kind, pages: Pages, mode: Mode) -> Result<Reservation<'_>, Refused> {
-        let charge = self.try_charge_as(id, kind, pages, mode)?;
-        Ok(Reservation { tree: self, id, kind, charge, open: pages })
-    }
-
     /// Takes `pages` of guest memory off `id` and all its ancestors. Never fails, never blocks.
     ///
     /// More than `id` itself is charged is a bug of the caller: it is clamped, counted, and stops a debug build.
@@ -302,10 +195,8 @@ impl Tree {
         node.counters.change_own(kind, |own| own.saturating_sub(real));
         self.walk(id, |node| {
             for &which in kind.counters() {
-                let counter = node.counters.get_mut(which);
-                counter.usage = counter.usage.saturating_sub(real);
+                node.lower(which, real);
             }
-            node.settle_overcharge();
         });
     }
 

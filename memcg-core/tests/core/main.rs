@@ -5,6 +5,7 @@ mod charge;
 mod frame;
 mod limit_change;
 mod limits;
+mod moving;
 mod nodes;
 mod overhead;
 mod reclaim;

@@ -1,7 +1,7 @@
 //! Random sequences against a model so naive that it cannot be wrong: every sum is computed from scratch.
 
 use memcg_core::reclaim::effective_high;
-use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, NodeSnapshot, Refused, Tree};
+use memcg_core::tree::{Counter, Kind, LimitPatch, MAX_LEVELS, Mode, Moved, NodeId, NodeSnapshot, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use proptest::prelude::*;
 
@@ -88,6 +88,7 @@ impl Model {
 enum Op {
     Add(usize),
     Remove(usize),
+    Move(usize, usize),
     Charge(usize, Kind, u64, Mode),
     Uncharge(usize, Kind, u64),
     UpTo(usize, u64, u64),
@@ -106,6 +107,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         2 => node.clone().prop_map(Op::Add),
         1 => node.clone().prop_map(Op::Remove),
+        2 => (node.clone(), node.clone()).prop_map(|(n, m)| Op::Move(n, m)),
         8 => (node.clone(), kind.clone(), pages.clone(), mode).prop_map(|(n, k, p, m)| Op::Charge(n, k, p, m)),
         5 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
         2 => (node.clone(), pages.clone(), 0u64..4).prop_map(|(n, w, m)| Op::UpTo(n, w, m)),
@@ -203,6 +205,46 @@ impl Run {
         }
     }
 
+    fn move_node(&mut self, node: usize, to: usize) {
+        let before = self.snapshots();
+        let moved = self.tree.move_node(self.model.nodes[node].id, self.model.nodes[to].id);
+        if node != 0 && self.model.nodes[node].parent == Some(to) {
+            assert_eq!(moved, Ok(Moved::Unchanged));
+            assert_eq!(self.snapshots(), before);
+            return;
+        }
+        let (old, new) = (self.model.chain(node), self.model.chain(to));
+        let newly: Vec<usize> = new.iter().copied().filter(|level| !old.contains(level)).collect();
+        let depth = |n: usize| self.model.chain(n).len();
+        let below = |n: &usize| !self.model.nodes[*n].gone && self.model.chain(*n).contains(&node);
+        let height = (0..self.model.nodes.len()).filter(below).map(depth).max().unwrap() - depth(node);
+        let fits = |level: &usize| {
+            Counter::ALL.iter().all(|what| {
+                let pages = self.model.usage(node, *what);
+                pages == 0 || self.model.fits(*level, *what, pages)
+            })
+        };
+        let possible = node != 0
+            && !new.contains(&node)
+            && (to == 0 || self.model.nodes[to].own.iter().all(|pages| *pages == 0))
+            && depth(to) + 1 + height <= MAX_LEVELS
+            && newly.iter().all(fits);
+        assert_eq!(moved.is_ok(), possible, "{moved:?}");
+        if !possible {
+            assert_eq!(self.snapshots(), before, "a refused move changes nothing");
+            return;
+        }
+        // Above, and at the common ancestor, nothing has moved: no peak, no count. Members may have.
+        for ((id, mut old_node), (_, new_node)) in before.into_iter().zip(self.snapshots()) {
+            let level = self.model.nodes.iter().position(|n| n.id == id && !n.gone).unwrap();
+            if old.contains(&level) == new.contains(&level) {
+                old_node.members = new_node.members;
+                assert_eq!(old_node, new_node);
+            }
+        }
+        self.model.nodes[node].parent = Some(to);
+    }
+
     fn before(&self, node: usize) -> Vec<u64> {
         self.model.chain(node).into_iter().map(|level| self.model.usage(level, Counter::Memory)).collect()
     }
@@ -236,6 +278,10 @@ impl Run {
                 let removed = self.tree.remove(self.model.nodes[node].id).is_ok();
                 assert_eq!(removed, node != 0 && empty && leaf);
                 self.model.nodes[node].gone = removed;
+            }
+            Op::Move(n, m) => {
+                let (node, to) = (self.pick(n), self.pick(m));
+                self.move_node(node, to);
             }
             Op::Charge(n, kind, pages, mode) => {
                 let node = self.pick(n);
