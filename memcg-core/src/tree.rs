@@ -23,6 +23,8 @@
 //! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
 //! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
 //! | 13, 20, 79 | a node goes away only without children and charges; until then it may be offline |
+//! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step |
+//! | 32-34, 89, 100, 134 | [`Tree::move_node`]: everything below the common ancestor, or nothing |
 //! | 39, 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
 //! | 57, 81, B51 | overhead charges K first, then U, in one step; a refusal by K touches only K's count |
 //! | 62, 84, 116 | [`Mode`] |
@@ -40,6 +42,7 @@ mod accounting;
 mod charge;
 mod check;
 mod counter;
+mod evict;
 mod limits;
 mod moving;
 mod node;
@@ -50,6 +53,7 @@ pub use accounting::Accounting;
 pub use charge::{Charge, Crossed, Kind, Mode, Refused};
 pub use check::Violation;
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
+pub use evict::EvictError;
 pub use limits::{LimitPatch, Limits, SetLimitError};
 pub use moving::{MoveError, Moved};
 pub use reserve::Reservation;

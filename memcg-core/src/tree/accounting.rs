@@ -14,7 +14,7 @@
 //! The root is always On, as the host's budget, and does not pass it on: its children choose.
 //! An Off group shows what its On members are charged; it has no limits ([`super::SetLimitError::NotAccounted`]).
 
-use super::{Charge, Counter, Kind, Mode, NodeId, Refused, Tree};
+use super::{Charge, Counter, Mode, NodeId, Refused, Tree};
 use crate::units::Pages;
 
 /// Whether a node is charged for what it uses.
@@ -59,7 +59,7 @@ impl Tree {
                 leaves.push((at, pages));
             }
         }
-        self.check_bits(id, Kind::Guest, total)?;
+        self.check_bits(id, Counter::Memory, total)?;
         for at in off {
             self.node_mut(at).accounting = Accounting::On;
         }

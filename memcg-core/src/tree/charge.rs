@@ -123,21 +123,10 @@ impl Tree {
         if pages.is_zero() || node.accounting == Accounting::Off {
             return Ok(charge);
         }
-        if !node.online && mode != Mode::NoFail {
-            let usage = node.counters.get(Counter::Memory).usage;
-            let limit = Limit::Pages(usage);
-            return Err(Refused { level: id, counter: Counter::Memory, usage, limit, short_by: pages });
-        }
+        self.check_online(id, pages, mode)?;
         for &which in kind.counters() {
-            let Some(level) = self.first_short(id, which, pages) else {
-                continue;
-            };
-            if mode != Mode::NoFail {
-                self.count_refusal(level, which, mode);
-                return Err(self.refusal(level, which, pages));
-            }
-            self.check_bits(id, kind, pages)?;
-            charge.forced_at = charge.forced_at.or(Some(level));
+            let ignored = self.admit(id, which, pages, mode)?;
+            charge.forced_at = charge.forced_at.or(ignored);
         }
         // Nothing can fail from here on.
         self.node_mut(id).counters.change_own(kind, |own| own + pages);
@@ -231,6 +220,36 @@ impl Tree {
         reclaim::stock_max(own, None, 1).min(groups)
     }
 
+    /// An offline node takes only what cannot be refused.
+    pub(super) fn check_online(&self, id: NodeId, pages: Pages, mode: Mode) -> Result<(), Refused> {
+        let node = self.node(id);
+        if node.online || mode == Mode::NoFail {
+            return Ok(());
+        }
+        let usage = node.counters.get(Counter::Memory).usage;
+        Err(Refused { level: id, counter: Counter::Memory, usage, limit: Limit::Pages(usage), short_by: pages })
+    }
+
+    /// Whether one counter has room for `pages` at every level; if not, the refusal is counted. [`Mode::NoFail`] gets
+    /// the lowest level whose limit it ignores.
+    pub(super) fn admit(
+        &mut self,
+        id: NodeId,
+        which: Counter,
+        pages: Pages,
+        mode: Mode,
+    ) -> Result<Option<NodeId>, Refused> {
+        let Some(level) = self.first_short(id, which, pages) else {
+            return Ok(None);
+        };
+        if mode != Mode::NoFail {
+            self.count_refusal(level, which, mode);
+            return Err(self.refusal(level, which, pages));
+        }
+        self.check_bits(id, which, pages)?;
+        Ok(Some(level))
+    }
+
     /// The lowest level where `pages` do not fit.
     fn first_short(&self, id: NodeId, which: Counter, pages: Pages) -> Option<NodeId> {
         self.ancestry(id).find(|at| self.node(*at).short(which, pages).is_some())
@@ -243,16 +262,13 @@ impl Tree {
         Refused { level, counter, usage, limit, short_by: node.short(counter, pages).unwrap_or(pages) }
     }
 
-    /// Whether every counter on the way up can hold `pages` more.
-    pub(super) fn check_bits(&self, id: NodeId, kind: Kind, pages: Pages) -> Result<(), Refused> {
-        for at in self.ancestry(id) {
-            for &which in kind.counters() {
-                if self.node(at).counters.get(which).usage.checked_add(pages).is_none() {
-                    return Err(self.refusal(at, which, pages));
-                }
-            }
+    /// Whether a counter can hold `pages` more at every level.
+    pub(super) fn check_bits(&self, id: NodeId, which: Counter, pages: Pages) -> Result<(), Refused> {
+        let mut levels = self.ancestry(id);
+        match levels.find(|at| self.node(*at).counters.get(which).usage.checked_add(pages).is_none()) {
+            Some(level) => Err(self.refusal(level, which, pages)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn count_refusal(&mut self, level: NodeId, which: Counter, mode: Mode) {

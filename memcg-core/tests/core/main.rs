@@ -2,6 +2,7 @@
 
 mod accounting;
 mod charge;
+mod evict;
 mod frame;
 mod limit_change;
 mod limits;

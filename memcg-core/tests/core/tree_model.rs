@@ -1,7 +1,9 @@
 //! Random sequences against a model so naive that it cannot be wrong: every sum is computed from scratch.
 
 use memcg_core::reclaim::effective_high;
-use memcg_core::tree::{Counter, Kind, LimitPatch, MAX_LEVELS, Mode, Moved, NodeId, NodeSnapshot, Refused, Tree};
+use memcg_core::tree::{
+    Counter, EvictError, Kind, LimitPatch, MAX_LEVELS, Mode, Moved, NodeId, NodeSnapshot, Refused, Tree,
+};
 use memcg_core::units::{Limit, Pages};
 use proptest::prelude::*;
 
@@ -91,6 +93,8 @@ enum Op {
     Move(usize, usize),
     Charge(usize, Kind, u64, Mode),
     Uncharge(usize, Kind, u64),
+    Evict(usize, u64, u64),
+    Refault(usize, u64, u64, Mode),
     UpTo(usize, u64, u64),
     Reserve(usize, u64, u64),
     Limits(usize, [Option<u64>; 5]),
@@ -108,8 +112,10 @@ fn op() -> impl Strategy<Value = Op> {
         2 => node.clone().prop_map(Op::Add),
         1 => node.clone().prop_map(Op::Remove),
         2 => (node.clone(), node.clone()).prop_map(|(n, m)| Op::Move(n, m)),
-        8 => (node.clone(), kind.clone(), pages.clone(), mode).prop_map(|(n, k, p, m)| Op::Charge(n, k, p, m)),
+        8 => (node.clone(), kind.clone(), pages.clone(), mode.clone()).prop_map(|(n, k, p, m)| Op::Charge(n, k, p, m)),
         5 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
+        3 => (node.clone(), pages.clone(), 0u64..100).prop_map(|(n, p, s)| Op::Evict(n, p, s)),
+        3 => (node.clone(), pages.clone(), 0u64..100, mode).prop_map(|(n, p, s, m)| Op::Refault(n, p, s, m)),
         2 => (node.clone(), pages.clone(), 0u64..4).prop_map(|(n, w, m)| Op::UpTo(n, w, m)),
         2 => (node.clone(), pages.clone(), pages).prop_map(|(n, p, u)| Op::Reserve(n, p, u)),
         3 => (node.clone(), prop::array::uniform5(limit.clone())).prop_map(|(n, limits)| Op::Limits(n, limits)),
@@ -205,6 +211,55 @@ impl Run {
         }
     }
 
+    fn evict(&mut self, node: usize, pages: u64, stored: u64) {
+        let before = self.snapshots();
+        let [store, swap] =
+            [(Counter::Store, stored), (Counter::Swap, pages)].map(|(what, n)| self.first(node, what, n));
+        match self.tree.evict(self.model.nodes[node].id, Pages(pages), Pages(stored)) {
+            Ok(()) => {
+                assert!(store.is_none() && swap.is_none());
+                *self.model.own(node, Kind::Guest) -= pages;
+                *self.model.own(node, Kind::Store) += stored;
+                *self.model.own(node, Kind::Swap) += pages;
+            }
+            Err(EvictError::Refused(refused)) => self.check_refused(&before, refused, store.or(swap), Mode::NoWait),
+            Err(_) => {
+                assert!(stored > pages || *self.model.own(node, Kind::Guest) < pages);
+                assert_eq!(self.snapshots(), before);
+            }
+        }
+    }
+
+    fn refault(&mut self, node: usize, pages: u64, stored: u64, mode: Mode) {
+        let before = self.snapshots();
+        let more = pages.saturating_sub(stored);
+        let expected = self.first(node, Counter::Memory, more);
+        let memory_before = self.before(node);
+        match self.tree.refault(self.model.nodes[node].id, Pages(pages), Pages(stored), mode) {
+            Ok(charge) => {
+                assert!(expected.is_none() || mode == Mode::NoFail);
+                *self.model.own(node, Kind::Guest) += pages;
+                *self.model.own(node, Kind::Store) -= stored;
+                *self.model.own(node, Kind::Swap) -= pages;
+                let crossed: Vec<NodeId> = charge.crossed_high.iter().collect();
+                assert_eq!(crossed, self.crossings(node, &memory_before));
+            }
+            Err(EvictError::Refused(refused)) => self.check_refused(&before, refused, expected, mode),
+            Err(_) => {
+                let there = [(Kind::Store, stored), (Kind::Swap, pages)];
+                let short = there.into_iter().any(|(kind, n)| *self.model.own(node, kind) < n);
+                assert!(stored > pages || short);
+                assert_eq!(self.snapshots(), before);
+            }
+        }
+    }
+
+    /// The lowest level without room in one counter.
+    fn first(&self, node: usize, what: Counter, pages: u64) -> Option<(usize, Counter)> {
+        let full = |level: &usize| pages > 0 && !self.model.fits(*level, what, pages);
+        self.model.chain(node).into_iter().find(full).map(|level| (level, what))
+    }
+
     fn move_node(&mut self, node: usize, to: usize) {
         let before = self.snapshots();
         let moved = self.tree.move_node(self.model.nodes[node].id, self.model.nodes[to].id);
@@ -292,6 +347,14 @@ impl Run {
                 let pages = pages.min(*self.model.own(node, kind));
                 self.tree.uncharge_as(self.model.nodes[node].id, kind, Pages(pages));
                 *self.model.own(node, kind) -= pages;
+            }
+            Op::Evict(n, pages, stored) => {
+                let node = self.pick(n);
+                self.evict(node, pages, stored);
+            }
+            Op::Refault(n, pages, stored, mode) => {
+                let node = self.pick(n);
+                self.refault(node, pages, stored, mode);
             }
             Op::UpTo(n, want, min) => {
                 let node = self.pick(n);
