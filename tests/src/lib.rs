@@ -1,8 +1,12 @@
 //! Helpers of the integration tests: a VM of the real program, its console, its control socket, and what the host says
 //! about its memory.
 //!
+//! Beside it, [`semantics`] finds out which test proves which rule.
+//!
 //! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
+
+pub mod semantics;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
