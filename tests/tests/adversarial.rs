@@ -8,9 +8,6 @@ use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
-/// What the worker's process may hold beyond guest RAM: its own code and data, its stacks, and twelve bytes a page.
-const OVERHEAD: u64 = 32 * MIB;
-
 /// Resident anonymous memory of a process as another process sees it, in bytes.
 fn rss_anon(pid: u64) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -25,7 +22,7 @@ fn check(now: &Value, highest_max: u64, at: &str) {
     assert!(usage <= max, "{at}: usage {usage} above max {max}: {now}");
     // Residency is read a moment later than the snapshot, when the limit may have changed: the highest one bounds it.
     assert!(resident_pages(now) * 4096 <= highest_max, "{at}: resident above the highest limit {highest_max}");
-    assert!(rss_anon(number(now, "pid")) <= highest_max + OVERHEAD, "{at}: the process holds more than its limit");
+    assert!(rss_anon(number(now, "pid")) <= highest_max, "{at}: the process holds more than its limit");
 }
 
 fn storm(cpus: u32) {

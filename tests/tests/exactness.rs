@@ -72,7 +72,7 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
             resident_pages(&now) * PAGE,
             "step {step} ({what}), seed {seed}: charged and resident differ in {now}"
         );
-        let parts = ["guest", "stock", "reserve"].map(|k| number(&now, &format!("memory.stat.{k}_bytes")));
+        let parts = ["guest", "stock", "reserve", "vmm"].map(|k| number(&now, &format!("memory.stat.{k}_bytes")));
         assert_eq!(parts.iter().sum::<u64>(), number(&now, "memory.current_bytes"), "step {step} ({what}): {now}");
     }
 }

@@ -254,7 +254,7 @@ fn a_limit_too_small_for_the_kernel_fails_and_names_the_smallest_that_would_do()
     if skipped("too-small") {
         return;
     }
-    let mut vm = TestVm::builder("small").memory("size=64M,max=256K").cmdline("shell").start();
+    let mut vm = TestVm::builder("small").memory("size=64M,max=2M").cmdline("shell").start();
     assert_eq!(vm.wait(10).code(), Some(125));
     let said = vm.errors();
     let smallest = said.split_once(",max=").map(|(_, rest)| rest.split_whitespace().next().unwrap_or_default());

@@ -9,6 +9,7 @@ use std::process;
 use std::task::Poll;
 use std::time::Duration;
 
+use balloon::QueueKind;
 use memcg_core::units::{Limit, human};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -16,7 +17,7 @@ use super::options::{BalloonArg, MemoryArg, OomArg, name};
 use super::{DONE, ERROR, Failure, KILLED, RUN_FAILED, SocketArg, chain, console, socket};
 use crate::api::server;
 use crate::controller::spawn::{self, Launch};
-use crate::controller::{Controller, KilledBy, OomPolicy, VmEnd, VmSpec, host};
+use crate::controller::{Controller, KilledBy, OomPolicy, VmEnd, VmSpec, host, overhead};
 use crate::worker::config::WorkerConfig;
 use crate::worker::protocol::ExitReason;
 
@@ -147,15 +148,6 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
 
     let mut signals = Signals::new().map_err(|error| as_failure(&error))?;
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
-    let launched = spawn::launch(Launch {
-        config: config(&args, vm_name.clone()),
-        kernel,
-        initrd,
-        directory: directory.clone(),
-        log: log.to_owned(),
-    })
-    .map_err(|error| as_failure(&error))?;
-    let directory = Directory(directory);
     let (controller, actor) = Controller::start(Limit::Max);
     let spec = VmSpec {
         name: vm_name.clone(),
@@ -164,9 +156,26 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
         accounting: args.memory.accounting,
         limits: args.memory.limits,
         oom: args.oom.map_or_else(OomPolicy::default, |OomArg(policy)| policy),
+        overhead: overhead::of(args.memory.size, args.cpus, QueueKind::COUNT as u32),
     };
+    let id = controller.create(spec).await.map_err(|error| as_failure(&error))?;
+    let launch = Launch {
+        config: config(&args, vm_name.clone()),
+        kernel,
+        initrd,
+        directory: directory.clone(),
+        log: log.to_owned(),
+    };
+    let launched = match spawn::launch(launch) {
+        Ok(launched) => launched,
+        Err(error) => {
+            controller.withdraw(id).await.map_err(|error| as_failure(&error))?;
+            return Err(as_failure(&error));
+        }
+    };
+    let directory = Directory(directory);
     let mut end = controller
-        .adopt(spec, launched.handle, launched.watch, launched.link)
+        .adopt(id, launched.handle, launched.watch, launched.link)
         .await
         .map_err(|error| as_failure(&error))?;
     let server = server::serve(bound, controller.clone()).map_err(|error| as_failure(&error))?;

@@ -73,10 +73,11 @@ fn table(vm: &VmView) -> String {
     line(
         "",
         format!(
-            " guest {}, stock {}, reserve {}, ballooned {}",
+            " guest {}, stock {}, reserve {}, overhead {}, ballooned {}",
             human(stat.guest_bytes),
             human(stat.stock_bytes),
             human(stat.reserve_bytes),
+            human(stat.vmm_bytes),
             human(stat.ballooned_bytes)
         ),
     );

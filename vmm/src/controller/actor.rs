@@ -7,21 +7,23 @@
 //! | file | part |
 //! | --- | --- |
 //! | this one | the loop, the requests |
+//! | `admission.rs` | a VM before it has a process: node, limits, overhead |
 //! | `lifecycle.rs` | from hello to the end of a worker |
 //! | `grants.rs` | reports, wants, grants, holds |
 //! | `changes.rs` | changes of limits |
 //! | `show.rs` | what the interface sees |
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use memcg_core::tree::{AddError, LimitPatch, NodeId, Tree};
+use memcg_core::tree::{NodeId, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
+use super::VmSpec;
+use super::admission::Created;
 use super::changes::{Change, Changed, MemoryChange};
 use super::error::{Code, Refusal};
 use super::events::{Event, EventKind, EventLog};
@@ -29,8 +31,8 @@ use super::host;
 use super::link::FromLink;
 use super::spawn::Death;
 use super::view::{HostView, VmState, VmView};
-use super::vm::{Awaited, KilledBy, OomPolicy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting, WorkerProcess};
-use crate::worker::protocol::{Report, ToWorker};
+use super::vm::{Awaited, KilledBy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting, WorkerProcess};
+use crate::worker::protocol::ToWorker;
 
 /// How long a request for a view waits for the worker's numbers.
 const VIEW_PATIENCE: Duration = Duration::from_millis(500);
@@ -41,31 +43,11 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a worker may take to say hello, and to end after its last words.
 pub(super) const WORKER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// A VM whose worker has been started.
-pub struct NewVm {
-    /// Number, from [`super::Controller::next_id`].
-    pub id: VmId,
-    /// Name, unique among those that run.
-    pub name: String,
-    /// Guest RAM.
-    pub size: Pages,
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// Whether its memory is charged.
-    pub accounting: bool,
-    /// Its limits.
-    pub limits: LimitPatch,
-    /// What is done when it stays held.
-    pub oom: OomPolicy,
-    /// Its process.
-    pub process: Box<dyn WorkerProcess>,
-    /// The queue of messages for it.
-    pub to_worker: mpsc::Sender<ToWorker>,
-}
-
 /// What the actor is asked.
 pub(super) enum Request {
-    Add(Box<NewVm>, Reply<oneshot::Receiver<VmEnd>>),
+    Create(Box<VmSpec>, Reply<VmId>),
+    Attach(VmId, Box<dyn WorkerProcess>, mpsc::Sender<ToWorker>, Reply<oneshot::Receiver<VmEnd>>),
+    Withdraw(VmId, Reply<()>),
     Host(Reply<HostView>),
     List(Reply<Vec<VmView>>),
     Show(String, Reply<VmView>),
@@ -90,6 +72,10 @@ pub(super) struct Actor {
     pub tree: Tree,
     pub root: NodeId,
     pub vms: BTreeMap<VmId, Vm>,
+    /// VMs that were created and have no process yet.
+    pub created: BTreeMap<VmId, Created>,
+    /// Number of the next VM; never used twice.
+    pub next_id: u64,
     pub events: EventLog,
     pub news: watch::Sender<u64>,
     /// To send inputs to itself from helper tasks; weak, so that the actor ends with its users.
@@ -108,6 +94,8 @@ impl Actor {
             tree,
             root,
             vms: BTreeMap::new(),
+            created: BTreeMap::new(),
+            next_id: 1,
             events: EventLog::default(),
             news,
             inbox,
@@ -181,7 +169,9 @@ impl Actor {
 
     fn request(&mut self, request: Request) {
         match request {
-            Request::Add(vm, reply) => answer(reply, self.add(*vm)),
+            Request::Create(spec, reply) => answer(reply, self.create(*spec)),
+            Request::Attach(id, process, to_worker, reply) => answer(reply, self.attach(id, process, to_worker)),
+            Request::Withdraw(id, reply) => answer(reply, self.withdraw(id)),
             Request::Host(reply) => answer(reply, Ok(self.host_view())),
             Request::List(reply) => {
                 let list = self.vms.keys().map(|id| self.vm_view(*id, false)).collect();
@@ -209,72 +199,6 @@ impl Actor {
             },
             Request::Events(since, reply) => answer(reply, Ok(self.events.after(since))),
         }
-    }
-
-    fn add(&mut self, new: NewVm) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        if self.vms.values().any(|vm| vm.name == new.name && vm.state != VmState::Ended) {
-            return Err(Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", new.name)));
-        }
-        let node = self.tree.add(self.root, &new.name).map_err(|error| match error {
-            AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
-            _ => Refusal::new(Code::AlreadyExists, error.to_string()),
-        })?;
-        if new.accounting {
-            self.tree.activate(node, |_| Pages::ZERO).expect("a new node has nothing resident");
-        }
-        if let Err(error) = self.tree.set_limits(node, &new.limits) {
-            // Nothing is charged to it, so removing cannot fail.
-            let _ = self.tree.remove(node);
-            return Err(Refusal::new(Code::InvalidLimit, error.to_string()));
-        }
-        let (ended, end) = oneshot::channel();
-        let details = json!({
-            "pid": new.process.pid(),
-            "size_bytes": new.size.bytes(),
-            "cpus": new.cpus,
-            "max_bytes": new.limits.max.and_then(Limit::as_bytes),
-            "accounting": new.accounting,
-        });
-        let vm = Vm {
-            name: new.name,
-            node,
-            size: new.size,
-            cpus: new.cpus,
-            accounting: new.accounting,
-            oom: new.oom,
-            process: new.process,
-            to_worker: new.to_worker,
-            state: VmState::Starting,
-            paused_by: None,
-            ram: Vec::new(),
-            greeted: false,
-            reserve_target: Pages::ZERO,
-            granted_total: 0,
-            returned_total: 0,
-            report: Report::default(),
-            reported: false,
-            guest_stats: None,
-            refused: false,
-            grant_due: false,
-            balloon_sent: None,
-            balloon_due: false,
-            hold: None,
-            oom_events: 0,
-            oom_killed: false,
-            change: None,
-            seq: 0,
-            waiting: Vec::new(),
-            killers: Vec::new(),
-            cause: None,
-            death: None,
-            link_closed: false,
-            patience: Some(Instant::now() + host::scaled(WORKER_PATIENCE)),
-            ended: Some(ended),
-            warned: Cell::default(),
-        };
-        self.event(EventKind::Created, Some(&vm.name), details);
-        self.vms.insert(new.id, vm);
-        Ok(end)
     }
 
     /// Answers with fresh numbers when the worker gives them in time, else with the last known.

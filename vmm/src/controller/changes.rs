@@ -274,7 +274,7 @@ impl Actor {
         let (Limit::Pages(new), Limit::Pages(high)) = (max, reclaim::effective_high(Limit::Max, max)) else {
             return Pages::ZERO;
         };
-        let target = reclaim::balloon_target(vm.size, Limit::Pages(high.saturating_sub(vm.reserve_target)), Limit::Max);
+        let target = self.balloon_for(id, Limit::Pages(high));
         let there = u64::from(vm.report.balloon_actual) >= target.0;
         if !vm.report.balloon_ready || there { Pages::ZERO } else { new.saturating_sub(high) }
     }

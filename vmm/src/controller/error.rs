@@ -25,6 +25,8 @@ pub enum Code {
     LimitNotReached,
     /// A later request took this one's place.
     Superseded,
+    /// There is no room for what the VM costs beside its pages.
+    OverheadRefused,
     /// The VM runs without accounting.
     NotAccounted,
     /// The VM's state does not allow it.
@@ -51,6 +53,7 @@ impl Code {
             | Self::LimitBelowUsage
             | Self::LimitNotReached
             | Self::Superseded
+            | Self::OverheadRefused
             | Self::NotAccounted
             | Self::WrongState
             | Self::ResumeRefused

@@ -201,15 +201,18 @@ impl Actor {
         }
     }
 
-    /// The size that the balloon should have: from the limits in force, or those that are pending. The reserve is charged
-    /// inside them, so it is no room for guest pages.
+    /// The size that the balloon should have: from the limits in force, or those that are pending.
     pub fn balloon_target(&self, id: VmId) -> Pages {
+        self.balloon_for(id, self.tree.reclaim_high(self.vms[&id].node))
+    }
+
+    /// The size that the balloon should have so that usage stays at `high`. Reserve and overhead are charged inside the
+    /// limits, so they are no room for guest pages.
+    pub fn balloon_for(&self, id: VmId, high: Limit) -> Pages {
         let vm = &self.vms[&id];
-        let high = match self.tree.reclaim_high(vm.node) {
-            Limit::Pages(high) => Limit::Pages(high.saturating_sub(vm.reserve_target)),
-            Limit::Max => Limit::Max,
-        };
-        reclaim::balloon_target(vm.size, high, Limit::Max)
+        let beside = vm.reserve_target + self.tree.snapshot(vm.node).vmm.usage;
+        let high = high.as_pages().map(|high| high.saturating_sub(beside));
+        reclaim::balloon_target(vm.size, high.into(), Limit::Max)
     }
 
     /// Begins, keeps or ends the time in which a VM is held.

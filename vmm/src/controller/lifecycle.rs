@@ -68,7 +68,10 @@ impl Actor {
             FromWorker::Failed { message, smallest_max } => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
                 let message = message.chars().filter(|c| !c.is_control()).collect();
-                vm.cause = Some(VmEnd::Failed { message, smallest_max: smallest_max.map(Pages) });
+                // The worker does not know what it costs itself.
+                let overhead = self.tree.snapshot(vm.node).vmm.usage;
+                let smallest_max = smallest_max.map(|pages| Pages(pages) + overhead);
+                vm.cause = Some(VmEnd::Failed { message, smallest_max });
             }
             FromWorker::Exited(reason) => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
@@ -228,7 +231,7 @@ impl Actor {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
-        self.tree.uncharge(vm.node, vm.outstanding());
+        self.tree.uncharge_all(vm.node);
         vm.returned_total = vm.granted_total;
         self.roomier = true;
     }

@@ -4,6 +4,7 @@
 //! tree of counters and a map of VMs in either case.
 
 mod actor;
+mod admission;
 mod changes;
 pub mod error;
 pub mod events;
@@ -11,6 +12,7 @@ mod grants;
 pub mod host;
 mod lifecycle;
 pub mod link;
+pub mod overhead;
 mod show;
 pub mod spawn;
 #[cfg(test)]
@@ -19,15 +21,12 @@ pub mod view;
 mod vm;
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use memcg_core::tree::LimitPatch;
+use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-pub use actor::NewVm;
 use actor::{Actor, Input, Request};
 pub use changes::{Changed, DEADLINE, MemoryChange};
 use error::{Code, Refusal};
@@ -38,6 +37,8 @@ use spawn::{DeathWatch, WorkerHandle};
 use view::{HostView, VmView};
 pub use vm::{KilledBy, OomPolicy, VmEnd, VmId, WorkerProcess};
 
+use crate::worker::protocol::ToWorker;
+
 /// Inputs that may wait for the actor; whoever sends more waits.
 const INBOX: usize = 256;
 
@@ -46,7 +47,6 @@ const INBOX: usize = 256;
 pub struct Controller {
     inbox: mpsc::Sender<Input>,
     news: watch::Receiver<u64>,
-    next_id: Arc<AtomicU64>,
 }
 
 /// What a VM is apart from its process.
@@ -64,6 +64,8 @@ pub struct VmSpec {
     pub limits: LimitPatch,
     /// What is done when it stays held.
     pub oom: OomPolicy,
+    /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.
+    pub overhead: Vec<(Overhead, Pages)>,
 }
 
 impl WorkerProcess for WorkerHandle {
@@ -86,35 +88,42 @@ impl Controller {
         let (news_sender, news) = watch::channel(0);
         let actor = Actor::new(budget, news_sender, inbox.downgrade());
         let task = tokio::spawn(actor.run(inputs));
-        (Self { inbox, news, next_id: Arc::new(AtomicU64::new(1)) }, task)
+        (Self { inbox, news }, task)
     }
 
-    /// A number for a new VM.
-    pub fn next_id(&self) -> VmId {
-        VmId(self.next_id.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// Takes a started worker in. The receiver tells how the VM ended.
+    /// Makes room for a VM that is to be started: its name, its limits, what it costs beside its pages. To be followed
+    /// by [`Self::adopt`] or [`Self::withdraw`].
     ///
     /// # Errors
-    /// When the name is taken, the limits contradict each other, or the socket cannot be watched. The worker is
-    /// ended then.
+    /// When the name is taken, the limits contradict each other, or the overhead does not fit. Nothing has changed then.
+    pub async fn create(&self, spec: VmSpec) -> Result<VmId, Refusal> {
+        self.ask(|reply| Request::Create(Box::new(spec), reply)).await
+    }
+
+    /// Gives up a VM that was created and could not be started.
+    ///
+    /// # Errors
+    /// When there is none of this number that waits for its worker.
+    pub async fn withdraw(&self, id: VmId) -> Result<(), Refusal> {
+        self.ask(|reply| Request::Withdraw(id, reply)).await
+    }
+
+    /// Takes the started worker of a created VM in. The receiver tells how the VM ended.
+    ///
+    /// # Errors
+    /// When no such VM waits for a worker, or the socket cannot be watched. The worker is ended then.
     pub async fn adopt(
         &self,
-        spec: VmSpec,
+        id: VmId,
         handle: WorkerHandle,
         watch: DeathWatch,
         socket: std::os::fd::OwnedFd,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        let id = self.next_id();
         let kill = handle.clone();
         let adopt = async {
             let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| Input::Worker(id, item))
                 .map_err(|e: io::Error| Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}")))?;
-            let VmSpec { name, size, cpus, accounting, limits, oom } = spec;
-            let process = Box::new(handle);
-            let vm = NewVm { id, name, size, cpus, accounting, limits, oom, process, to_worker };
-            let end = self.add(vm).await?;
+            let end = self.attach(id, Box::new(handle), to_worker).await?;
             tokio::spawn(reader);
             let inbox = self.inbox.clone();
             tokio::spawn(async move {
@@ -131,12 +140,17 @@ impl Controller {
         adopted
     }
 
-    /// Takes a VM in whose worker is reached by the channels in `vm`.
+    /// Takes a worker in that is reached by `to_worker`, and whose words come by [`Self::heard`].
     ///
     /// # Errors
-    /// When the name is taken or the limits contradict each other.
-    pub async fn add(&self, vm: NewVm) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        self.ask(|reply| Request::Add(Box::new(vm), reply)).await
+    /// When no such VM waits for a worker.
+    pub async fn attach(
+        &self,
+        id: VmId,
+        process: Box<dyn WorkerProcess>,
+        to_worker: mpsc::Sender<ToWorker>,
+    ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
+        self.ask(|reply| Request::Attach(id, process, to_worker, reply)).await
     }
 
     /// Hands over what a worker sent.

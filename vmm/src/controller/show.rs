@@ -77,6 +77,7 @@ impl Actor {
                 ballooned_bytes: bytes(report.ballooned),
                 stock_bytes: bytes(report.stock + vm.in_flight()),
                 reserve_bytes: bytes(report.reserve),
+                vmm_bytes: node.vmm.usage.bytes(),
                 debt_bytes: bytes(report.debt),
                 overcharge_bytes: node.overcharge.bytes(),
             },

@@ -125,6 +125,8 @@ pub struct MemoryStat {
     pub stock_bytes: u64,
     /// Charged for faults that cannot be charged.
     pub reserve_bytes: u64,
+    /// Overhead of the VMM: `vmm.current`.
+    pub vmm_bytes: u64,
     /// Missing from the reserve: what the guest touched while nothing could be charged.
     pub debt_bytes: u64,
     /// Usage above `max`, left by a forced change; may only fall.

@@ -1,6 +1,7 @@
 //! The actor against a worker that the test plays, over the actor's own channels and in paused time: a deadline of
 //! ten seconds passes at once, and nothing but the actor's decisions is under test.
 
+mod admission;
 mod grants;
 mod limits;
 mod requests;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use memcg_core::tree::LimitPatch;
+use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot};
 
@@ -19,7 +20,7 @@ use super::events::{Event, EventKind};
 use super::link::FromLink;
 use super::spawn::Death;
 use super::view::{OomAction, VmView};
-use super::{Controller, NewVm, OomPolicy, VmEnd, VmId, WorkerProcess};
+use super::{Controller, OomPolicy, VmEnd, VmId, VmSpec, WorkerProcess};
 use crate::worker::protocol::{ExitReason, FromWorker, RamSlot, Report, ToWorker};
 
 /// Pages of RAM of the VM under test: 256 MiB.
@@ -59,13 +60,14 @@ struct Setup {
     max: Limit,
     accounting: bool,
     oom: OomPolicy,
+    overhead: Vec<(Overhead, Pages)>,
     queue: usize,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
-        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, queue: 64 }
+        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, overhead: Vec::new(), queue: 64 }
     }
 }
 
@@ -83,19 +85,17 @@ impl FakeWorker {
     async fn add_to(controller: &Controller, name: &str, setup: Setup) -> Result<Self, Refusal> {
         let (to_worker, inbox) = mpsc::channel(setup.queue);
         let killed = Arc::new(AtomicBool::new(false));
-        let id = controller.next_id();
-        let new = NewVm {
-            id,
+        let spec = VmSpec {
             name: name.to_owned(),
             size: Pages(SIZE),
             cpus: 1,
             accounting: setup.accounting,
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,
-            process: Box::new(Puppet(Arc::clone(&killed))),
-            to_worker,
+            overhead: setup.overhead,
         };
-        let end = controller.add(new).await?;
+        let id = controller.create(spec).await?;
+        let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;
         let (report, grant) = (Report::default(), (0, 0, 0, false));
         Ok(Self { controller: controller.clone(), id, inbox, killed, end, report, grant })
     }

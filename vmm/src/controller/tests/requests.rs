@@ -1,8 +1,8 @@
 //! Requests, and the life of a VM.
 
+use super::super::KilledBy;
 use super::super::error::Code;
 use super::super::view::VmState;
-use super::super::{KilledBy, VmSpec};
 use super::*;
 
 #[tokio::test(start_paused = true)]
@@ -206,16 +206,6 @@ async fn unknown_names_are_not_found() {
     assert_eq!(controller.show("nobody").await.expect_err("unknown").code, Code::NotFound);
     assert_eq!(controller.kill("nobody").await.expect_err("unknown").code, Code::NotFound);
     assert!(controller.list().await.expect("listed").is_empty());
-    // The specification of a VM is plain data.
-    let spec = VmSpec {
-        name: "a".to_owned(),
-        size: Pages(1),
-        cpus: 1,
-        accounting: false,
-        limits: LimitPatch::default(),
-        oom: OomPolicy::default(),
-    };
-    assert_eq!(spec.clone().name, spec.name);
 }
 
 #[tokio::test(start_paused = true)]

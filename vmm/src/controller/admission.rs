@@ -1,0 +1,162 @@
+//! A VM before it has a process.
+//!
+//! ```text
+//!  create: node, limits, overhead charged ──► worker is started ──► attach: it is one of the VMs
+//!     └ refused: nothing is left                  └ failed ──► withdraw: nothing is left
+//! ```
+//!
+//! Overhead is charged before the thing exists (semantics rows 98, 114): what cannot be paid for is not started, and
+//! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can.
+
+use std::cell::Cell;
+
+use memcg_core::tree::{AddError, Counter, Kind, Mode, NodeId};
+use memcg_core::units::{Limit, Pages, human};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::actor::{Actor, WORKER_PATIENCE};
+use super::error::{Code, Refusal};
+use super::events::EventKind;
+use super::view::VmState;
+use super::vm::{Vm, VmEnd, VmId, WorkerProcess};
+use super::{VmSpec, host};
+use crate::worker::protocol::{Report, ToWorker};
+
+/// A VM that was created and has no process yet.
+pub(super) struct Created {
+    spec: VmSpec,
+    node: NodeId,
+}
+
+impl Actor {
+    /// Makes a VM's node, sets its limits and charges its overhead; all or nothing.
+    pub fn create(&mut self, spec: VmSpec) -> Result<VmId, Refusal> {
+        let node = self.tree.add(self.root, &spec.name).map_err(|error| match error {
+            AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
+            AddError::Exists(_) => {
+                Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name))
+            }
+            _ => Refusal::new(Code::AlreadyExists, error.to_string()),
+        })?;
+        if let Err(refusal) = self.equip(node, &spec) {
+            self.discard(node);
+            return Err(refusal);
+        }
+        let id = VmId(self.next_id);
+        self.next_id += 1;
+        self.created.insert(id, Created { spec, node });
+        Ok(id)
+    }
+
+    fn equip(&mut self, node: NodeId, spec: &VmSpec) -> Result<(), Refusal> {
+        if !spec.accounting {
+            return Ok(());
+        }
+        self.tree
+            .activate(node, |_| Pages::ZERO)
+            .map_err(|error| Refusal::new(Code::InvalidLimit, error.to_string()))?;
+        self.tree
+            .set_limits(node, &spec.limits)
+            .map_err(|error| Refusal::new(Code::InvalidLimit, error.to_string()))?;
+        self.charge_overhead(node, spec)
+    }
+
+    /// Charges what the VM will cost beside its pages.
+    fn charge_overhead(&mut self, node: NodeId, spec: &VmSpec) -> Result<(), Refusal> {
+        for (part, pages) in &spec.overhead {
+            let Err(refused) = self.tree.try_charge_as(node, Kind::Overhead(*part), *pages, Mode::Wait) else {
+                continue;
+            };
+            let total: Pages = spec.overhead.iter().map(|(_, pages)| *pages).sum();
+            let knob = if refused.counter == Counter::Vmm { "vmm.max" } else { "memory.max" };
+            let message = format!(
+                "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it, or use fewer vCPUs or less RAM",
+                spec.name,
+                human(total.bytes()),
+                self.tree.path(refused.level),
+                refused.limit,
+            );
+            return Err(Refusal::new(Code::OverheadRefused, message));
+        }
+        Ok(())
+    }
+
+    /// A worker was started for a VM that was created: it is one of the VMs from now on.
+    pub fn attach(
+        &mut self,
+        id: VmId,
+        process: Box<dyn WorkerProcess>,
+        to_worker: mpsc::Sender<ToWorker>,
+    ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
+        let Created { spec, node } = self.created.remove(&id).ok_or_else(unknown)?;
+        let (ended, end) = oneshot::channel();
+        let details = json!({
+            "pid": process.pid(),
+            "size_bytes": spec.size.bytes(),
+            "cpus": spec.cpus,
+            "max_bytes": spec.limits.max.and_then(Limit::as_bytes),
+            "accounting": spec.accounting,
+        });
+        let vm = Vm {
+            name: spec.name,
+            node,
+            size: spec.size,
+            cpus: spec.cpus,
+            accounting: spec.accounting,
+            oom: spec.oom,
+            process,
+            to_worker,
+            state: VmState::Starting,
+            paused_by: None,
+            ram: Vec::new(),
+            greeted: false,
+            reserve_target: Pages::ZERO,
+            granted_total: 0,
+            returned_total: 0,
+            report: Report::default(),
+            reported: false,
+            guest_stats: None,
+            refused: false,
+            grant_due: false,
+            balloon_sent: None,
+            balloon_due: false,
+            hold: None,
+            oom_events: 0,
+            oom_killed: false,
+            change: None,
+            seq: 0,
+            waiting: Vec::new(),
+            killers: Vec::new(),
+            cause: None,
+            death: None,
+            link_closed: false,
+            patience: Some(Instant::now() + host::scaled(WORKER_PATIENCE)),
+            ended: Some(ended),
+            warned: Cell::default(),
+        };
+        self.event(EventKind::Created, Some(&vm.name), details);
+        self.vms.insert(id, vm);
+        Ok(end)
+    }
+
+    /// No worker could be started for a VM that was created: nothing is left of it.
+    pub fn withdraw(&mut self, id: VmId) -> Result<(), Refusal> {
+        let Created { node, .. } = self.created.remove(&id).ok_or_else(unknown)?;
+        self.discard(node);
+        Ok(())
+    }
+
+    /// Frees the node of a VM that never ran.
+    fn discard(&mut self, node: NodeId) {
+        self.tree.uncharge_all(node);
+        // It has neither members nor charges.
+        let _ = self.tree.remove(node);
+        self.roomier = true;
+    }
+}
+
+fn unknown() -> Refusal {
+    Refusal::new(Code::NotFound, "there is no VM of this number that waits for a worker")
+}

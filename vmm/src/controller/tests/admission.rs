@@ -1,0 +1,91 @@
+//! Overhead is paid before there is a VM.
+
+use memcg_core::tree::{LimitPatch, Overhead};
+use memcg_core::units::{Limit, Pages};
+
+use super::super::error::Code;
+use super::super::view::VmState;
+use super::super::{Controller, OomPolicy, VmId, VmSpec, overhead};
+use super::{FakeWorker, SIZE, Setup, pages};
+use crate::controller::error::Refusal;
+
+fn spec(name: &str, limits: LimitPatch) -> VmSpec {
+    let overhead = overhead::of(Pages(SIZE), 1, 3);
+    let oom = OomPolicy::default();
+    VmSpec { name: name.to_owned(), size: Pages(SIZE), cpus: 1, accounting: true, limits, oom, overhead }
+}
+
+/// What each VM of [`spec`] costs beside its pages.
+fn cost() -> u64 {
+    spec("", LimitPatch::default()).overhead.iter().map(|(_, pages)| pages.0).sum()
+}
+
+/// Creates VMs until one is refused.
+async fn spawn_bomb(controller: &Controller, prefix: &str) -> (Vec<VmId>, Refusal) {
+    let mut created = Vec::new();
+    loop {
+        match controller.create(spec(&format!("{prefix}{}", created.len()), LimitPatch::default())).await {
+            Ok(id) => created.push(id),
+            Err(refusal) => return (created, refusal),
+        }
+    }
+}
+
+/// A host's budget ends a spawn bomb at a number that can be computed; what is withdrawn makes room for exactly one more.
+/// Semantics: 56, 98.
+#[tokio::test(start_paused = true)]
+async fn a_spawn_bomb_ends_where_the_budget_does() {
+    let (controller, _) = Controller::start(pages(7 * cost() + cost() / 2));
+    let (created, refusal) = spawn_bomb(&controller, "vm").await;
+    assert_eq!(created.len(), 7);
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    assert!(refusal.message.contains("memory.max of / is"), "{}", refusal.message);
+    assert_eq!(controller.host().await.expect("shown").current_bytes, 7 * cost() * 4096, "nothing half paid is left");
+    controller.withdraw(created[3]).await.expect("it waits for a worker");
+    assert_eq!(spawn_bomb(&controller, "again").await.0.len(), 1);
+}
+
+/// Overhead above its own limit is refused whatever memory there is, and no node is left under the name.
+/// Semantics: 81, 114.
+#[tokio::test(start_paused = true)]
+async fn vmm_max_refuses_a_vm_before_it_exists() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let limits = LimitPatch { vmm_max: Some(pages(cost() - 1)), ..LimitPatch::default() };
+    let refusal = controller.create(spec("web", limits)).await.expect_err("one page short");
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    assert!(refusal.message.contains("vmm.max of /web is"), "{}", refusal.message);
+    let limits = LimitPatch { vmm_max: Some(pages(cost())), ..LimitPatch::default() };
+    controller.create(spec("web", limits)).await.expect("the name is free, and it fits exactly");
+    let refusal = controller.create(spec("web", limits)).await.expect_err("the name is taken");
+    assert_eq!(refusal.code, Code::AlreadyExists);
+}
+
+/// Overhead is a part of usage, is shown as such, takes room from the guest, and goes with the memory of the dead VM.
+#[tokio::test(start_paused = true)]
+async fn overhead_is_a_part_of_usage_until_the_memory_is_back() {
+    let overhead = vec![(Overhead::Worker, Pages(100)), (Overhead::Vcpu, Pages(24))];
+    let mut worker = FakeWorker::running(Setup { overhead, ..Setup::default() }).await;
+    worker.touch(5000).await;
+    let view = worker.view().await;
+    assert_eq!((view.vmm.current_bytes, view.memory.stat.vmm_bytes), (124 * 4096, 124 * 4096));
+    assert_eq!(view.memory.current_bytes, 4096 * 4096, "inside max");
+    let stat = view.memory.stat;
+    let parts = stat.guest_bytes + stat.stock_bytes + stat.reserve_bytes + stat.vmm_bytes;
+    assert_eq!(parts, view.memory.current_bytes);
+    let controller = worker.controller.clone();
+    worker.die(super::Death::Signal(9)).await;
+    assert_eq!(controller.show("vm").await.expect("shown").state, VmState::Ended);
+    while controller.host().await.expect("shown").current_bytes > 0 {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+/// A VM without accounting costs nothing in the books.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_charged_without_accounting() {
+    let (controller, _) = Controller::start(pages(1));
+    let mut spec = spec("free", LimitPatch::default());
+    spec.accounting = false;
+    controller.create(spec).await.expect("not even the budget is asked");
+    assert_eq!(controller.host().await.expect("shown").current_bytes, 0);
+}
