@@ -54,7 +54,8 @@ pub use charge::{Charge, Crossed, Kind, Mode, Refused};
 pub use check::Violation;
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
 pub use evict::EvictError;
-pub use limits::{LimitPatch, Limits, SetLimitError};
+pub(crate) use limits::Waits;
+pub use limits::{Above, AboveMax, LimitPatch, Limits, SetLimitError};
 pub use moving::{MoveError, Moved};
 pub use reserve::Reservation;
 pub use snapshot::NodeSnapshot;
@@ -236,6 +237,10 @@ impl Tree {
         if !node.counters.is_free() {
             let usage = node.counters.get(Counter::Memory).usage + node.counters.get(Counter::Swap).usage;
             return Err(RemoveError::Charged { name: node.name.clone(), usage });
+        }
+        if let Some(ticket) = node.pending.as_ref().map(|pending| pending.ticket) {
+            // What was asked for can no longer be in force wholly.
+            self.end_pending(ticket, false);
         }
         self.detach(id, parent);
         let slot = &mut self.slots[id.index as usize];

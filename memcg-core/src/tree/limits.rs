@@ -1,4 +1,10 @@
-//! Limits of a node and how they are set: wholly or not at all.
+//! Limits of a node and how they are set: wholly or not at all, one node or many.
+//!
+//! A request is a [`LimitPatch`] for each of its nodes. All of them are checked before the first limit moves. What
+//! cannot be in force yet is remembered at its node with the number of the request (its ticket), and comes into force,
+//! or is dropped, at all nodes of that request in one step; [`crate::limit_change`] decides when.
+
+use std::collections::BTreeSet;
 
 use super::{Accounting, Counter, Node, NodeId, Tree};
 use crate::reclaim;
@@ -102,87 +108,150 @@ impl LimitPatch {
     }
 }
 
-/// Why limits were not set. The old ones are in force, wholly.
+impl Limits {
+    /// Whether the limits fit each other: `min`, `low` and `high` not above `max`. [`Limit::Max`] fits everything: "all
+    /// of it" for `min` and `low`, "not set" for `high`.
+    ///
+    /// # Errors
+    /// [`AboveMax`] with the first that does not fit.
+    pub fn check(&self) -> Result<(), AboveMax> {
+        let knobs = [("memory.min", self.min), ("memory.low", self.low), ("memory.high", self.high)];
+        match knobs.into_iter().find(|(_, value)| !value.is_max() && *value > self.max) {
+            Some((knob, value)) => Err(AboveMax { knob, value, max: self.max }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A limit or protection that is above `memory.max`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{knob} {value} would be above memory.max {max}: lower {knob} too, or both in one request")]
+pub struct AboveMax {
+    /// The limit at fault, such as `memory.min`.
+    pub knob: &'static str,
+    /// Its value.
+    pub value: Limit,
+    /// The `memory.max` that it would meet, now or when a pending change is done.
+    pub max: Limit,
+}
+
+/// A node that uses more than the `memory.max` that it was to have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: memory.max {limit} is below the {} in use", human(.usage.bytes()))]
+pub struct Above {
+    /// Path of the node.
+    pub path: String,
+    /// Memory in use.
+    pub usage: Pages,
+    /// What was asked for.
+    pub limit: Limit,
+}
+
+/// Why limits were not set. The old ones are in force, wholly, at every node of the request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetLimitError {
     /// `min`, `low` or `high` above `max`.
-    #[error("{knob} {value} would be above memory.max {max}: lower {knob} too, or both in one request")]
+    #[error("{path}: {why}")]
     AboveMax {
-        /// The limit at fault, such as `memory.min`.
-        knob: &'static str,
-        /// Its value.
-        value: Limit,
-        /// The `memory.max` that it would meet, now or when a pending change is done.
-        max: Limit,
+        /// Path of the node.
+        path: String,
+        /// Which limit, and by how much.
+        why: AboveMax,
     },
     /// Accounting is off, so that there is nothing to limit.
-    #[error("{node:?} is not accounted: activate its accounting first")]
+    #[error("{path} is not accounted, so there is nothing to limit: activate its accounting first")]
     NotAccounted {
         /// Path of the node.
-        node: String,
+        path: String,
     },
     /// Somebody else changed limits meanwhile.
-    #[error("the limits have changed meanwhile (generation {actual}, not {expected}): read them again and decide anew")]
+    #[error(
+        "{path}: the limits have changed meanwhile (generation {actual}, not {expected}): \
+         read them again and decide anew"
+    )]
     Stale {
+        /// Path of the node.
+        path: String,
         /// The generation that the caller has seen.
         expected: u64,
         /// The generation now.
         actual: u64,
     },
     /// `vmm.max` below the overhead in use, which cannot be reclaimed.
-    #[error("vmm.max {limit} is below the {} of overhead in use, which cannot be reclaimed", human(.usage.bytes()))]
+    #[error("{path}: vmm.max {limit} is below the {} of overhead in use, which cannot be reclaimed", human(.usage.bytes()))]
     VmmBelowUsage {
+        /// Path of the node.
+        path: String,
         /// Overhead in use.
         usage: Pages,
         /// What was asked for.
         limit: Limit,
     },
     /// `memory.max` below usage, and the caller wanted to be refused then.
-    #[error(
-        "memory.max {limit} is below the {} in use: free memory first, or use mode=reclaim or mode=force",
-        human(.usage.bytes())
-    )]
+    #[error("{}: free memory first, or use mode=reclaim or mode=force", list(above))]
     BelowUsage {
-        /// Memory in use.
-        usage: Pages,
-        /// What was asked for.
-        limit: Limit,
+        /// Every node that is above, in the order of the request.
+        above: Vec<Above>,
+    },
+    /// A request names a node twice; which of the two is meant is not for us to guess.
+    #[error("{path} is named twice in one request: put its limits in one place")]
+    NamedTwice {
+        /// Path of the node.
+        path: String,
     },
 }
 
-/// A lower `memory.max` that is not yet in force.
+fn list(above: &[Above]) -> String {
+    above.iter().map(Above::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Limits of one node that wait until those of every node of their request can be in force.
 #[derive(Clone, Debug)]
-pub(super) struct PendingMax {
-    /// Tells this request from a later one.
-    ticket: u64,
-    /// What is to be set when usage fits; `max` is in it.
+pub(super) struct Pending {
+    /// The request; the same at all its nodes.
+    pub ticket: u64,
+    /// What is to be set.
     pub patch: LimitPatch,
+}
+
+/// The part of one node in a request that waits.
+pub(crate) struct Waits {
+    pub node: NodeId,
+    pub patch: LimitPatch,
+    /// Where `max` is lowered: the cap on usage meanwhile.
+    pub ceiling: Option<Pages>,
 }
 
 impl Tree {
     /// Sets limits at once. `max` is **not** compared with usage: below it, the change is forced and the excess is an
-    /// overcharge; [`crate::limit_change`] offers the alternatives. A new `max` supersedes a pending one. Returns the
-    /// node's new generation, or the old one when nothing was different.
+    /// overcharge; [`crate::limit_change`] offers the alternatives, and many nodes in one step. A new `max` supersedes a
+    /// pending one. Returns the node's new generation, or the old one when nothing was different (row 69).
     ///
     /// # Errors
     /// [`SetLimitError`]; nothing has changed then.
     pub fn set_limits(&mut self, id: NodeId, patch: &LimitPatch) -> Result<u64, SetLimitError> {
-        self.check_patch(id, patch)?;
-        let node = self.node_mut(id);
-        let superseded = patch.max.is_some() && node.pending.is_some();
-        if superseded {
-            node.pending = None;
-            node.ceiling = None;
+        self.set_all_limits(&[(id, *patch)])?;
+        Ok(self.generation(id))
+    }
+
+    /// [`Self::set_limits`] of many nodes: all of it, or an error and nothing.
+    pub(crate) fn set_all_limits(&mut self, patches: &[(NodeId, LimitPatch)]) -> Result<(), SetLimitError> {
+        self.check_patches(patches)?;
+        for ticket in self.overruled(patches) {
+            self.end_pending(ticket, false);
         }
-        if let Some(pending) = &mut node.pending {
-            // The later request wins, also against what is still to come of an earlier one.
-            pending.patch = pending.patch.without(patch);
+        for (id, patch) in patches {
+            let node = self.node_mut(*id);
+            if let Some(pending) = &mut node.pending {
+                // The later request wins, also against what is still to come of an earlier one.
+                pending.patch = pending.patch.without(patch);
+            }
+            let new = patch.apply(node.limits);
+            if new != node.limits {
+                node.install(new);
+            }
         }
-        let new = patch.apply(node.limits);
-        if new != node.limits || superseded {
-            node.install(new);
-        }
-        Ok(node.generation)
+        Ok(())
     }
 
     /// Whether `patch` may be applied to `id`.
@@ -190,28 +259,55 @@ impl Tree {
     /// # Errors
     /// What [`Self::set_limits`] would say.
     pub fn check_patch(&self, id: NodeId, patch: &LimitPatch) -> Result<(), SetLimitError> {
+        self.check_patches(&[(id, *patch)])
+    }
+
+    /// Whether `patches` may be applied together.
+    ///
+    /// # Errors
+    /// [`SetLimitError`] of the first node that is in the way.
+    pub fn check_patches(&self, patches: &[(NodeId, LimitPatch)]) -> Result<(), SetLimitError> {
+        let overruled = self.overruled(patches);
+        let mut named = BTreeSet::new();
+        for (id, patch) in patches {
+            if !named.insert(*id) {
+                return Err(SetLimitError::NamedTwice { path: self.path(*id) });
+            }
+            self.check_one(*id, patch, &overruled)?;
+        }
+        Ok(())
+    }
+
+    fn check_one(&self, id: NodeId, patch: &LimitPatch, overruled: &BTreeSet<u64>) -> Result<(), SetLimitError> {
         let node = self.node(id);
         if let Some(expected) = patch.if_generation
             && expected != node.generation
         {
-            return Err(SetLimitError::Stale { expected, actual: node.generation });
+            return Err(SetLimitError::Stale { path: self.path(id), expected, actual: node.generation });
         }
         let new = patch.apply(node.limits);
-        check_order(&new)?;
+        let above = |why| SetLimitError::AboveMax { path: self.path(id), why };
+        new.check().map_err(above)?;
         if let Some(pending) = &node.pending
-            && patch.max.is_none()
+            && !overruled.contains(&pending.ticket)
         {
             // Must still hold when the pending change is done.
-            check_order(&pending.patch.without(patch).apply(new))?;
+            pending.patch.without(patch).apply(new).check().map_err(above)?;
         }
         if node.accounting == Accounting::Off && patch.limits_something() {
-            return Err(SetLimitError::NotAccounted { node: self.path(id) });
+            return Err(SetLimitError::NotAccounted { path: self.path(id) });
         }
         let usage = node.counters.get(Counter::Vmm).usage;
         if patch.vmm_max.is_some() && Limit::Pages(usage) > new.vmm_max {
-            return Err(SetLimitError::VmmBelowUsage { usage, limit: new.vmm_max });
+            return Err(SetLimitError::VmmBelowUsage { path: self.path(id), usage, limit: new.vmm_max });
         }
         Ok(())
+    }
+
+    /// The pending requests that `patches` take the place of: those with a part in a node that gets a new `max`.
+    fn overruled(&self, patches: &[(NodeId, LimitPatch)]) -> BTreeSet<u64> {
+        let with_max = patches.iter().filter(|(_, patch)| patch.max.is_some());
+        with_max.filter_map(|(id, _)| self.node(*id).pending.as_ref()).map(|pending| pending.ticket).collect()
     }
 
     /// Caps memory of `id` below `max` for the time being, `None` to lift the cap. Not a limit of the user's: it does
@@ -225,50 +321,61 @@ impl Tree {
         Limit::Pages(self.usage(id)) > self.reclaim_high(id)
     }
 
-    /// What background reclaim of `id` should aim at: the effective high limit, of the pending limits if there are any.
+    /// What background reclaim of `id` should aim at: the effective high limit. Where a lower `max` is pending, that of
+    /// the limits to come; what is to be raised later is not used before it is in force.
     pub fn reclaim_high(&self, id: NodeId) -> Limit {
         let node = self.node(id);
-        let limits = node.pending.as_ref().map_or(node.limits, |pending| pending.patch.apply(node.limits));
+        let to_come = node.pending.as_ref().map(|pending| pending.patch.apply(node.limits));
+        let limits = to_come.filter(|to_come| to_come.max < node.limits.max).unwrap_or(node.limits);
         reclaim::effective_high(limits.high, limits.max)
     }
 
-    /// Records a change that waits for usage to fall; it supersedes an earlier one. The patch has been checked.
-    pub(crate) fn begin_pending(&mut self, id: NodeId, patch: LimitPatch, ceiling: Pages) -> u64 {
+    /// Records a request that waits. It takes the place of every request that waits at one of its nodes. The patches
+    /// have been checked. Returns its ticket.
+    pub(crate) fn begin_pending(&mut self, request: impl Iterator<Item = Waits>) -> u64 {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let node = self.node_mut(id);
-        node.pending = Some(PendingMax { ticket, patch });
-        node.ceiling = Some(ceiling);
-        node.generation += 1;
+        for Waits { node: id, patch, ceiling } in request {
+            if let Some(earlier) = self.node(id).pending.as_ref().map(|pending| pending.ticket) {
+                self.end_pending(earlier, false);
+            }
+            let node = self.node_mut(id);
+            node.pending = Some(Pending { ticket, patch });
+            node.ceiling = ceiling;
+            node.generation += 1;
+        }
         ticket
     }
 
-    /// Whether the change with this ticket still waits.
+    /// Whether the request with this ticket still waits; `id` is any of its nodes.
     pub(crate) fn is_pending(&self, id: NodeId, ticket: u64) -> bool {
         self.contains(id) && self.node(id).pending.as_ref().is_some_and(|pending| pending.ticket == ticket)
     }
 
-    /// Whether the pending change of `id` could come into force now. Only `vmm.max` can be in the way beside `max`
-    /// itself: overhead may have grown since the request was checked, and cannot be reclaimed.
+    /// Whether what is pending at `id` could come into force now. Beside `max` only `vmm.max` can be in the way:
+    /// overhead may have grown since the request was checked, and cannot be reclaimed.
     pub(crate) fn pending_fits(&self, id: NodeId) -> bool {
         let node = self.node(id);
-        let fits = |pending: &PendingMax| {
+        let fits = |pending: &Pending| {
             let new = pending.patch.apply(node.limits);
             let (memory, vmm) = (node.counters.get(Counter::Memory).usage, node.counters.get(Counter::Vmm).usage);
-            Limit::Pages(memory) <= new.max && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
+            let lowered = new.max < node.limits.max;
+            (!lowered || Limit::Pages(memory) <= new.max)
+                && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
         };
         node.pending.as_ref().is_some_and(fits)
     }
 
-    /// Ends the pending change of `id`: puts it in force, or drops it. Returns the new generation.
-    pub(crate) fn end_pending(&mut self, id: NodeId, commit: bool) -> u64 {
-        let node = self.node_mut(id);
-        node.ceiling = None;
-        if let Some(pending) = node.pending.take() {
-            let new = if commit { pending.patch.apply(node.limits) } else { node.limits };
-            node.install(new);
+    /// Ends the request with this ticket at all its nodes in one step: puts it in force, or drops it.
+    pub(crate) fn end_pending(&mut self, ticket: u64, commit: bool) {
+        let nodes = self.slots.iter_mut().filter_map(|slot| slot.node.as_mut());
+        for node in nodes {
+            if let Some(pending) = node.pending.take_if(|pending| pending.ticket == ticket) {
+                node.ceiling = None;
+                let new = if commit { pending.patch.apply(node.limits) } else { node.limits };
+                node.install(new);
+            }
         }
-        node.generation
     }
 }
 
@@ -284,16 +391,4 @@ impl Node {
             self.high_hits += 1;
         }
     }
-}
-
-/// Whether the limits fit each other. [`Limit::Max`] fits everything: "all of it" for `min` and `low`, "not set" for
-/// `high`.
-fn check_order(limits: &Limits) -> Result<(), SetLimitError> {
-    let knobs = [("memory.min", limits.min), ("memory.low", limits.low), ("memory.high", limits.high)];
-    for (knob, value) in knobs {
-        if !value.is_max() && value > limits.max {
-            return Err(SetLimitError::AboveMax { knob, value, max: limits.max });
-        }
-    }
-    Ok(())
 }

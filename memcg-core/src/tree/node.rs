@@ -1,7 +1,7 @@
 //! One node, and the arithmetic of its counters and limits.
 
 use super::counter::Counters;
-use super::limits::PendingMax;
+use super::limits::Pending;
 use super::{Accounting, Counter, Limits, Mode, NodeId};
 use crate::reclaim;
 use crate::units::{Limit, Pages};
@@ -22,7 +22,7 @@ pub(super) struct Node {
     pub limits: Limits,
     /// A cap on memory while a lower `max` is pending.
     pub ceiling: Option<Pages>,
-    pub pending: Option<PendingMax>,
+    pub pending: Option<Pending>,
     /// Memory above `max`, from a forced change or a charge that could not be refused.
     pub overcharge: Pages,
     pub max_hits: u64,

@@ -25,7 +25,7 @@ pub struct NodeSnapshot {
     pub max_pending: Option<Limit>,
     /// The cap on memory while `max_pending` is being reached.
     pub ceiling: Option<Pages>,
-    /// Where background reclaim starts: `high`, or what `max` implies; of the pending limits if there are any.
+    /// Where background reclaim starts: `high`, or what `max` implies; of the pending limits where `max` is lowered.
     pub effective_high: Limit,
     /// Memory above `memory.max`, left by a forced change or a charge that could not be refused. May only fall.
     pub overcharge: Pages,

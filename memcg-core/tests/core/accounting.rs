@@ -130,7 +130,7 @@ fn only_a_real_limit_needs_accounting() {
     ];
     for patch in real {
         let error = tree.set_limits(a, &patch).unwrap_err();
-        assert_eq!(error, SetLimitError::NotAccounted { node: "/group/a".to_owned() });
+        assert_eq!(error, SetLimitError::NotAccounted { path: "/group/a".to_owned() });
     }
     assert_eq!(tree.snapshot(a), before);
     tree.activate(a, |_| Pages::ZERO).unwrap();

@@ -41,7 +41,7 @@ fn limits_must_fit_each_other() {
     ];
     for (patch, knob) in bad {
         let error = tree.set_limits(vm, &patch).unwrap_err();
-        assert!(matches!(error, SetLimitError::AboveMax { knob: k, .. } if k == knob), "{error}");
+        assert!(matches!(&error, SetLimitError::AboveMax { why, .. } if why.knob == knob), "{error}");
         assert!(error.to_string().contains(knob));
     }
     assert_eq!(tree.snapshot(vm), before);
@@ -81,7 +81,8 @@ fn a_stale_generation_is_refused() {
     let mine = LimitPatch { max: pages(9), if_generation: Some(seen), ..NONE };
     let theirs = LimitPatch { max: pages(5), if_generation: Some(seen), ..NONE };
     assert_eq!(tree.set_limits(vm, &mine), Ok(seen + 1));
-    assert_eq!(tree.set_limits(vm, &theirs), Err(SetLimitError::Stale { expected: seen, actual: seen + 1 }));
+    let stale = SetLimitError::Stale { path: "/vm".to_owned(), expected: seen, actual: seen + 1 };
+    assert_eq!(tree.set_limits(vm, &theirs), Err(stale));
     assert_eq!(tree.limits(vm).max, Limit::Pages(Pages(9)));
 }
 
@@ -91,7 +92,7 @@ fn vmm_max_below_usage_is_refused() {
     let (mut tree, vm) = vm();
     let _ = tree.try_charge_as(vm, Kind::Overhead(Overhead::Queue), Pages(2048), Mode::Wait).unwrap();
     let error = tree.set_limits(vm, &LimitPatch { vmm_max: pages(1024), ..NONE }).unwrap_err();
-    assert_eq!(error.to_string(), "vmm.max 4M is below the 8M of overhead in use, which cannot be reclaimed");
+    assert_eq!(error.to_string(), "/vm: vmm.max 4M is below the 8M of overhead in use, which cannot be reclaimed");
     assert_eq!(tree.limits(vm).vmm_max, Limit::Max);
     tree.set_limits(vm, &LimitPatch { vmm_max: pages(2048), ..NONE }).unwrap();
     // semantics row 70: without a limit again it is still counted.

@@ -11,5 +11,6 @@ mod nodes;
 mod overhead;
 mod reclaim;
 mod stock;
+mod transactions;
 mod tree_model;
 mod units;

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use memcg_core::tree::{LimitPatch, Tree};
+use memcg_core::tree::{LimitPatch, Limits, Tree};
 use memcg_core::units::{Limit, Pages, SizeArg, SizeError, parse_size};
 
 use crate::controller::OomPolicy;
@@ -112,11 +112,7 @@ impl FromStr for MemoryArg {
         })?;
         let size = size.ok_or("size is missing: write for example size=1G")?;
         RamLayout::new(size.bytes()).map_err(|error| format!("size: {error}"))?;
-        // The core judges how limits go together; a tree of its own is the way to ask.
-        let mut tree = Tree::new(Limit::Max);
-        let node = tree.add(tree.root(), "new").map_err(|error| error.to_string())?;
-        tree.activate(node, |_| Pages::ZERO).map_err(|error| error.to_string())?;
-        tree.check_patch(node, &limits).map_err(|error| error.to_string())?;
+        limits.apply(Limits::default()).check().map_err(|error| error.to_string())?;
         let limited = limits.limits_something();
         if limited && track == Some(false) {
             return Err("track=off contradicts a limit: without accounting there are none".to_owned());

@@ -15,7 +15,7 @@
 
 use std::time::Duration;
 
-use memcg_core::limit_change::{Begun, LimitChange, Mode, Step, Terms, slack};
+use memcg_core::limit_change::{LimitChange, Mode, Request, State, slack};
 use memcg_core::reclaim;
 use memcg_core::tree::{LimitPatch, SetLimitError};
 use memcg_core::units::{Limit, Pages, human};
@@ -79,6 +79,11 @@ pub(super) struct Change {
 }
 
 impl Change {
+    /// The `memory.max` that is asked for.
+    fn new_max(&self) -> Limit {
+        self.pending.nodes()[0].new
+    }
+
     /// When something has to be done about it.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.waiters.iter().map(|waiter| waiter.until).chain([self.deadline]).min()
@@ -132,23 +137,23 @@ impl Actor {
         let before = self.tree.generation(vm.node);
         let deadline = host::scaled(DEADLINE).max(wait.unwrap_or_default());
         let margin = patch.max.map_or(Pages::ZERO, |max| self.margin(id, max));
-        let terms = Terms { wait: deadline, slack: slack(vm.cpus), margin };
-        let begun = LimitChange::begin_patch(&mut self.tree, vm.node, &patch, mode, now, terms);
+        let request = Request { node: vm.node, patch, slack: slack(vm.cpus), margin };
+        let begun = LimitChange::begin(&mut self.tree, &[request], mode, now, deadline);
         let name = vm.name.clone();
         match begun {
             Err(error) => {
                 let refusal = self.refusal(id, &error);
                 answer(waiter.reply, Err(refusal));
             }
-            Ok(Begun::Committed(outcome)) => {
+            Ok(done) if done.state() == State::Committed => {
                 self.drop_superseded(id);
-                if outcome.generation != before {
+                if self.tree.generation(self.vms[&id].node) != before {
                     self.limits_changed(id);
                 }
                 let view = self.vm_view(id, false);
                 answer(waiter.reply, Ok(Changed { in_force: true, view }));
             }
-            Ok(Begun::Pending(pending)) => {
+            Ok(pending) => {
                 self.drop_superseded(id);
                 let vm = self.vms.get_mut(&id).expect("found");
                 vm.change = Some(Change {
@@ -173,7 +178,7 @@ impl Actor {
             return;
         };
         let now = self.start.elapsed();
-        let replaced = vm.change.take_if(|change| change.pending.on_usage(&mut self.tree, now) == Step::Superseded);
+        let replaced = vm.change.take_if(|change| change.pending.on_usage(&mut self.tree, now) == State::Superseded);
         if let Some(change) = replaced {
             let refusal = Refusal::new(Code::Superseded, "a later change of memory.max took this one's place");
             for waiter in change.waiters {
@@ -197,18 +202,18 @@ impl Actor {
             return;
         };
         let node = vm.node;
-        let Some(new) = vm.change.as_ref().map(|change| change.pending.new_max()) else { return };
-        let margin = self.margin(id, Limit::Pages(new));
+        let Some(new) = vm.change.as_ref().map(Change::new_max) else { return };
+        let margin = self.margin(id, new);
         let vm = self.vms.get_mut(&id).expect("checked");
         let Some(change) = &mut vm.change else { return };
-        change.pending.set_margin(margin);
+        change.pending.set_margin(node, margin);
         let ceiling = self.tree.snapshot(node).ceiling;
         match change.pending.on_usage(&mut self.tree, now) {
-            Step::Waiting { ceiling: lower, .. } => {
-                vm.grant_due |= ceiling != Some(lower);
+            State::Pending => {
+                vm.grant_due |= ceiling != self.tree.snapshot(node).ceiling;
                 self.recall_last(id);
             }
-            Step::Committed(_) => {
+            State::Committed => {
                 let waiters = self.take_waiters(id);
                 self.limits_changed(id);
                 for waiter in waiters {
@@ -216,7 +221,9 @@ impl Actor {
                     answer(waiter.reply, Ok(Changed { in_force: true, view }));
                 }
             }
-            Step::NotReached { usage, lowest } => {
+            State::NotReached => {
+                let part = &change.pending.nodes()[0];
+                let (usage, lowest) = (part.usage, part.lowest);
                 let waiters = self.take_waiters(id);
                 let details = self.account(id, json!({ "lowest_bytes": lowest.bytes() }));
                 let vm = self.vms.get_mut(&id).expect("checked");
@@ -242,7 +249,7 @@ impl Actor {
                     answer(waiter.reply, Err(refusal.clone()));
                 }
             }
-            Step::Superseded => self.drop_superseded(id),
+            State::Superseded => self.drop_superseded(id),
         }
     }
 
@@ -256,7 +263,7 @@ impl Actor {
         if change.recall.is_some() && answered == change.recall {
             change.recall = None;
         }
-        let enough = usage.0.saturating_sub(stock) <= change.pending.new_max().0;
+        let enough = Limit::Pages(usage.saturating_sub(Pages(stock))) <= change.new_max();
         if stock > 0 && enough && change.recall.is_none() {
             let seq = vm.next_seq();
             // One that was not sent is not waited for: the next report is the next chance.
@@ -336,6 +343,7 @@ impl Actor {
             SetLimitError::Stale { .. } => Code::GenerationMismatch,
             SetLimitError::NotAccounted { .. } => Code::NotAccounted,
             SetLimitError::VmmBelowUsage { .. } | SetLimitError::BelowUsage { .. } => Code::LimitBelowUsage,
+            SetLimitError::NamedTwice { .. } => Code::BadRequest,
         };
         Refusal::new(code, error.to_string())
             .usage(self.tree.usage(node).bytes())

@@ -225,7 +225,7 @@ impl Actor {
             vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, acted: false });
             // Held below the limit in force, by the ceiling of a change that needs the guest to run.
             if let Some(change) = &mut vm.change {
-                change.pending.widen();
+                change.pending.widen(vm.node);
             }
         }
     }
