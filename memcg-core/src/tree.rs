@@ -22,7 +22,7 @@
 //! | 4, B65 | an uncharge below zero is clamped, counted, and stops a debug build |
 //! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
 //! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
-//! | 13, 20, 79 | a node goes away only without children and charges; until then it may be offline |
+//! | 9, 13, 20, 79, 90-97 | born whole; goes only without children and charges, until then offline: `tree/lifetime.rs` |
 //! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step |
 //! | 32-34, 89, 100, 134 | [`Tree::move_node`]: everything below the common ancestor, or nothing |
 //! | 39, 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
@@ -43,6 +43,7 @@ mod charge;
 mod check;
 mod counter;
 mod evict;
+mod lifetime;
 mod limits;
 mod moving;
 mod node;
@@ -54,6 +55,7 @@ pub use charge::{Charge, Crossed, Kind, Mode, Refused};
 pub use check::Violation;
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
 pub use evict::EvictError;
+pub use lifetime::{AddError, RemoveError};
 pub(crate) use limits::Waits;
 pub use limits::{Above, AboveMax, LimitPatch, Limits, SetLimitError};
 pub use moving::{MoveError, Moved};
@@ -62,7 +64,7 @@ pub use snapshot::NodeSnapshot;
 
 use node::Node;
 
-use crate::units::{Limit, Pages};
+use crate::units::Limit;
 
 /// Levels that a tree may have, the root included. A bound, so that a charge needs no allocation.
 pub const MAX_LEVELS: usize = 8;
@@ -81,50 +83,6 @@ pub struct NodeId {
     life: u32,
 }
 
-/// Why a node was not added.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AddError {
-    /// Not a name.
-    #[error("{0:?} is not a name: use 1 to {MAX_NAME} letters, digits, '-', '_' or '.', the first a letter or digit")]
-    BadName(String),
-    /// The parent has a child of that name.
-    #[error("{0:?} exists already: choose another name")]
-    Exists(String),
-    /// More than [`MAX_LEVELS`].
-    #[error("groups can be nested {} deep at most, below the root", MAX_LEVELS - 1)]
-    TooDeep,
-    /// The parent is being removed.
-    #[error("the group {0:?} is being removed")]
-    ParentOffline(String),
-    /// The parent is charged for itself: it is a VM, not a group.
-    #[error("{0:?} is a VM with memory of its own: only groups can have members")]
-    ParentCharged(String),
-}
-
-/// Why a node was not removed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RemoveError {
-    /// The root stays.
-    #[error("the root cannot be removed")]
-    Root,
-    /// It has children.
-    #[error("{name:?} has {children} members: remove or move them first")]
-    HasChildren {
-        /// Name of the node.
-        name: String,
-        /// Number of its children.
-        children: usize,
-    },
-    /// Something is still charged to it.
-    #[error("{name:?} still has {usage} charged")]
-    Charged {
-        /// Name of the node.
-        name: String,
-        /// Memory and swap charged, in pages.
-        usage: Pages,
-    },
-}
-
 #[derive(Clone, Debug)]
 struct Slot {
     life: u32,
@@ -137,6 +95,8 @@ pub struct Tree {
     slots: Vec<Slot>,
     free: Vec<u32>,
     root: NodeId,
+    /// Accounted nodes, the root aside.
+    accounted: usize,
     /// Number of the next pending change of a limit; never reused.
     next_ticket: u64,
 }
@@ -148,63 +108,12 @@ impl Tree {
         root.limits.max = budget;
         root.accounting = Accounting::On;
         let slots = vec![Slot { life: 0, node: Some(root) }];
-        Tree { slots, free: Vec::new(), root: NodeId { index: 0, life: 0 }, next_ticket: 1 }
+        Tree { slots, free: Vec::new(), root: NodeId { index: 0, life: 0 }, accounted: 0, next_ticket: 1 }
     }
 
     /// The root: the host.
     pub fn root(&self) -> NodeId {
         self.root
-    }
-
-    /// Adds a node below `parent`, without limits and charges (`min` and `low` are 0). It is accounted from the start
-    /// below an accounted group, and not otherwise; the root's own accounting is not passed on.
-    ///
-    /// # Errors
-    /// [`AddError`]; nothing has changed then.
-    pub fn add(&mut self, parent: NodeId, name: &str) -> Result<NodeId, AddError> {
-        let above = self.node(parent);
-        if !is_name(name) {
-            return Err(AddError::BadName(name.to_owned()));
-        }
-        if !above.online {
-            return Err(AddError::ParentOffline(above.name.clone()));
-        }
-        if above.depth + 1 >= MAX_LEVELS {
-            return Err(AddError::TooDeep);
-        }
-        if self.child(parent, name).is_some() {
-            return Err(AddError::Exists(name.to_owned()));
-        }
-        if parent != self.root && !above.counters.is_free_of_own() {
-            return Err(AddError::ParentCharged(above.name.clone()));
-        }
-        let mut node = Node::new(name.to_owned(), Some(parent), above.depth + 1);
-        if parent != self.root {
-            node.accounting = above.accounting;
-        }
-        let id = self.insert(node);
-        self.attach(id, parent);
-        Ok(id)
-    }
-
-    /// Makes `id` the last child of `parent`, and its members those of all above.
-    fn attach(&mut self, id: NodeId, parent: NodeId) {
-        let members = self.node(id).members;
-        self.node_mut(id).parent = Some(parent);
-        let above = self.node_mut(parent);
-        above.children.push(id);
-        // A parent without children counted as one member itself; the child takes its place.
-        let instead = u32::from(above.children.len() == 1);
-        self.walk(parent, |node| node.members = node.members + members - instead);
-    }
-
-    /// The reverse of [`Self::attach`].
-    fn detach(&mut self, id: NodeId, parent: NodeId) {
-        let members = self.node(id).members;
-        let above = self.node_mut(parent);
-        above.children.retain(|child| *child != id);
-        let instead = u32::from(above.children.is_empty());
-        self.walk(parent, |node| node.members = node.members + instead - members);
     }
 
     fn insert(&mut self, node: Node) -> NodeId {
@@ -220,52 +129,6 @@ impl Tree {
                 NodeId { index, life: 0 }
             }
         }
-    }
-
-    /// Removes a node that has no children and no charges.
-    ///
-    /// # Errors
-    /// [`RemoveError`]; nothing has changed then.
-    pub fn remove(&mut self, id: NodeId) -> Result<(), RemoveError> {
-        let node = self.node(id);
-        let Some(parent) = node.parent else {
-            return Err(RemoveError::Root);
-        };
-        if !node.children.is_empty() {
-            return Err(RemoveError::HasChildren { name: node.name.clone(), children: node.children.len() });
-        }
-        if !node.counters.is_free() {
-            let usage = node.counters.get(Counter::Memory).usage + node.counters.get(Counter::Swap).usage;
-            return Err(RemoveError::Charged { name: node.name.clone(), usage });
-        }
-        if let Some(ticket) = node.pending.as_ref().map(|pending| pending.ticket) {
-            // What was asked for can no longer be in force wholly.
-            self.end_pending(ticket, false);
-        }
-        self.detach(id, parent);
-        let slot = &mut self.slots[id.index as usize];
-        slot.node = None;
-        // A slot that has used up its lives is not used again, so that no id ever means two nodes.
-        if let Some(life) = slot.life.checked_add(1) {
-            slot.life = life;
-            self.free.push(id.index);
-        }
-        Ok(())
-    }
-
-    /// Takes a node's name away while its charges are still returning: the name can be used again, and nothing but
-    /// [`Mode::NoFail`] charges it any more. Offline is for ever; [`Self::remove`] frees the node when it is empty.
-    /// No effect on the root.
-    pub fn set_offline(&mut self, id: NodeId) {
-        if id != self.root {
-            self.node_mut(id).online = false;
-        }
-    }
-
-    /// Offline nodes that [`Self::remove`] would now free, children before their parents are free.
-    pub fn reapable(&self) -> Vec<NodeId> {
-        let free = |node: &Node| !node.online && node.children.is_empty() && node.counters.is_free();
-        self.ids().filter(|id| free(self.node(*id))).collect()
     }
 
     /// Whether `id` is a node of this tree that has not been removed.

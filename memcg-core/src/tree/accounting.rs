@@ -60,6 +60,7 @@ impl Tree {
             }
         }
         self.check_bits(id, Counter::Memory, total)?;
+        self.accounted += off.len();
         for at in off {
             self.node_mut(at).accounting = Accounting::On;
         }

@@ -140,6 +140,7 @@ impl Tree {
             }
             at = node.parent;
         }
+        self.settle_returning(id);
         Ok(charge)
     }
 
@@ -187,6 +188,7 @@ impl Tree {
                 node.lower(which, real);
             }
         });
+        self.settle_returning(id);
     }
 
     /// Takes everything off that is charged to `id` itself: its worker is gone and the memory is back. Returns the

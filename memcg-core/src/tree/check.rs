@@ -46,6 +46,30 @@ pub enum Violation {
         /// Path of the node.
         path: String,
     },
+    /// What is returning is not what the nodes below add up to, or more than is charged.
+    #[error("{path}: {returning} of memory are returning, the parts add up to {sum}")]
+    Returning {
+        /// Path of the node.
+        path: String,
+        /// Recorded.
+        returning: Pages,
+        /// What is charged to it if it is gone, and the children's.
+        sum: Pages,
+    },
+    /// Online below a node that is being removed.
+    #[error("{path}: online, but its parent is not")]
+    Orphan {
+        /// Path of the node.
+        path: String,
+    },
+    /// The number of accounted nodes is wrong.
+    #[error("{recorded} nodes are recorded as accounted, {found} are")]
+    Accounted {
+        /// Recorded.
+        recorded: usize,
+        /// Found.
+        found: usize,
+    },
     /// A counter is not what its parts add up to.
     #[error("{path}: {counter} is {usage}, own and children add up to {sum}")]
     Sum {
@@ -90,11 +114,17 @@ pub enum Violation {
 
 impl Tree {
     /// Every invariant that does not hold: usage ≤ max or reported as overcharge, K ≤ U, parent = own + children,
-    /// store and overhead by type within memory, peak ≥ usage, no underflow, members and accounting right. Empty in a healthy tree, at any moment.
+    /// store and overhead by type within memory, peak ≥ usage, no underflow, members,
+    /// accounting and what is returning right, nobody online below who is not. Empty in a healthy tree, at any moment.
     pub fn check(&self) -> Vec<Violation> {
         let mut found = Vec::new();
         for id in self.ids() {
             self.check_node(id, &mut found);
+        }
+        let is_on = |id: &NodeId| *id != self.root && self.accounting(*id) == Accounting::On;
+        let accounted = self.ids().filter(is_on).count();
+        if accounted != self.accounted {
+            found.push(Violation::Accounted { recorded: self.accounted, found: accounted });
         }
         found
     }
@@ -120,6 +150,14 @@ impl Tree {
         let inherited = node.parent.is_some_and(|up| up != self.root && self.accounting(up) == Accounting::On);
         if node.accounting == Accounting::Off && (inherited || !node.counters.is_free_of_own()) {
             found.push(Violation::Accounting { path: path() });
+        }
+        let own = if node.returning_own.is_some() { memory } else { Pages::ZERO };
+        let below: Pages = node.children.iter().map(|child| self.returning(*child)).sum();
+        if own + below != node.returning {
+            found.push(Violation::Returning { path: path(), returning: node.returning, sum: own + below });
+        }
+        if node.online && node.parent.is_some_and(|up| !self.node(up).online) {
+            found.push(Violation::Orphan { path: path() });
         }
         for which in Counter::ALL {
             let counter = node.counters.get(which);

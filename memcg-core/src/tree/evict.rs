@@ -67,6 +67,7 @@ impl Tree {
             node.raise(Counter::Store, stored);
             node.raise(Counter::Swap, pages);
         });
+        self.settle_returning(id);
         Ok(())
     }
 
@@ -100,6 +101,7 @@ impl Tree {
             }
             at = node.parent;
         }
+        self.settle_returning(id);
         Ok(charge)
     }
 

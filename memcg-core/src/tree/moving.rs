@@ -117,6 +117,7 @@ impl Tree {
             }
         }
         // Nothing can fail from here on.
+        let returning = self.returning(id);
         self.detach(id, old_parent);
         self.attach(id, new_parent);
         let mut at = old_parent;
@@ -125,6 +126,7 @@ impl Tree {
             for which in Counter::ALL {
                 node.lower(which, usage[which as usize]);
             }
+            node.returning = node.returning.saturating_sub(returning);
             at = node.parent.expect("the common ancestor is above");
         }
         let mut crossed = Crossed::NONE;
@@ -136,6 +138,7 @@ impl Tree {
                     crossed.push(at);
                 }
             }
+            node.returning += returning;
             at = node.parent.expect("the common ancestor is above");
         }
         let (old, new) = (self.node(id).depth, self.node(new_parent).depth + 1);

@@ -23,6 +23,10 @@ pub(super) struct Node {
     /// A cap on memory while a lower `max` is pending.
     pub ceiling: Option<Pages>,
     pub pending: Option<Pending>,
+    /// With [`super::Tree::set_returning`]: what of `returning` is its own.
+    pub returning_own: Option<Pages>,
+    /// Memory here and below that belongs to VMs that are gone.
+    pub returning: Pages,
     /// Memory above `max`, from a forced change or a charge that could not be refused.
     pub overcharge: Pages,
     pub max_hits: u64,
@@ -44,6 +48,8 @@ impl Node {
             limits: Limits::default(),
             ceiling: None,
             pending: None,
+            returning_own: None,
+            returning: Pages::ZERO,
             overcharge: Pages::ZERO,
             max_hits: 0,
             high_hits: 0,

@@ -29,6 +29,8 @@ pub struct NodeSnapshot {
     pub effective_high: Limit,
     /// Memory above `memory.max`, left by a forced change or a charge that could not be refused. May only fall.
     pub overcharge: Pages,
+    /// What of memory belongs to VMs that are gone: in use, but on its way back ([`Tree::set_returning`]).
+    pub returning: Pages,
     /// [`super::Mode::Wait`] charges refused by `memory.max` or the ceiling, since the start; never reset.
     pub max_hits: u64,
     /// Times that memory went above the effective high limit.
@@ -57,6 +59,7 @@ impl Tree {
             ceiling: node.ceiling,
             effective_high: self.reclaim_high(id),
             overcharge: node.overcharge,
+            returning: node.returning,
             max_hits: node.max_hits,
             high_hits: node.high_hits,
             generation: node.generation,

@@ -1,6 +1,6 @@
 //! Charges: the rules of semantics rows 1-7, 57-64, 77-84, 104-120 one by one. Sequences are in `tree_model`.
 
-use memcg_core::tree::{AddError, Counter, Kind, LimitPatch, Mode, NodeId, Overhead, RemoveError, Tree};
+use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, Overhead, Tree};
 use memcg_core::units::{Limit, Pages};
 
 use crate::nodes::{group, vm};
@@ -346,61 +346,6 @@ fn swap_has_its_own_limit() {
     assert_eq!(f.tree.try_charge_as(f.vm, Kind::Swap, Pages(1), Mode::NoWait).unwrap_err().level, f.group);
     assert_eq!((f.usages(), f.tree.snapshot(f.group).swap.usage), ([0; 5], Pages(4)));
     assert_eq!(f.tree.snapshot(f.group).swap.would_block, 1);
-}
-
-/// semantics rows 13, 20, 79: a node with charges stays; offline it is charged only by teardown; then it goes, once.
-#[test]
-fn a_node_is_removed_when_it_is_empty() {
-    let mut f = family();
-    let _ = f.tree.try_charge(f.vm, Pages(2), Mode::Wait).unwrap();
-    assert!(matches!(f.tree.remove(f.vm), Err(RemoveError::Charged { usage: Pages(2), .. })));
-    assert!(matches!(f.tree.remove(f.group), Err(RemoveError::HasChildren { children: 2, .. })));
-    assert_eq!(f.tree.remove(f.tree.root()), Err(RemoveError::Root));
-    f.tree.set_offline(f.vm);
-    assert_eq!(f.tree.find("/group/vm"), None);
-    let again = f.tree.add(f.group, "vm").expect("the name is free");
-    assert_eq!(f.tree.snapshot(again).memory.usage, Pages::ZERO);
-    let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Wait).unwrap_err();
-    let _ = f.tree.try_charge(f.vm, Pages(1), Mode::NoFail).unwrap();
-    assert_eq!(f.tree.reapable(), []);
-    f.tree.uncharge_all(f.vm);
-    assert_eq!(f.tree.reapable(), [f.vm]);
-    f.tree.remove(f.vm).unwrap();
-    assert!(!f.tree.contains(f.vm));
-    let reused = f.tree.add(f.group, "other").unwrap();
-    assert!(reused != f.vm && !f.tree.contains(f.vm), "ids are not reused");
-    assert!(f.tree.check().is_empty());
-}
-
-/// semantics row 9: an add that fails leaves nothing.
-#[test]
-fn names_and_places() {
-    let mut f = family();
-    let nodes = f.tree.ids().count();
-    for name in ["", "a/b", "..", ".hidden", "-x", "a b", "ü", "x\n", &"n".repeat(65)] {
-        assert!(matches!(f.tree.add(f.group, name), Err(AddError::BadName(_))), "{name:?}");
-    }
-    assert!(matches!(f.tree.add(f.group, "vm"), Err(AddError::Exists(_))));
-    let _ = f.tree.try_charge(f.uncle, Pages(1), Mode::Wait).unwrap();
-    assert!(matches!(f.tree.add(f.uncle, "x"), Err(AddError::ParentCharged(_))));
-    f.tree.set_offline(f.sibling);
-    assert!(matches!(f.tree.add(f.sibling, "x"), Err(AddError::ParentOffline(_))));
-    assert_eq!(f.tree.ids().count(), nodes);
-    let mut at = f.vm;
-    while let Ok(next) = f.tree.add(at, "deep") {
-        at = next;
-    }
-    assert!(matches!(f.tree.add(at, "deep"), Err(AddError::TooDeep)));
-    assert_eq!(f.tree.path(at), "/group/vm/deep/deep/deep/deep/deep");
-    assert_eq!(f.tree.find("group/vm/deep"), f.tree.find("/group/vm//deep/"));
-    assert_eq!((f.tree.path(f.tree.root()), f.tree.find("/")), ("/".to_owned(), Some(f.tree.root())));
-    // A charge through all levels, each with a high, still needs no allocation for its crossings.
-    let all: Vec<NodeId> = f.tree.ancestry(at).collect();
-    for id in &all {
-        f.tree.set_limits(*id, &LimitPatch { high: pages(5), ..LimitPatch::default() }).unwrap();
-    }
-    let charge = f.tree.try_charge(at, Pages(10), Mode::Wait).unwrap();
-    assert_eq!(charge.crossed_high.iter().collect::<Vec<_>>(), all);
 }
 
 /// A VM's stock is bounded by its own room and by its part of each group's.

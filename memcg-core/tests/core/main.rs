@@ -4,6 +4,7 @@ mod accounting;
 mod charge;
 mod evict;
 mod frame;
+mod lifetime;
 mod limit_change;
 mod limits;
 mod moving;

@@ -160,7 +160,7 @@ fn places_that_are_refused() {
     let twin = vm(&mut w.tree, w.b, "vm");
     let deep = (0..5).fold(w.c, |at, _| group(&mut w.tree, at, "deep"));
     let gone = group(&mut w.tree, w.b, "gone");
-    w.tree.set_offline(gone);
+    w.tree.set_offline(gone).unwrap();
     let before = w.all();
     let refused = [
         (w.top, w.top, "\"top\" cannot be moved to /top, which is \"top\" itself or below it"),
@@ -177,7 +177,7 @@ fn places_that_are_refused() {
         assert_eq!(w.all(), before);
     }
     // The name of what is being removed is free.
-    w.tree.set_offline(twin);
+    w.tree.set_offline(twin).unwrap();
     assert!(w.tree.move_node(w.vm, w.b).is_ok());
 }
 

@@ -243,7 +243,7 @@ fn a_node_that_is_removed_ends_the_change_everywhere() {
     let mut host = Host::new();
     let (a, b, c) = (host.a, host.b, host.c);
     let mut change = host.begin(&[max(a, 50), max(b, 50), max(c, 200)], Mode::Reclaim).unwrap();
-    host.tree.set_offline(a);
+    host.tree.set_offline(a).unwrap();
     host.tree.uncharge_all(a);
     assert_eq!(change.on_usage(&mut host.tree, at(1)), State::Pending);
     host.tree.remove(a).unwrap();
@@ -283,7 +283,7 @@ fn an_offline_node_still_counts() {
     let mut host = Host::new();
     let (a, c) = (host.a, host.c);
     let mut change = host.begin(&[max(a, 50), max(c, 200)], Mode::Reclaim).unwrap();
-    host.tree.set_offline(a);
+    host.tree.set_offline(a).unwrap();
     host.tree.uncharge(a, Pages(40));
     assert_eq!(change.on_usage(&mut host.tree, at(1)), State::Committed);
     assert_eq!(host.tree.limits(c).max, limit(200));

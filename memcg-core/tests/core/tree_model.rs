@@ -20,6 +20,8 @@ struct Node {
     store_max: Limit,
     swap_max: Limit,
     ceiling: Option<u64>,
+    online: bool,
+    returning: bool,
     gone: bool,
 }
 
@@ -57,6 +59,16 @@ impl Model {
         (0..self.nodes.len()).filter(below).map(own).sum()
     }
 
+    /// Memory of those below that are gone.
+    fn returning(&self, node: usize) -> u64 {
+        let gone = |n: &usize| {
+            let other = &self.nodes[*n];
+            !other.gone && other.returning && self.chain(*n).contains(&node)
+        };
+        let memory = |n: usize| self.nodes[n].own.iter().sum::<u64>() - self.nodes[n].own[index(Kind::Swap)];
+        (0..self.nodes.len()).filter(gone).map(memory).sum()
+    }
+
     fn limit(&self, node: usize, what: Counter) -> Limit {
         let n = &self.nodes[node];
         match what {
@@ -81,6 +93,13 @@ impl Model {
         })
     }
 
+    /// Offline, without charges and children.
+    fn is_free(&self, node: usize) -> bool {
+        let n = &self.nodes[node];
+        let children = self.nodes.iter().any(|other| !other.gone && other.parent == Some(node));
+        !n.gone && !n.online && !children && n.own.iter().all(|pages| *pages == 0)
+    }
+
     fn own(&mut self, node: usize, kind: Kind) -> &mut u64 {
         &mut self.nodes[node].own[index(kind)]
     }
@@ -91,6 +110,8 @@ enum Op {
     Add(usize),
     Remove(usize),
     Move(usize, usize),
+    Offline(usize, bool),
+    Reap,
     Charge(usize, Kind, u64, Mode),
     Uncharge(usize, Kind, u64),
     Evict(usize, u64, u64),
@@ -112,6 +133,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => node.clone().prop_map(Op::Add),
         1 => node.clone().prop_map(Op::Remove),
         2 => (node.clone(), node.clone()).prop_map(|(n, m)| Op::Move(n, m)),
+        1 => (node.clone(), any::<bool>()).prop_map(|(n, returning)| Op::Offline(n, returning)),
+        1 => Just(Op::Reap),
         8 => (node.clone(), kind.clone(), pages.clone(), mode.clone()).prop_map(|(n, k, p, m)| Op::Charge(n, k, p, m)),
         5 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
         3 => (node.clone(), pages.clone(), 0u64..100).prop_map(|(n, p, s)| Op::Evict(n, p, s)),
@@ -145,6 +168,8 @@ impl Run {
             store_max: Limit::Max,
             swap_max: Limit::Max,
             ceiling: None,
+            online: true,
+            returning: false,
             gone: false,
         };
         Run { tree, model: Model { nodes: vec![root] } }
@@ -172,7 +197,7 @@ impl Run {
         assert_eq!(refused.level, self.model.nodes[level].id);
         assert_eq!(refused.counter, what);
         for ((id, mut old), (_, new)) in before.iter().cloned().zip(self.snapshots()) {
-            if id == refused.level {
+            if id == refused.level && (old.online || what != Counter::Memory) {
                 let counter = match what {
                     Counter::Memory => &mut old.memory,
                     Counter::Vmm => &mut old.vmm,
@@ -194,10 +219,16 @@ impl Run {
         }
     }
 
+    /// Who would refuse a charge in this mode, and for which counter; an offline node does itself.
+    fn expected(&self, node: usize, kind: Kind, pages: u64, mode: Mode) -> Option<(usize, Counter)> {
+        let offline = pages > 0 && !self.model.nodes[node].online && mode != Mode::NoFail;
+        if offline { Some((node, Counter::Memory)) } else { self.model.refuser(node, kind, pages) }
+    }
+
     fn charge(&mut self, node: usize, kind: Kind, pages: u64, mode: Mode) {
         let id = self.model.nodes[node].id;
         let before = self.snapshots();
-        let expected = self.model.refuser(node, kind, pages);
+        let expected = self.expected(node, kind, pages, mode);
         match self.tree.try_charge_as(id, kind, Pages(pages), mode) {
             Ok(charge) => {
                 assert!(expected.is_none() || mode == Mode::NoFail, "the model would have refused");
@@ -233,7 +264,8 @@ impl Run {
     fn refault(&mut self, node: usize, pages: u64, stored: u64, mode: Mode) {
         let before = self.snapshots();
         let more = pages.saturating_sub(stored);
-        let expected = self.first(node, Counter::Memory, more);
+        let offline = !self.model.nodes[node].online && mode != Mode::NoFail;
+        let expected = if offline { Some((node, Counter::Memory)) } else { self.first(node, Counter::Memory, more) };
         let memory_before = self.before(node);
         match self.tree.refault(self.model.nodes[node].id, Pages(pages), Pages(stored), mode) {
             Ok(charge) => {
@@ -281,6 +313,8 @@ impl Run {
         };
         let possible = node != 0
             && !new.contains(&node)
+            && self.model.nodes[node].online
+            && self.model.nodes[to].online
             && (to == 0 || self.model.nodes[to].own.iter().all(|pages| *pages == 0))
             && depth(to) + 1 + height <= MAX_LEVELS
             && newly.iter().all(fits);
@@ -348,6 +382,26 @@ impl Run {
                 self.tree.uncharge_as(self.model.nodes[node].id, kind, Pages(pages));
                 *self.model.own(node, kind) -= pages;
             }
+            Op::Offline(n, returning) => {
+                let node = self.pick(n);
+                let id = self.model.nodes[node].id;
+                let done = if returning { self.tree.set_returning(id) } else { self.tree.set_offline(id) };
+                let online = |other: &Node| !other.gone && other.parent == Some(node) && other.online;
+                assert_eq!(done.is_ok(), node != 0 && !self.model.nodes.iter().any(online));
+                self.model.nodes[node].online &= done.is_err();
+                self.model.nodes[node].returning |= returning && done.is_ok();
+            }
+            Op::Reap => {
+                let mut reaped = self.tree.reap();
+                let mut expected = Vec::new();
+                while let Some(node) = (1..self.model.nodes.len()).find(|n| self.model.is_free(*n)) {
+                    self.model.nodes[node].gone = true;
+                    expected.push(self.model.nodes[node].id);
+                }
+                reaped.sort_unstable();
+                expected.sort_unstable();
+                assert_eq!(reaped, expected);
+            }
             Op::Evict(n, pages, stored) => {
                 let node = self.pick(n);
                 self.evict(node, pages, stored);
@@ -359,7 +413,8 @@ impl Run {
             Op::UpTo(n, want, min) => {
                 let node = self.pick(n);
                 let id = self.model.nodes[node].id;
-                let room = self.tree.margin(id).map_or(u64::MAX, |room| room.0);
+                let online = self.model.nodes[node].online;
+                let room = if online { self.tree.margin(id).map_or(u64::MAX, |room| room.0) } else { 0 };
                 match self.tree.charge_up_to(id, Pages(want), Pages(min), Mode::Wait) {
                     Ok(charge) => {
                         assert_eq!(charge.pages.0, want.min(room).max(min));
@@ -371,7 +426,7 @@ impl Run {
             Op::Reserve(n, pages, used) => {
                 let node = self.pick(n);
                 let id = self.model.nodes[node].id;
-                let expected = self.model.refuser(node, Kind::Guest, pages);
+                let expected = self.expected(node, Kind::Guest, pages, Mode::NoWait);
                 match self.tree.reserve(id, Pages(pages), Mode::NoWait) {
                     Ok(reservation) if used > pages => drop(reservation),
                     Ok(reservation) => {
@@ -430,6 +485,7 @@ impl Run {
             assert!(real.vmm.usage <= real.memory.usage && real.memory.usage <= real.memory.peak);
             let over = node.max.as_pages().map_or(Pages::ZERO, |max| usage(Counter::Memory).saturating_sub(max));
             assert_eq!(real.overcharge, over);
+            assert_eq!((real.online, real.returning), (node.online, Pages(self.model.returning(n))));
             let room = |level: usize| {
                 let limit = self.model.limit(level, Counter::Memory).as_pages()?;
                 Some(limit.saturating_sub(Pages(self.model.usage(level, Counter::Memory))))

@@ -10,7 +10,7 @@
 
 use std::cell::Cell;
 
-use memcg_core::tree::{AddError, Counter, Kind, Mode, NodeId};
+use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
 use memcg_core::units::{Limit, Pages, human};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -33,14 +33,17 @@ pub(super) struct Created {
 impl Actor {
     /// Makes a VM's node, sets its limits and charges its overhead; all or nothing.
     pub fn create(&mut self, spec: VmSpec) -> Result<VmId, Refusal> {
-        let node = self.tree.add(self.root, &spec.name).map_err(|error| match error {
-            AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
-            AddError::Exists(_) => {
-                Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name))
-            }
-            _ => Refusal::new(Code::AlreadyExists, error.to_string()),
-        })?;
-        if let Err(refusal) = self.equip(node, &spec) {
+        let accounting = if spec.accounting { Accounting::On } else { Accounting::Off };
+        let node =
+            self.tree.add_with(self.root, &spec.name, &spec.limits, accounting).map_err(|error| match error {
+                AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
+                AddError::Limits(_) => Refusal::new(Code::InvalidLimit, error.to_string()),
+                AddError::Exists(_) => {
+                    Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name))
+                }
+                _ => Refusal::new(Code::AlreadyExists, error.to_string()),
+            })?;
+        if let Err(refusal) = self.charge_overhead(node, &spec) {
             self.discard(node);
             return Err(refusal);
         }
@@ -48,19 +51,6 @@ impl Actor {
         self.next_id += 1;
         self.created.insert(id, Created { spec, node });
         Ok(id)
-    }
-
-    fn equip(&mut self, node: NodeId, spec: &VmSpec) -> Result<(), Refusal> {
-        if !spec.accounting {
-            return Ok(());
-        }
-        self.tree
-            .activate(node, |_| Pages::ZERO)
-            .map_err(|error| Refusal::new(Code::InvalidLimit, error.to_string()))?;
-        self.tree
-            .set_limits(node, &spec.limits)
-            .map_err(|error| Refusal::new(Code::InvalidLimit, error.to_string()))?;
-        self.charge_overhead(node, spec)
     }
 
     /// Charges what the VM will cost beside its pages.

@@ -186,7 +186,7 @@ impl Actor {
         vm.hold = None;
         vm.patience = None;
         // Its name is free again; its charges stay until the host has the memory.
-        self.tree.set_offline(vm.node);
+        self.tree.set_returning(vm.node).expect("a VM has no members");
         vm.refused = false;
         vm.grant_due = false;
         let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
