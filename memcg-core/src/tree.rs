@@ -42,6 +42,7 @@ mod accounting;
 mod charge;
 mod check;
 mod counter;
+mod events;
 mod evict;
 mod lifetime;
 mod limits;
@@ -54,13 +55,14 @@ pub use accounting::Accounting;
 pub use charge::{Charge, Crossed, Kind, Mode, Refused};
 pub use check::Violation;
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
+pub use events::{Event, Events};
 pub use evict::EvictError;
 pub use lifetime::{AddError, RemoveError};
 pub(crate) use limits::Waits;
 pub use limits::{Above, AboveMax, LimitPatch, Limits, SetLimitError};
 pub use moving::{MoveError, Moved};
 pub use reserve::Reservation;
-pub use snapshot::NodeSnapshot;
+pub use snapshot::{NodeSnapshot, TreeNode, TreeSnapshot};
 
 use node::Node;
 
@@ -97,6 +99,8 @@ pub struct Tree {
     root: NodeId,
     /// Accounted nodes, the root aside.
     accounted: usize,
+    /// [`Self::charge_root`] charges.
+    no_context: u64,
     /// Number of the next pending change of a limit; never reused.
     next_ticket: u64,
 }
@@ -108,7 +112,14 @@ impl Tree {
         root.limits.max = budget;
         root.accounting = Accounting::On;
         let slots = vec![Slot { life: 0, node: Some(root) }];
-        Tree { slots, free: Vec::new(), root: NodeId { index: 0, life: 0 }, accounted: 0, next_ticket: 1 }
+        Tree {
+            slots,
+            free: Vec::new(),
+            root: NodeId { index: 0, life: 0 },
+            accounted: 0,
+            no_context: 0,
+            next_ticket: 1,
+        }
     }
 
     /// The root: the host.

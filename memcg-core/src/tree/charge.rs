@@ -1,6 +1,6 @@
 //! Charging and uncharging. A charge that is not yet used is a [`super::Reservation`].
 
-use super::{Accounting, Counter, MAX_LEVELS, NodeId, Overhead, Tree};
+use super::{Accounting, Counter, Event, MAX_LEVELS, NodeId, Overhead, Tree};
 use crate::reclaim;
 use crate::units::{Limit, Pages};
 
@@ -133,12 +133,13 @@ impl Tree {
         let mut at = Some(id);
         while let Some(level) = at {
             let node = self.node_mut(level);
+            at = node.parent;
             for &which in kind.counters() {
-                if node.raise(which, pages) {
+                if self.node_mut(level).raise(which, pages) {
                     charge.crossed_high.push(level);
+                    self.record(level, Event::High);
                 }
             }
-            at = node.parent;
         }
         self.settle_returning(id);
         Ok(charge)
@@ -162,6 +163,17 @@ impl Tree {
             self.count_refusal(level, Counter::Memory, Mode::NoRetry);
         }
         self.try_charge(id, pages, mode)
+    }
+
+    /// Charges what cannot be said whose it is: work without a VM's context. The root pays, so that nothing is used
+    /// that is not counted, and how often that happened is counted too ([`super::TreeSnapshot::no_context`]).
+    ///
+    /// # Errors
+    /// [`Refused`] only if a counter would leave 64 bits.
+    pub fn charge_root(&mut self, kind: Kind, pages: Pages) -> Result<Charge, Refused> {
+        let charge = self.try_charge_as(self.root, kind, pages, Mode::NoFail)?;
+        self.no_context += 1;
+        Ok(charge)
     }
 
     /// Takes `pages` of guest memory off `id` and all its ancestors. Never fails, never blocks.
@@ -277,7 +289,7 @@ impl Tree {
         let node = self.node_mut(level);
         node.counters.get_mut(which).refuse(mode);
         if which == Counter::Memory && mode == Mode::Wait {
-            node.max_hits += 1;
+            self.record(level, Event::Max);
         }
     }
 }

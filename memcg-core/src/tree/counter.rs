@@ -134,10 +134,6 @@ impl Counters {
         &mut self.values[which as usize]
     }
 
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut CounterSnapshot> {
-        self.values.iter_mut()
-    }
-
     /// What is charged to this very node as `kind`.
     pub fn own(&self, kind: Kind) -> Pages {
         let own = |which| self.get(which).own;

@@ -14,7 +14,7 @@
 //! [`Kind::Swap`] and [`Kind::Store`].
 
 use super::charge::Crossed;
-use super::{Accounting, Charge, Counter, Kind, Mode, NodeId, Refused, Tree};
+use super::{Accounting, Charge, Counter, Event, Kind, Mode, NodeId, Refused, Tree};
 use crate::units::Pages;
 
 /// Why nothing was evicted or faulted back.
@@ -96,10 +96,11 @@ impl Tree {
             let node = self.node_mut(level);
             node.lower(Counter::Swap, pages);
             node.lower(Counter::Store, stored);
+            at = node.parent;
             if node.raise(Counter::Memory, more) {
                 charge.crossed_high.push(level);
+                self.record(level, Event::High);
             }
-            at = node.parent;
         }
         self.settle_returning(id);
         Ok(charge)

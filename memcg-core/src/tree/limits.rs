@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Accounting, Counter, Node, NodeId, Tree};
+use super::{Accounting, Counter, Event, NodeId, Tree};
 use crate::reclaim;
 use crate::units::{Limit, Pages, human};
 
@@ -248,7 +248,7 @@ impl Tree {
             }
             let new = patch.apply(node.limits);
             if new != node.limits {
-                node.install(new);
+                self.install(*id, new);
             }
         }
         Ok(())
@@ -368,27 +368,26 @@ impl Tree {
 
     /// Ends the request with this ticket at all its nodes in one step: puts it in force, or drops it.
     pub(crate) fn end_pending(&mut self, ticket: u64, commit: bool) {
-        let nodes = self.slots.iter_mut().filter_map(|slot| slot.node.as_mut());
-        for node in nodes {
-            if let Some(pending) = node.pending.take_if(|pending| pending.ticket == ticket) {
-                node.ceiling = None;
-                let new = if commit { pending.patch.apply(node.limits) } else { node.limits };
-                node.install(new);
-            }
+        let waiting: Vec<NodeId> = self.ids().filter(|id| self.is_pending(*id, ticket)).collect();
+        for id in waiting {
+            let node = self.node_mut(id);
+            node.ceiling = None;
+            let pending = node.pending.take().filter(|_| commit);
+            let new = pending.map_or(node.limits, |pending| pending.patch.apply(node.limits));
+            self.install(id, new);
         }
     }
-}
 
-impl Node {
     /// Puts `new` in force.
-    fn install(&mut self, new: Limits) {
-        let usage = Limit::Pages(self.counters.get(Counter::Memory).usage);
-        let was_above = usage > self.high();
-        self.limits = new;
-        self.generation += 1;
-        self.settle_overcharge();
-        if !was_above && usage > self.high() {
-            self.high_hits += 1;
+    fn install(&mut self, id: NodeId, new: Limits) {
+        let node = self.node_mut(id);
+        let usage = Limit::Pages(node.counters.get(Counter::Memory).usage);
+        let was_above = usage > node.high();
+        node.limits = new;
+        node.generation += 1;
+        node.settle_overcharge();
+        if !was_above && usage > node.high() {
+            self.record(id, Event::High);
         }
     }
 }

@@ -15,7 +15,7 @@
 //! its node, what was charged before the move is uncharged from the new ancestors after it (row 78).
 
 use super::charge::Crossed;
-use super::{Accounting, Counter, MAX_LEVELS, NodeId, Refused, Tree};
+use super::{Accounting, Counter, Event, MAX_LEVELS, NodeId, Refused, Tree};
 
 /// What a move did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,13 +133,15 @@ impl Tree {
         let mut at = new_parent;
         while at != common {
             let node = self.node_mut(at);
+            node.returning += returning;
+            let above = node.parent.expect("the common ancestor is above");
             for which in Counter::ALL {
-                if node.raise(which, usage[which as usize]) {
+                if self.node_mut(at).raise(which, usage[which as usize]) {
                     crossed.push(at);
+                    self.record(at, Event::High);
                 }
             }
-            node.returning += returning;
-            at = node.parent.expect("the common ancestor is above");
+            at = above;
         }
         let (old, new) = (self.node(id).depth, self.node(new_parent).depth + 1);
         for at in self.subtree(id).collect::<Vec<_>>() {

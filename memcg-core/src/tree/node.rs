@@ -2,7 +2,7 @@
 
 use super::counter::Counters;
 use super::limits::Pending;
-use super::{Accounting, Counter, Limits, Mode, NodeId};
+use super::{Accounting, Counter, Events, Limits, Mode, NodeId};
 use crate::reclaim;
 use crate::units::{Limit, Pages};
 
@@ -29,8 +29,10 @@ pub(super) struct Node {
     pub returning: Pages,
     /// Memory above `max`, from a forced change or a charge that could not be refused.
     pub overcharge: Pages,
-    pub max_hits: u64,
-    pub high_hits: u64,
+    /// What happened here and below.
+    pub events: Events,
+    /// What happened here.
+    pub events_local: Events,
     pub generation: u64,
 }
 
@@ -51,8 +53,8 @@ impl Node {
             returning_own: None,
             returning: Pages::ZERO,
             overcharge: Pages::ZERO,
-            max_hits: 0,
-            high_hits: 0,
+            events: Events::default(),
+            events_local: Events::default(),
             generation: 0,
         }
     }
@@ -109,9 +111,7 @@ impl Node {
         }
         self.settle_overcharge();
         let high = self.high();
-        let crossed = before <= high && after > high;
-        self.high_hits += u64::from(crossed);
-        crossed
+        before <= high && after > high
     }
 
     /// Takes off one counter.

@@ -1,7 +1,7 @@
 //! Looking at a node.
 
 use super::counter::{CounterSnapshot, OverheadParts};
-use super::{Accounting, Counter, Limits, NodeId, Tree};
+use super::{Accounting, Counter, Events, Limits, NodeId, Tree};
 use crate::units::{Limit, Pages};
 
 /// One node at one moment: every number is of the same state of the tree.
@@ -31,10 +31,10 @@ pub struct NodeSnapshot {
     pub overcharge: Pages,
     /// What of memory belongs to VMs that are gone: in use, but on its way back ([`Tree::set_returning`]).
     pub returning: Pages,
-    /// [`super::Mode::Wait`] charges refused by `memory.max` or the ceiling, since the start; never reset.
-    pub max_hits: u64,
-    /// Times that memory went above the effective high limit.
-    pub high_hits: u64,
+    /// `memory.events`: what happened here and below. Never reset.
+    pub events: Events,
+    /// `memory.events.local`: what happened here. Never reset.
+    pub events_local: Events,
     /// Number of changes of this node's limits, pending ones included: for compare-and-set.
     pub generation: u64,
     /// VMs that share this node's room: childless nodes below it, or itself.
@@ -43,7 +43,36 @@ pub struct NodeSnapshot {
     pub online: bool,
 }
 
+/// One node of a [`TreeSnapshot`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TreeNode {
+    /// Which node.
+    pub id: NodeId,
+    /// Its path; two may be equal when one of them is offline.
+    pub path: String,
+    /// Everything about it.
+    pub node: NodeSnapshot,
+}
+
+/// The whole tree at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TreeSnapshot {
+    /// All nodes, zombies too, the root first and each before its members.
+    pub nodes: Vec<TreeNode>,
+    /// Charges without the context of a VM, which the root pays ([`Tree::charge_root`]), since the start.
+    pub no_context: u64,
+    /// Accounted nodes, the root aside.
+    pub accounted: usize,
+}
+
 impl Tree {
+    /// Everything about everything, of one moment: a parent shows what its members add up to.
+    pub fn snapshot_all(&self) -> TreeSnapshot {
+        let of = |id| TreeNode { id, path: self.path(id), node: self.snapshot(id) };
+        let nodes = self.subtree(self.root).map(of).collect();
+        TreeSnapshot { nodes, no_context: self.no_context, accounted: self.accounted }
+    }
+
     /// Everything about a node.
     pub fn snapshot(&self, id: NodeId) -> NodeSnapshot {
         let node = self.node(id);
@@ -60,8 +89,8 @@ impl Tree {
             effective_high: self.reclaim_high(id),
             overcharge: node.overcharge,
             returning: node.returning,
-            max_hits: node.max_hits,
-            high_hits: node.high_hits,
+            events: node.events,
+            events_local: node.events_local,
             generation: node.generation,
             members: node.members,
             online: node.online,
@@ -83,19 +112,14 @@ impl Tree {
         self.node(id).generation
     }
 
-    /// Forgets the peaks of `id`: they start again from the usage of now.
-    pub fn reset_peak(&mut self, id: NodeId) {
-        let counters = &mut self.node_mut(id).counters;
-        for counter in counters.iter_mut() {
-            counter.peak = counter.usage;
-        }
+    /// Forgets the peak of one counter of `id`: it starts again from the usage of now (row 66).
+    pub fn reset_peak(&mut self, id: NodeId, counter: Counter) {
+        let counter = self.node_mut(id).counters.get_mut(counter);
+        counter.peak = counter.usage;
     }
 
-    /// Sets the failure counts of `id` to zero; `max_hits` stays.
-    pub fn reset_failcnt(&mut self, id: NodeId) {
-        let counters = &mut self.node_mut(id).counters;
-        for counter in counters.iter_mut() {
-            counter.failcnt = 0;
-        }
+    /// Sets the failure count of one counter of `id` to zero; events are never reset.
+    pub fn reset_failcnt(&mut self, id: NodeId, counter: Counter) {
+        self.node_mut(id).counters.get_mut(counter).failcnt = 0;
     }
 }

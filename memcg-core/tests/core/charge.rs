@@ -132,7 +132,7 @@ fn modes_at_the_limit() {
     let node = f.tree.snapshot(f.vm);
     let memory = node.memory;
     assert_eq!((memory.failcnt, memory.would_block, memory.batch_misses, memory.forced), (1, 1, 1, 0));
-    assert_eq!((memory.usage, node.max_hits, node.overcharge), (Pages(4), 1, Pages::ZERO));
+    assert_eq!((memory.usage, node.events.max, node.overcharge), (Pages(4), 1, Pages::ZERO));
     let charge = f.tree.try_charge(f.vm, Pages(2), Mode::NoFail).unwrap();
     assert_eq!(charge.forced_at, Some(f.vm));
     let node = f.tree.snapshot(f.vm);
@@ -151,7 +151,7 @@ fn a_waiting_charge_fails_once() {
         let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Again).unwrap_err();
     }
     let node = f.tree.snapshot(f.vm);
-    assert_eq!((node.memory.failcnt, node.max_hits), (1, 1));
+    assert_eq!((node.memory.failcnt, node.events.max), (1, 1));
     f.tree.uncharge(f.vm, Pages(1));
     let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Again).unwrap();
 }
@@ -182,7 +182,7 @@ fn overhead_is_charged_to_both_and_asks_k_first() {
     assert_eq!(refused.counter, Counter::Vmm, "reclaim would not help, and U is full too");
     let node = f.tree.snapshot(f.vm);
     assert_eq!((node.memory.usage, node.vmm.usage), (Pages(50), Pages(10)));
-    assert_eq!((node.memory.failcnt, node.vmm.failcnt, node.max_hits), (0, 1, 0));
+    assert_eq!((node.memory.failcnt, node.vmm.failcnt, node.events.max), (0, 1, 0));
     // K with room, U without: U refuses and K stays.
     f.patch(f.vm, LimitPatch { vmm_max: pages(20), ..LimitPatch::default() });
     let refused = f.tree.try_charge_as(f.vm, Kind::Overhead(Overhead::Queue), Pages(1), Mode::Wait).unwrap_err();
@@ -242,7 +242,7 @@ fn high_is_crossed_once_per_crossing() {
     assert!(!f.tree.above_high(f.vm), "at high is not above it");
     let charge = f.tree.try_charge(f.vm, Pages(512), Mode::NoRetry).unwrap();
     assert_eq!(charge.crossed_high.iter().collect::<Vec<_>>(), [f.vm, f.group]);
-    assert_eq!((f.tree.snapshot(f.vm).high_hits, f.tree.snapshot(f.group).high_hits), (2, 2));
+    assert_eq!((f.tree.snapshot(f.vm).events_local.high, f.tree.snapshot(f.group).events_local.high), (2, 2));
 }
 
 /// Without a `high` of its own, `max` implies one (max − max(4 MiB, max/32)).
@@ -321,20 +321,6 @@ fn counters_stay_within_64_bits() {
     assert_eq!(f.usages()[3], 0);
     f.tree.uncharge(f.vm, Pages(u64::MAX - 1));
     assert_eq!(f.usages(), [0; 5]);
-}
-
-/// semantics row 66: peak and failcnt can be reset, peak stays at least usage, and `max_hits` counts on.
-#[test]
-fn peak_and_failcnt_are_reset() {
-    let mut f = family();
-    f.max(f.vm, 9);
-    let _ = f.tree.try_charge(f.vm, Pages(9), Mode::Wait).unwrap();
-    let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Wait).unwrap_err();
-    f.tree.uncharge(f.vm, Pages(5));
-    f.tree.reset_peak(f.vm);
-    f.tree.reset_failcnt(f.vm);
-    let node = f.tree.snapshot(f.vm);
-    assert_eq!((node.memory.peak, node.memory.failcnt, node.max_hits), (Pages(4), 0, 1));
 }
 
 /// Swap is counted beside memory, with its own limit.

@@ -306,9 +306,9 @@ fn high_is_looked_at_again_when_a_change_is_in_force() {
     let patch = LimitPatch { high: Some(limit(60)), ..LimitPatch::max(limit(80)) };
     let mut change = LimitChange::begin(&mut tree, &[Request::new(vm, patch)], Mode::Reclaim, at(0), WAIT).unwrap();
     tree.uncharge(vm, Pages(30));
-    assert_eq!(tree.snapshot(vm).high_hits, 0);
+    assert_eq!(tree.snapshot(vm).events.high, 0);
     assert_eq!(change.on_usage(&mut tree, at(1)), State::Committed);
-    assert_eq!((tree.snapshot(vm).high_hits, tree.above_high(vm)), (1, true));
+    assert_eq!((tree.snapshot(vm).events.high, tree.above_high(vm)), (1, true));
 }
 
 /// Other limits may change while one is pending, as long as they fit both the old and the new `max`.

@@ -107,11 +107,11 @@ fn lowering_high_below_usage_is_a_crossing() {
     let (mut tree, vm) = vm();
     let _ = tree.try_charge(vm, Pages(10), Mode::Wait).unwrap();
     tree.set_limits(vm, &LimitPatch { high: pages(10), ..NONE }).unwrap();
-    assert_eq!((tree.above_high(vm), tree.snapshot(vm).high_hits), (false, 0));
+    assert_eq!((tree.above_high(vm), tree.snapshot(vm).events.high), (false, 0));
     tree.set_limits(vm, &LimitPatch { high: pages(9), ..NONE }).unwrap();
-    assert_eq!((tree.above_high(vm), tree.snapshot(vm).high_hits), (true, 1));
+    assert_eq!((tree.above_high(vm), tree.snapshot(vm).events.high), (true, 1));
     tree.set_limits(vm, &LimitPatch { high: pages(8), ..NONE }).unwrap();
-    assert_eq!(tree.snapshot(vm).high_hits, 1, "it was above already");
+    assert_eq!(tree.snapshot(vm).events.high, 1, "it was above already");
 }
 
 /// semantics row 101: the root's limit is the host's budget, and can be changed.

@@ -2,6 +2,7 @@
 
 mod accounting;
 mod charge;
+mod events;
 mod evict;
 mod frame;
 mod lifetime;

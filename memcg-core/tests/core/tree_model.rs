@@ -207,7 +207,7 @@ impl Run {
                 match mode {
                     Mode::Wait => {
                         counter.failcnt += 1;
-                        old.max_hits += u64::from(what == Counter::Memory);
+                        old.events_local.max += u64::from(what == Counter::Memory);
                     }
                     Mode::NoWait => counter.would_block += 1,
                     Mode::NoRetry => counter.batch_misses += 1,
@@ -215,6 +215,8 @@ impl Run {
                     Mode::NoFail => unreachable!("never refused here"),
                 }
             }
+            let met = mode == Mode::Wait && what == Counter::Memory && self.model.nodes[level].online;
+            old.events.max += u64::from(met && self.tree.is_within(refused.level, id));
             assert_eq!(old, new, "semantics row 63: a refused charge changes nothing but one failcnt");
         }
     }
@@ -328,6 +330,7 @@ impl Run {
             let level = self.model.nodes.iter().position(|n| n.id == id && !n.gone).unwrap();
             if old.contains(&level) == new.contains(&level) {
                 old_node.members = new_node.members;
+                old_node.events.high = new_node.events.high;
                 assert_eq!(old_node, new_node);
             }
         }

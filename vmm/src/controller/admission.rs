@@ -113,8 +113,6 @@ impl Actor {
             balloon_sent: None,
             balloon_due: false,
             hold: None,
-            oom_events: 0,
-            oom_killed: false,
             change: None,
             seq: 0,
             waiting: Vec::new(),

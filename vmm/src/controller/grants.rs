@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use memcg_core::reclaim;
-use memcg_core::tree::{Charge, Mode, Refused, Tree};
+use memcg_core::tree::{Charge, Event, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -246,8 +246,9 @@ impl Actor {
             return;
         }
         hold.acted = true;
-        vm.oom_events += 1;
-        vm.oom_killed = action == OomAction::Kill;
+        let node = vm.node;
+        self.tree.record(node, Event::Oom);
+        self.tree.record(node, if action == OomAction::Kill { Event::OomKill } else { Event::OomPause });
         let action_name = if action == OomAction::Pause { "pause" } else { "kill" };
         let details = self.account(id, json!({ "action": action_name }));
         let name = self.vms[&id].name.clone();

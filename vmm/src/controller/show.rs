@@ -64,11 +64,11 @@ impl Actor {
             max_pending_bytes: node.max_pending.and_then(memcg_core::units::Limit::as_bytes),
             ceiling_bytes: node.ceiling.map(Pages::bytes),
             events: MemoryEvents {
-                high: node.high_hits,
-                max: node.max_hits,
+                high: node.events_local.high,
+                max: node.events_local.max,
                 failcnt: node.memory.failcnt,
-                oom: vm.oom_events,
-                oom_kill: u64::from(vm.oom_killed),
+                oom: node.events_local.oom,
+                oom_kill: node.events_local.oom_kill,
             },
             stat: MemoryStat {
                 guest_bytes: bytes(report.guest),

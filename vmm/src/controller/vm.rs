@@ -158,9 +158,6 @@ pub(super) struct Vm {
     /// A target was dropped because the worker did not read.
     pub balloon_due: bool,
     pub hold: Option<Hold>,
-    pub oom_events: u64,
-    /// The policy has killed it.
-    pub oom_killed: bool,
     pub change: Option<Change>,
     pub seq: u32,
     pub waiting: Vec<Waiting>,
