@@ -10,6 +10,7 @@
 //! | [`tree`] | counters, limits and charges of host, groups and VMs | controller |
 //! | [`limit_change`] | one change of `memory.max` while the guest runs | controller |
 //! | [`reclaim`] | how much reclaim should aim at, and how much stock a VM may hold | controller |
+//! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | the state of every page of one VM | worker |
 
@@ -17,6 +18,7 @@
 
 pub mod frame;
 pub mod limit_change;
+pub mod protection;
 pub mod reclaim;
 pub mod stock;
 pub mod tree;

@@ -11,6 +11,7 @@ mod limits;
 mod moving;
 mod nodes;
 mod overhead;
+mod protection;
 mod reclaim;
 mod stock;
 mod transactions;
