@@ -11,6 +11,7 @@
 //! | [`limit_change`] | one change of `memory.max` while the guest runs | controller |
 //! | [`reclaim`] | how much reclaim should aim at, and how much stock a VM may hold | controller |
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
+//! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | the state of every page of one VM | worker |
 
@@ -20,6 +21,7 @@ pub mod frame;
 pub mod limit_change;
 pub mod protection;
 pub mod reclaim;
+pub mod spread;
 pub mod stock;
 pub mod tree;
 pub mod units;

@@ -13,6 +13,7 @@ mod nodes;
 mod overhead;
 mod protection;
 mod reclaim;
+mod spread;
 mod stock;
 mod transactions;
 mod tree_model;
