@@ -12,6 +12,7 @@
 //! | [`reclaim`] | how much reclaim should aim at, and how much stock a VM may hold | controller |
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
+//! | [`oom`] | who is paused or ended when nobody can give more | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | the state of every page of one VM | worker |
 
@@ -19,6 +20,7 @@
 
 pub mod frame;
 pub mod limit_change;
+pub mod oom;
 pub mod protection;
 pub mod reclaim;
 pub mod spread;

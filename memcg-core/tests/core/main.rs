@@ -10,6 +10,7 @@ mod limit_change;
 mod limits;
 mod moving;
 mod nodes;
+mod oom;
 mod overhead;
 mod protection;
 mod reclaim;
