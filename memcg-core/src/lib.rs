@@ -13,6 +13,7 @@
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
+//! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | the state of every page of one VM | worker |
 
@@ -23,6 +24,7 @@ pub mod limit_change;
 pub mod oom;
 pub mod protection;
 pub mod reclaim;
+pub mod shared;
 pub mod spread;
 pub mod stock;
 pub mod tree;

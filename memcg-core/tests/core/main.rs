@@ -14,6 +14,7 @@ mod oom;
 mod overhead;
 mod protection;
 mod reclaim;
+mod shared;
 mod spread;
 mod stock;
 mod transactions;
