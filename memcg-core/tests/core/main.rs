@@ -16,6 +16,7 @@ mod protection;
 mod reclaim;
 mod shared;
 mod spread;
+mod shared_model;
 mod stock;
 mod transactions;
 mod tree_model;
