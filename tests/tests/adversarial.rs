@@ -79,11 +79,13 @@ fn storm(cpus: u32) {
     assert_eq!(number(&now, "memory.stat.overcharge_bytes"), 0);
 }
 
+/// Semantics: 1, 46, 118, B83.
 #[test]
 fn usage_never_exceeds_the_limit_with_one_vcpu() {
     storm(1);
 }
 
+/// Semantics: 1, 118.
 #[test]
 fn usage_never_exceeds_the_limit_with_two_vcpus() {
     storm(2);

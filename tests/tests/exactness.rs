@@ -19,6 +19,7 @@ impl Random {
     }
 }
 
+/// Semantics: 11, 14, 21.
 #[test]
 fn charges_equal_resident_pages_after_each_of_500_random_steps() {
     if let Some(reason) = missing_on_host() {
@@ -75,4 +76,56 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
         let parts = ["guest", "stock", "reserve", "vmm"].map(|k| number(&now, &format!("memory.stat.{k}_bytes")));
         assert_eq!(parts.iter().sum::<u64>(), number(&now, "memory.current_bytes"), "step {step} ({what}): {now}");
     }
+}
+
+/// The guest's pages that are charged: exactly those that are resident.
+fn guest_pages(vm: &TestVm) -> u64 {
+    let now = vm.show();
+    let charged = number(&now, "memory.stat.guest_bytes") / PAGE;
+    assert_eq!(charged, resident_pages(&now), "charged and resident differ in {now}");
+    charged
+}
+
+/// A page that is only read would be free if it were the host's page of zeroes, until the first write to it fails.
+/// Semantics: 22.
+#[test]
+fn reading_untouched_memory_charges_it_and_writing_to_it_then_does_not() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP read-faults reason={reason}");
+        return;
+    }
+    let mut vm = TestVm::builder("read").memory("size=64M,max=64M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    let before = guest_pages(&vm);
+    assert!(vm.command("touch 16M 16M mode=read", 10).starts_with("OK"));
+    let read = guest_pages(&vm);
+    assert!(read >= before + 16 * MIB / PAGE, "{before} pages, then {read}");
+    assert!(vm.command("touch 16M 16M seed=2", 10).starts_with("OK"));
+    assert_eq!(guest_pages(&vm), read);
+}
+
+/// The guest decides what it gives and touches: each page is still charged exactly while it is there.
+/// Semantics: 4, 21, B65.
+#[test]
+fn a_page_given_twice_is_uncharged_once_and_touched_again_charged_again() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP double-inflate reason={reason}");
+        return;
+    }
+    let mut vm = TestVm::builder("twice").memory("size=64M,max=64M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    let mut ok = |command: &str| {
+        let answer = vm.command(command, 10);
+        assert!(answer.starts_with("OK"), "{command}: {answer}");
+        guest_pages(&vm)
+    };
+    ok("balloon init");
+    // The driver's own pages: from here on it touches no new ones.
+    ok("balloon inflate 40M 8M");
+    let touched = ok("touch 16M 8M seed=3");
+    let given = ok("balloon inflate 16M 8M");
+    assert_eq!(touched - given, 8 * MIB / PAGE);
+    assert_eq!(ok("balloon inflate 16M 8M"), given, "given twice");
+    assert_eq!(ok("touch 16M 8M seed=4"), touched, "touched without a deflate");
+    assert_eq!(number(&vm.show(), "faults.implicit_deflates"), 8 * MIB / PAGE);
 }

@@ -20,6 +20,7 @@ fn event<'e>(events: &'e [Value], kind: &str) -> Option<&'e Value> {
     events.iter().find(|e| e["event"] == kind)
 }
 
+/// Semantics: 42, 46, 51, T7.
 #[test]
 fn a_guest_at_its_limit_is_held_and_goes_on_where_it_stopped_when_the_limit_is_raised() {
     if skipped("held-and-raised") {
@@ -42,6 +43,7 @@ fn a_guest_at_its_limit_is_held_and_goes_on_where_it_stopped_when_the_limit_is_r
     assert_eq!(vm.wait(10).code(), Some(7));
 }
 
+/// Semantics: 50, 51, B43.
 #[test]
 fn a_guest_held_past_its_deadline_is_paused_and_resumes_when_it_gets_room() {
     if skipped("oom-pause") {
@@ -142,6 +144,7 @@ fn another_vm_s_faults_are_served_while_one_is_held() {
     assert_eq!(first.show()["held"]["now"], json!(true));
 }
 
+/// Semantics: 82, 118, T3.
 #[test]
 fn refuse_reclaim_and_force_below_usage_do_what_they_say() {
     if skipped("modes") {
@@ -184,6 +187,7 @@ fn refuse_reclaim_and_force_below_usage_do_what_they_say() {
     assert!(less < over);
 }
 
+/// Semantics: 82, 83, B53.
 #[test]
 fn a_limit_forced_below_a_storm_leaves_an_overcharge_that_is_reported_and_never_grows() {
     if skipped("force-under-storm") {
@@ -212,6 +216,7 @@ fn a_limit_forced_below_a_storm_leaves_an_overcharge_that_is_reported_and_never_
     }
 }
 
+/// Semantics: 72.
 #[test]
 fn an_old_generation_is_refused_and_nothing_changes() {
     if skipped("generation") {

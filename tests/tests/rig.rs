@@ -49,6 +49,7 @@ fn healthy(vm: &mut TestVm) {
 }
 
 /// One guest for the whole life under a limit: booting takes most of the time.
+/// Semantics: 11, 46, 118, T3.
 #[test]
 fn linux_lives_under_a_limit_that_is_lowered_and_raised_and_is_exact_at_ten_points() {
     let mut vm =

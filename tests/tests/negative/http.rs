@@ -30,6 +30,7 @@ fn refusal((status, body): (u16, String), expected: u16, of: &dyn std::fmt::Debu
     body
 }
 
+/// Semantics: 6, 8, 65.
 #[test]
 fn bodies_that_make_no_sense_are_refused_and_change_nothing() {
     if skipped("bad-bodies") {

@@ -27,6 +27,7 @@ async fn a_limit_below_the_reserve_is_answered_with_a_refusal_and_the_worker_nam
     assert_eq!(end, VmEnd::Failed { message, smallest_max: Some(Pages(200)) });
 }
 
+/// Semantics: 12, 58.
 #[tokio::test(start_paused = true)]
 async fn without_accounting_nothing_is_charged() {
     let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
@@ -42,6 +43,7 @@ async fn without_accounting_nothing_is_charged() {
     assert_eq!(worker.try_next().await, None);
 }
 
+/// Semantics: 1, 3, 117, B39.
 #[tokio::test(start_paused = true)]
 async fn usage_never_exceeds_max_and_a_refusal_counts_once() {
     let mut worker = FakeWorker::running(Setup::default()).await;
@@ -99,6 +101,7 @@ async fn a_want_for_more_than_the_vm_can_use_is_cut() {
     assert_eq!(worker.grant.0, SIZE + RESERVE + 2048);
 }
 
+/// Semantics: 4, B65.
 #[tokio::test(start_paused = true)]
 async fn lies_end_the_worker() {
     type Lie = fn(&mut Report);
@@ -185,6 +188,7 @@ async fn held(setup: Setup) -> FakeWorker {
     worker
 }
 
+/// Semantics: 42, B34.
 #[tokio::test(start_paused = true)]
 async fn a_hold_has_one_deadline_that_repeating_does_not_put_off() {
     let mut worker = held(Setup::default()).await;
@@ -207,6 +211,7 @@ async fn a_hold_has_one_deadline_that_repeating_does_not_put_off() {
     assert_eq!(paused.details["by"], "policy");
 }
 
+/// Semantics: 51.
 #[tokio::test(start_paused = true)]
 async fn a_release_cancels_the_deadline_and_a_new_hold_starts_anew() {
     let mut worker = held(Setup::default()).await;
@@ -222,6 +227,7 @@ async fn a_release_cancels_the_deadline_and_a_new_hold_starts_anew() {
     assert!(worker.has_event(EventKind::VictimSelected).await.is_some());
 }
 
+/// Semantics: 51.
 #[tokio::test(start_paused = true)]
 async fn the_policy_kills_when_it_says_so() {
     let oom = OomPolicy { action: OomAction::Kill, deadline: Duration::from_secs(5), ..OomPolicy::default() };
@@ -237,6 +243,7 @@ async fn the_policy_kills_when_it_says_so() {
     assert_eq!(controller.show("vm").await.expect("still known").memory.events.oom_kill, 1);
 }
 
+/// Semantics: 50, 51, T7, B43.
 #[tokio::test(start_paused = true)]
 async fn a_raised_limit_lets_a_vm_that_the_policy_paused_go_on() {
     let mut worker = held(Setup::default()).await;

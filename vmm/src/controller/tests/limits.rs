@@ -53,6 +53,7 @@ async fn a_limit_above_usage_is_in_force_at_once() {
     assert_eq!(event.details["max_bytes"], 3000 * 4096);
 }
 
+/// Semantics: 60, 118.
 #[tokio::test(start_paused = true)]
 async fn stock_is_recalled_before_a_limit_is_compared_with_usage() {
     let mut worker = with_guest(1000).await;
@@ -65,6 +66,7 @@ async fn stock_is_recalled_before_a_limit_is_compared_with_usage() {
     assert_eq!(changed.view.memory.current_bytes, (1000 + RESERVE) * 4096);
 }
 
+/// Semantics: 118, B2.
 #[tokio::test(start_paused = true)]
 async fn refuse_leaves_everything_as_it_was() {
     let mut worker = with_guest(1000).await;
@@ -78,6 +80,7 @@ async fn refuse_leaves_everything_as_it_was() {
     assert_eq!(view.memory.max_pending_bytes, None);
 }
 
+/// Semantics: 82, 83, T15.
 #[tokio::test(start_paused = true)]
 async fn force_is_in_force_at_once_and_reports_the_excess() {
     let mut worker = with_guest(1000).await;
@@ -91,6 +94,7 @@ async fn force_is_in_force_at_once_and_reports_the_excess() {
     assert_eq!(worker.view().await.memory.stat.overcharge_bytes, 0);
 }
 
+/// Semantics: 118, T3.
 #[tokio::test(start_paused = true)]
 async fn reclaim_commits_when_the_guest_has_given_enough_back() {
     let mut worker = with_guest(1000).await;
@@ -114,6 +118,7 @@ async fn reclaim_commits_when_the_guest_has_given_enough_back() {
     assert!(kinds.ends_with(&[EventKind::LimitRequested, EventKind::LimitChanged]), "{kinds:?}");
 }
 
+/// Semantics: 44, 118, B83.
 #[tokio::test(start_paused = true)]
 async fn what_is_not_reached_by_the_deadline_leaves_the_old_limit() {
     let mut worker = with_guest(1000).await;
@@ -169,6 +174,7 @@ async fn a_silent_worker_keeps_its_stock_and_does_not_keep_the_client() {
     assert_eq!(refusal.usage_bytes, Some(usage * 4096));
 }
 
+/// Semantics: 72.
 #[tokio::test(start_paused = true)]
 async fn a_later_change_takes_the_place_of_a_pending_one() {
     let mut worker = with_guest(1000).await;
@@ -197,6 +203,7 @@ async fn the_same_change_twice_is_one_change() {
     assert!(second.await.expect("no panic").expect("reached").in_force);
 }
 
+/// Semantics: 72.
 #[tokio::test(start_paused = true)]
 async fn an_old_generation_is_refused() {
     let mut worker = with_guest(10).await;

@@ -50,6 +50,7 @@ async fn a_socket_that_stays_open_does_not_keep_a_dead_vm() {
     assert_eq!(end, VmEnd::Died { message: "was killed by the host (signal 9)".to_owned() });
 }
 
+/// Semantics: 2, 20, 90.
 #[tokio::test(start_paused = true)]
 async fn charges_of_a_dead_vm_return_and_its_name_is_free_at_once() {
     let mut worker = FakeWorker::running(Setup::default()).await;
@@ -208,6 +209,7 @@ async fn unknown_names_are_not_found() {
     assert!(controller.list().await.expect("listed").is_empty());
 }
 
+/// Semantics: 101.
 #[tokio::test(start_paused = true)]
 async fn the_budget_of_all_vms_is_kept() {
     let (controller, _) = Controller::start(pages(1000));

@@ -117,6 +117,7 @@ impl Site {
     }
 }
 
+/// Semantics: 6, 65, B3.
 #[tokio::test]
 async fn everything_wrong_is_refused_in_the_same_form() {
     let site = Site::new(Setup::default()).await;
@@ -155,6 +156,7 @@ async fn everything_wrong_is_refused_in_the_same_form() {
     assert!(!site.path.exists());
 }
 
+/// Semantics: 8.
 #[tokio::test]
 async fn limits_are_changed_over_http() {
     let mut site = Site::new(Setup::default()).await;
