@@ -5,7 +5,7 @@ mod heirs;
 use memcg_core::shared::{
     Handover, HoldId, Origin, Owner, RegionId, Regions, Released, SharedError, TemplateId, Touch,
 };
-use memcg_core::tree::{LimitPatch, Mode, NodeId, Tree};
+use memcg_core::tree::{Counter, LimitPatch, Mode, NodeId, Tree};
 use memcg_core::units::{Limit, PAGE_SIZE, Pages};
 
 use crate::nodes::{group, vm};
@@ -200,10 +200,10 @@ fn bad_requests_and_refusals_change_nothing() {
         panic!("there is no room for a second page");
     };
     assert_eq!((refused.level, refused.short_by), (a, Pages(1)));
-    h.tree.reset_failcnt(a);
+    h.tree.reset_failcnt(a, Counter::Memory);
     let mut after = h.state();
     for (old, new) in before.0.iter().zip(&mut after.0) {
-        new.max_hits = old.max_hits;
+        (new.events, new.events_local) = (old.events, old.events_local);
     }
     assert_eq!(after, before);
 }

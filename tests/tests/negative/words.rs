@@ -42,7 +42,7 @@ fn options_that_make_no_sense_are_usage_errors() {
     }
 }
 
-/// Semantics: 6, 103, B57.
+/// Semantics: 6, 103, B57, T6.
 #[test]
 fn sizes_that_make_no_sense_are_usage_errors() {
     let table = [

@@ -188,7 +188,7 @@ async fn held(setup: Setup) -> FakeWorker {
     worker
 }
 
-/// Semantics: 42, B34.
+/// Semantics: 42, B34, T11.
 #[tokio::test(start_paused = true)]
 async fn a_hold_has_one_deadline_that_repeating_does_not_put_off() {
     let mut worker = held(Setup::default()).await;

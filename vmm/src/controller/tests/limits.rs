@@ -31,6 +31,7 @@ async fn with_guest(guest: u64) -> FakeWorker {
     worker
 }
 
+/// Semantics: T1.
 #[tokio::test(start_paused = true)]
 async fn a_limit_above_usage_is_in_force_at_once() {
     let mut worker = with_guest(1000).await;

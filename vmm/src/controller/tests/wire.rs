@@ -117,7 +117,7 @@ impl Site {
     }
 }
 
-/// Semantics: 6, 65, B3.
+/// Semantics: 6, 65, B3, T6.
 #[tokio::test]
 async fn everything_wrong_is_refused_in_the_same_form() {
     let site = Site::new(Setup::default()).await;
