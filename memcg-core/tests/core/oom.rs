@@ -234,7 +234,7 @@ fn one_victim_until_its_memory_is_back() {
     }
     host.tree.uncharge(host.a, mib(99));
     assert_eq!(host.decide(&mut victims, host.group, secs(10)), waiting(mib(1)));
-    host.tree.set_offline(host.a);
+    host.tree.set_offline(host.a).unwrap();
     host.tree.uncharge(host.a, mib(1));
     host.tree.remove(host.a).unwrap();
     assert_eq!(host.decide(&mut victims, host.group, secs(10)), Chosen::Act(host.b));
@@ -286,7 +286,7 @@ fn the_charge_is_retried_when_the_victim_s_memory_is_back() {
     let mut victims = Victims::new(PATIENCE);
     assert!(host.tree.try_charge(host.a, mib(50), Mode::Wait).is_err());
     assert_eq!(host.decide(&mut victims, host.group, secs(0)), Chosen::Act(host.b));
-    host.tree.set_offline(host.b);
+    host.tree.set_offline(host.b).unwrap();
     // Dying: nothing is back yet, so the charge is refused again, and nobody else is chosen for that.
     let refused = host.tree.try_charge(host.a, mib(50), Mode::Again).unwrap_err();
     let at = level(Mode::Again, &refused).unwrap();
@@ -348,7 +348,7 @@ fn min_and_a_grave_spare_a_vm() {
     let mut host = Host::new();
     let all = LimitPatch { min: Some(Limit::Max), ..LimitPatch::default() };
     host.tree.set_limits(host.b, &all).unwrap();
-    host.tree.set_offline(host.a);
+    host.tree.set_offline(host.a).unwrap();
     let mut victims = Victims::new(PATIENCE);
     let waiting = Waiting { id: host.a, returning: mib(100), until: secs(10) };
     for now in [secs(0), secs(9)] {

@@ -124,7 +124,7 @@ fn a_node_that_is_offline_claims_nothing() {
         set(&mut tree, id, limit(10), limit(20));
         charge(&mut tree, id, mib(30));
     }
-    tree.set_offline(dead);
+    tree.set_offline(dead).unwrap();
     let nodes = protections(&tree, root);
     assert_eq!(protection(&nodes, dead), Protection::NONE);
     assert_eq!(protection(&nodes, alive), Protection { min: mib(10), low: mib(20) });

@@ -222,13 +222,13 @@ fn only_a_vm_that_is_there_can_map_a_region_that_is_there() {
 
     let removed = vm(&mut h.tree, h.left, "removed");
     h.tree.remove(removed).unwrap();
-    h.tree.set_offline(h.vms[B]);
+    h.tree.set_offline(h.vms[B]).unwrap();
     for not in [h.tree.root(), h.left, h.vms[B], removed] {
         let error = h.regions.map(&h.tree, h.region, not, Origin::default()).unwrap_err();
         assert!(matches!(error, SharedError::NotAVm(_)), "{error}");
     }
     h.map(A, Origin::default());
-    h.tree.set_offline(h.vms[A]);
+    h.tree.set_offline(h.vms[A]).unwrap();
     let offline = h.regions.touch(&mut h.tree, h.region, h.vms[A], 0, Mode::NoFail);
     assert_eq!(offline, Err(SharedError::NotAVm("/left/a".to_owned())), "not even what cannot be refused");
     assert_eq!(

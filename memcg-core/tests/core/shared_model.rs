@@ -334,7 +334,7 @@ impl Run {
             }
             Op::Leave(vm) => self.leave(vm),
             Op::Offline(vm) => {
-                self.tree.set_offline(self.vms[vm]);
+                self.tree.set_offline(self.vms[vm]).unwrap();
                 self.online[vm] = false;
             }
             Op::Hold(r) => {

@@ -178,7 +178,7 @@ fn what_is_offline_and_what_is_no_vm_is_not_asked() {
     for id in [dead, alive] {
         let _ = tree.try_charge(id, mib(10), Mode::Wait).unwrap();
     }
-    tree.set_offline(dead);
+    tree.set_offline(dead).unwrap();
     let empty = tree.find("/empty").unwrap();
     let claimants = claimants(&tree, root, |id| (id != empty).then(Facts::default));
     assert_eq!(claimants, [busy(alive, mib(10))]);

@@ -152,9 +152,9 @@ fn a_dead_vm_inherits_nothing() {
     for vm in [A, B, C, D] {
         h.touch(vm, 0..2);
     }
-    h.tree.set_offline(h.vms[B]);
+    h.tree.set_offline(h.vms[B]).unwrap();
     // Its node is gone before it has left: a mistake of the caller.
-    h.tree.set_offline(h.vms[C]);
+    h.tree.set_offline(h.vms[C]).unwrap();
     h.tree.remove(h.vms[C]).unwrap();
     h.leave(A);
     assert_eq!((h.owner(0), h.tree.usage(h.vms[D])), (h.is(D), Pages(2)));
@@ -222,7 +222,7 @@ fn a_vm_leaves_its_regions_before_its_node_goes() {
     let a = h.vms[A];
     h.touch(A, 0..3);
     h.touch(B, 0..1);
-    h.tree.set_offline(a);
+    h.tree.set_offline(a).unwrap();
     assert!(h.tree.remove(a).is_err(), "its shared pages are still charged");
     let released = h.regions.leave(&mut h.tree, a, None);
     assert_eq!(released, Released { freed: Pages(2), handed_over: Pages(1), to_root: Pages(0) });
@@ -240,7 +240,7 @@ fn charges_do_not_escape_while_a_vm_is_half_dead() {
     let mut h = mapped_by(&[A, B]);
     h.touch(A, 0..8);
     h.touch(B, 0..8);
-    h.tree.set_offline(h.vms[A]);
+    h.tree.set_offline(h.vms[A]).unwrap();
     assert_eq!(h.try_touch(B, 3), Ok(Touch::Present(h.is(A).unwrap())));
     assert_eq!((h.usages(), h.root_own(), h.tree.usage(h.left)), ([8, 0, 0, 0], 0, Pages(8)));
     h.leave(A);
