@@ -22,13 +22,21 @@
 //! granted again by the same arithmetic. A grant of an older epoch, and a total below the one known, are errors that
 //! change nothing.
 //!
+//! **Accounting that begins on a running VM** ([`Stock::adopt`]). The worker finds N pages resident and reports them; the
+//! controller charges them at once, whatever the limits, and grants on top. So the account starts with N pages granted
+//! and in the guest, an empty stock and all of the reserve in debt: until the first grant there is nothing that a fault
+//! could be answered with, and nothing to give back.
+//!
 //! | semantics row | rule here |
 //! | --- | --- |
 //! | 4, B65, B66 | an uncharge below zero is clamped, counted and stops a debug build |
 //! | 17, 106-108, B13 | [`Stock::prepare`] → fill → [`StockReservation::commit`], or drop = refund |
 //! | 18 | a fill that lost its race commits fewer pages than it prepared |
+//! | 46 | [`Stock::prepare_reserve`]: a fault is answered without waiting for whom it could wait |
 //! | 59, 60 | charged ahead of need, drained by [`Stock::recall`]; partial use is possible here |
-//! | 64 | a large want is answered with what there is: a granule falls back to single pages |
+//! | 61, B70 | [`Stock::want`] is for pages ahead of need and never a reason to reclaim; [`Stock::want_now`] may be |
+//! | 64, T11, B50 | a large want is answered once, with what there is: a granule falls back to single pages |
+//! | 67, 68 | [`Stock::adopt`]: what is resident when accounting begins |
 //!
 //! Nothing here allocates: it is on the fault path.
 
@@ -104,6 +112,12 @@ impl Stock {
         }
     }
 
+    /// The account of a worker whose guest holds `guest` pages when accounting begins, in the controller's life `epoch`.
+    /// They are charged without having been granted: totals go on from there. The reserve is owed.
+    pub fn adopt(epoch: u32, reserve_target: Pages, guest: Pages) -> Stock {
+        Stock { epoch, granted_total: guest.0, guest, ..Stock::new(reserve_target) }
+    }
+
     /// Takes a grant: `granted_total` pages in this epoch so far, of which the new ones refill the reserve, then the
     /// stock. `stock_max` and `room` (`None`: no limit) hold from now on. Returns the pages that are new; a repeated
     /// message gives zero.
@@ -142,7 +156,7 @@ impl Stock {
     /// then faults are faster than the round trip.
     fn judge_batch(&mut self) {
         let batch = self.effective_batch();
-        let dry = self.stock.0 * 4 < batch.0 && self.used.0 * 2 >= batch.0;
+        let dry = self.stock < part(batch, 4) && self.used >= part(batch, 2);
         if !batch.is_zero() && (dry || self.used >= batch) {
             // From what was really in force: a batch that a limit kept small must not grow unseen behind it.
             self.batch = Pages(batch.0 * 2).min(STOCK_CAP);
@@ -152,7 +166,7 @@ impl Stock {
 
     /// A steady beat (about once a second): a beat with less than a quarter of the batch used halves the batch.
     pub fn tick(&mut self) {
-        if self.used_tick.0 * 4 < self.batch.0 {
+        if self.used_tick < part(self.batch, 4) {
             self.batch = Pages((self.batch.0 / 2).max(1));
         }
         self.used_tick = Pages::ZERO;
@@ -230,7 +244,7 @@ impl Stock {
         let now = self.want_now(waiting);
         let left = self.stock.saturating_sub(waiting);
         let batch = self.effective_batch();
-        if left.0 * 2 < batch.0 { now + batch.saturating_sub(left) } else { now }
+        if left < part(batch, 2) { now + batch.saturating_sub(left) } else { now }
     }
 
     /// The batch with its caps.
@@ -304,6 +318,11 @@ impl Stock {
         self.granted_total.checked_sub(self.returned_total) == Some(self.held().0)
             && self.reserve <= self.reserve_target
     }
+}
+
+/// One part in `parts` of `pages`, rounded up: so that `n < part(pages, parts)` says `n * parts < pages` of any number.
+fn part(pages: Pages, parts: u64) -> Pages {
+    Pages(pages.0.div_ceil(parts))
 }
 
 /// Where the pages of a reservation came from, and where the unused ones go back to.

@@ -5,6 +5,7 @@ mod charge;
 mod events;
 mod evict;
 mod frame;
+mod grants;
 mod lifetime;
 mod limit_change;
 mod limits;

@@ -1,4 +1,4 @@
-//! The worker's account, alone and against a controller behind a channel that loses and repeats.
+//! The worker's account, alone and against a controller behind a channel that loses and repeats. With a tree: `grants`.
 
 use memcg_core::stock::{Stock, StockError};
 use memcg_core::units::Pages;
@@ -13,6 +13,8 @@ fn stocked(pages: u64) -> Stock {
     stock
 }
 
+/// The reserve is what faults are answered from when nothing else is there: it comes before what is ahead of need.
+/// Semantics: 46.
 #[test]
 fn a_grant_fills_the_reserve_first() {
     let mut stock = Stock::new(Pages(10));
@@ -26,6 +28,7 @@ fn a_grant_fills_the_reserve_first() {
 }
 
 /// Totals, not deltas: a repeated message is nothing new, a lost one is made good by the next.
+/// Semantics: 59.
 #[test]
 fn replayed_and_lost_grants_count_once() {
     let mut stock = stocked(20);
@@ -39,7 +42,72 @@ fn replayed_and_lost_grants_count_once() {
     assert!(stock.is_balanced());
 }
 
+/// Two faults of one page in one batch: the second fill finds the page there, and its charge goes back to where it came
+/// from. One page is charged once.
+/// Semantics: 18, B9.
+#[test]
+fn who_loses_the_race_for_a_page_refunds() {
+    let mut stock = stocked(20);
+    stock.prepare(Pages(1)).unwrap().commit(Pages(1));
+    stock.prepare(Pages(1)).unwrap().commit(Pages::ZERO);
+    assert_eq!((stock.guest(), stock.stock(), stock.reserve()), (Pages(1), Pages(19), Pages(10)));
+    stock.recall();
+    stock.prepare_reserve().unwrap().commit(Pages(1));
+    stock.prepare_reserve().unwrap().commit(Pages::ZERO);
+    assert_eq!((stock.guest(), stock.stock(), stock.reserve()), (Pages(2), Pages::ZERO, Pages(9)));
+    assert_eq!((stock.underflows(), stock.is_balanced()), (0, true));
+}
+
+/// A fault can fail before its charge, after it, and half way: each time everything is as it was but for what is filled.
+/// Semantics: 17, 107, B13.
+#[test]
+fn a_failure_at_any_step_leaves_no_charge() {
+    let mut stock = Stock::new(Pages(2));
+    assert!(stock.prepare(Pages(1)).is_none() && stock.prepare_reserve().is_none(), "nothing is charged yet");
+    assert_eq!((stock.held(), stock.debt()), (Pages::ZERO, Pages(2)));
+    stock.grant(1, 12, MANY, None).unwrap();
+    for filled in 0..=10 {
+        let before = (stock.guest(), stock.stock());
+        let run = stock.prepare(Pages(10)).unwrap();
+        if filled == 0 {
+            drop(run);
+        } else {
+            run.commit(Pages(filled));
+            stock.uncharge(Pages(filled));
+        }
+        assert_eq!((stock.guest(), stock.stock()), before);
+        drop(stock.prepare_reserve().unwrap());
+        assert_eq!((stock.debt(), stock.is_balanced()), (Pages::ZERO, true));
+    }
+}
+
+/// Accounting that begins on a running guest: what is resident is its charge, nothing is ahead of need, and the first
+/// grant refills the reserve, as in any other life of the account.
+/// Semantics: 67, 68, 60.
+#[test]
+fn a_running_guest_is_adopted_with_what_it_has() {
+    let mut stock = Stock::adopt(3, Pages(10), Pages(1000));
+    assert_eq!((stock.guest(), stock.held(), stock.debt()), (Pages(1000), Pages(1000), Pages(10)));
+    assert_eq!((stock.epoch(), stock.granted_total(), stock.returned_total()), (3, 1000, 0));
+    assert!(stock.is_balanced());
+    assert!(stock.prepare(Pages(1)).is_none() && stock.prepare_reserve().is_none(), "nothing to answer a fault with");
+    assert_eq!((stock.recall(), stock.give_back(Pages(5)), stock.returned_total()), (Pages::ZERO, Pages::ZERO, 0));
+    assert_eq!((stock.want_now(Pages::ZERO), stock.want(Pages(3))), (Pages(10), Pages(13)), "not what it has");
+    // A page that it gives back before the first grant repays the reserve.
+    stock.uncharge(Pages(4));
+    assert_eq!((stock.guest(), stock.debt(), stock.held()), (Pages(996), Pages(6), Pages(1000)));
+    assert_eq!(stock.grant(2, 1010, MANY, None), Err(StockError::OldEpoch { got: 2, known: 3 }));
+    assert_eq!(stock.grant(3, 999, MANY, None), Err(StockError::TotalFell { got: 999, known: 1000 }));
+    assert_eq!(stock.grant(3, 1010, MANY, None), Ok(Pages(10)));
+    assert_eq!((stock.debt(), stock.stock(), stock.held()), (Pages::ZERO, Pages(4), Pages(1010)));
+    // A controller that did not wait for the answer, and begins a life of its own, counts from what is held.
+    let mut stock = Stock::adopt(3, Pages(10), Pages(1000));
+    assert_eq!(stock.grant(4, 1010, MANY, None), Ok(Pages(10)));
+    assert_eq!((stock.held(), stock.debt(), stock.is_balanced()), (Pages(1010), Pages::ZERO, true));
+}
+
 /// A new epoch is a recount: totals restart at what is held.
+/// Semantics: 60.
 #[test]
 fn a_new_epoch_counts_from_what_is_held() {
     let mut stock = stocked(20);
@@ -56,7 +124,8 @@ fn a_new_epoch_counts_from_what_is_held() {
     assert!(stock.is_balanced());
 }
 
-/// semantics rows 17, 18, 78, 107: prepared pages go to the guest by commit alone, the rest goes back.
+/// Prepared pages go to the guest by commit alone, which cannot fail; whatever else happens puts them back.
+/// Semantics: 107, 108, 78.
 #[test]
 fn a_reservation_commits_or_goes_back() {
     let mut stock = stocked(20);
@@ -66,7 +135,6 @@ fn a_reservation_commits_or_goes_back() {
     assert_eq!(reservation.pages(), Pages(16));
     reservation.commit(Pages(9));
     assert_eq!((stock.stock(), stock.guest()), (Pages(11), Pages(9)));
-    // semantics row 64: a granule gets what there is.
     let rest = stock.prepare(Pages(512)).unwrap();
     assert_eq!(rest.pages(), Pages(11));
     rest.commit(Pages(11));
@@ -75,6 +143,9 @@ fn a_reservation_commits_or_goes_back() {
     assert!(stock.is_balanced());
 }
 
+/// A fault that cannot be charged in time is answered from the reserve, without waiting for anybody; what comes back
+/// repays it before it is used for anything else.
+/// Semantics: 46, 106.
 #[test]
 fn the_reserve_answers_one_page_at_a_time_and_is_repaid_first() {
     let mut stock = stocked(0);
@@ -96,7 +167,8 @@ fn the_reserve_answers_one_page_at_a_time_and_is_repaid_first() {
     assert!(stock.is_balanced());
 }
 
-/// semantics row 60: after a recall nothing is held but guest and reserve.
+/// After a recall nothing is held but guest and reserve.
+/// Semantics: 60.
 #[test]
 fn recall_leaves_guest_and_reserve() {
     let mut stock = stocked(20);
@@ -107,6 +179,8 @@ fn recall_leaves_guest_and_reserve() {
     assert!(stock.is_balanced());
 }
 
+/// A cap that was lowered holds for what is there already, too.
+/// Semantics: 59, 60.
 #[test]
 fn surplus_is_what_the_controller_does_not_allow() {
     let mut stock = stocked(20);
@@ -135,6 +209,7 @@ fn use_up(stock: &mut Stock, rounds: usize, stock_max: Pages, room: Option<Pages
 }
 
 /// A batch doubles while faults are frequent, up to 8 MiB, and no further.
+/// Semantics: 59.
 #[test]
 fn batches_grow_while_they_are_used_up() {
     let mut stock = stocked(0);
@@ -145,6 +220,7 @@ fn batches_grow_while_they_are_used_up() {
 }
 
 /// It asks at half of a batch, and a want that was answered in time does not grow.
+/// Semantics: 59.
 #[test]
 fn it_asks_at_half_a_batch() {
     let mut stock = stocked(16);
@@ -159,7 +235,8 @@ fn it_asks_at_half_a_batch() {
     assert_eq!(stock.want(Pages::ZERO), Pages(9));
 }
 
-/// An idle worker's batch falls to single pages; a busy one's stays.
+/// An idle worker's batch falls to single pages.
+/// Semantics: 59.
 #[test]
 fn idle_beats_shrink_the_batch() {
     let mut stock = stocked(0);
@@ -173,6 +250,7 @@ fn idle_beats_shrink_the_batch() {
 }
 
 /// Near a limit: an eighth of the room, then single pages; without any stock allowed, only what cannot wait.
+/// Semantics: 59, 61, B70.
 #[test]
 fn batches_shrink_near_a_limit() {
     let mut stock = stocked(0);
@@ -192,7 +270,8 @@ fn batches_shrink_near_a_limit() {
     assert_eq!(stock.want(Pages(2)), Pages(3), "and the debt");
 }
 
-/// What waits is covered by the stock before anything is asked for at once.
+/// What waits is covered by the stock before anything is asked for at once: only what is not may lead to reclaim.
+/// Semantics: 61.
 #[test]
 fn waiting_faults_count_against_the_stock() {
     let stock = stocked(16);
@@ -200,7 +279,8 @@ fn waiting_faults_count_against_the_stock() {
     assert_eq!(stock.want(Pages(16)), Pages(16), "a batch for afterwards");
 }
 
-/// semantics row 4, B65: never below zero, and never silently.
+/// Never below zero, and never silently.
+/// Semantics: 4, B65.
 #[test]
 #[cfg(not(debug_assertions))]
 fn an_uncharge_below_zero_is_clamped_and_counted() {
@@ -213,6 +293,8 @@ fn an_uncharge_below_zero_is_clamped_and_counted() {
     assert!(stock.is_balanced());
 }
 
+/// A build for tests stops at the first double uncharge.
+/// Semantics: 4, B65.
 #[test]
 #[cfg(debug_assertions)]
 #[should_panic(expected = "uncharge of 3 pages with 2 pages charged")]
@@ -222,9 +304,22 @@ fn an_uncharge_below_zero_stops_a_debug_build() {
     stock.uncharge(Pages(3));
 }
 
-/// Whatever a hostile or broken controller sends, nothing panics and the account balances.
+/// Whatever a hostile or broken controller sends, nothing panics, overflows or goes below zero, and the account balances.
+/// Semantics: B73.
 #[test]
 fn absurd_grants_are_survived() {
+    let mut stock = Stock::new(Pages(10));
+    for (total, max) in [(u64::MAX - 2, u64::MAX), (u64::MAX - 1, 0), (u64::MAX, u64::MAX)] {
+        stock.grant(1, total, Pages(max), Some(Pages(u64::MAX))).unwrap();
+        let most = stock.stock();
+        stock.prepare(Pages(u64::MAX)).unwrap().commit(most);
+        assert!(stock.want(Pages(u64::MAX)) >= Pages(1));
+        stock.tick();
+        assert!(stock.is_balanced());
+    }
+    stock.uncharge(stock.guest());
+    assert_eq!(stock.surplus(), Pages::ZERO);
+    assert!(stock.is_balanced());
     let mut stock = Stock::new(Pages(10));
     stock.grant(u32::MAX, u64::MAX, Pages(u64::MAX), Some(Pages(u64::MAX))).unwrap();
     assert!(stock.is_balanced());
@@ -273,12 +368,20 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     /// Against a model of three plain numbers and a controller that keeps totals: each page is in exactly one place,
-    /// and whatever was lost or repeated on the way, the controller never believes less than the worker holds.
+    /// and whatever was lost or repeated on the way, the controller never believes less than the worker holds. The
+    /// account begins with an empty guest or with one that is running already.
+    /// Semantics (table): 17, 18, 46, 59, 60, 67, 78, 107, 108, B9, B13.
     #[test]
-    fn the_account_agrees_with_the_model(target in 0u64..20, ops in prop::collection::vec(op(), 0..120)) {
-        let mut stock = Stock::new(Pages(target));
-        let (mut guest, mut free, mut reserve) = (0u64, 0u64, 0u64);
-        let (mut epoch, mut granted, mut returned) = (1u32, 0u64, 0u64);
+    fn the_account_agrees_with_the_model(
+        target in 0u64..20, resident in prop::option::of(0u64..100), ops in prop::collection::vec(op(), 0..120),
+    ) {
+        let mut stock = match resident {
+            Some(resident) => Stock::adopt(1, Pages(target), Pages(resident)),
+            None => Stock::new(Pages(target)),
+        };
+        let resident = resident.unwrap_or(0);
+        let (mut guest, mut free, mut reserve) = (resident, 0u64, 0u64);
+        let (mut epoch, mut granted, mut returned) = (1u32, resident, 0u64);
         for op in ops {
             match op {
                 Op::Grant(n, times) => {
