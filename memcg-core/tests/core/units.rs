@@ -8,7 +8,8 @@ const M: u64 = 1 << 20;
 const G: u64 = 1 << 30;
 const T: u64 = 1 << 40;
 
-/// semantics row 6: what is a size.
+/// What is a size: as people and `echo` write it.
+/// Semantics: 6, T6, B3.
 #[test]
 fn sizes_that_are_read() {
     let table = [
@@ -44,7 +45,8 @@ fn sizes_that_are_read() {
     assert_eq!(parse_size(" max\n"), Ok(SizeArg::Max));
 }
 
-/// semantics row 6, B3: what is none. Nothing is taken for zero or for "no limit" by accident.
+/// What is none. Nothing is taken for zero, for "no limit" or for a share by accident, and nothing wraps.
+/// Semantics: 6, 103, B3.
 #[test]
 fn sizes_that_are_refused() {
     type Is = fn(&SizeError) -> bool;
@@ -102,6 +104,8 @@ fn sizes_that_are_refused() {
     }
 }
 
+/// Bytes outside, whole pages inside; what is between is refused, not rounded behind the user's back.
+/// Semantics: 6, 2.
 #[test]
 fn a_limit_is_whole_pages() {
     assert_eq!(SizeArg::Bytes(0).to_limit(), Ok(Limit::ZERO));
@@ -112,6 +116,8 @@ fn a_limit_is_whole_pages() {
     assert_eq!(SizeArg::Bytes(4096).to_pages(), Ok(Pages(1)));
 }
 
+/// What people are shown can be compared with what they wrote.
+/// Semantics: T6.
 #[test]
 fn sizes_for_people() {
     let table = [
@@ -136,6 +142,8 @@ fn sizes_for_people() {
     }
 }
 
+/// Arithmetic of pages never wraps: a limit that overflows would be none.
+/// Semantics: 6, B1, B3.
 #[test]
 fn pages_and_bytes() {
     assert_eq!(Pages::from_bytes_floor(8191), Pages(1));
@@ -151,7 +159,8 @@ fn pages_and_bytes() {
     assert_eq!((Pages(1).to_string(), Pages(2).to_string()), ("1 page".to_owned(), "2 pages".to_owned()));
 }
 
-/// semantics row 2: "no limit" is a value, above every number.
+/// "No limit" is a value of its own, above every number, and no accident of arithmetic.
+/// Semantics: 2, 103.
 #[test]
 fn max_is_above_every_number() {
     assert!(Limit::Max > Limit::Pages(Pages(u64::MAX)));
@@ -163,7 +172,8 @@ fn max_is_above_every_number() {
 }
 
 proptest! {
-    /// Whole numbers in any unit are exact, and nothing panics.
+    /// Whole numbers in any unit are exact.
+    /// Semantics: 6, T6.
     #[test]
     fn whole_sizes_are_exact(n in 0u64..(1 << 24), unit in 0usize..4) {
         let suffix = ["K", "M", "G", "T"][unit];
@@ -171,17 +181,22 @@ proptest! {
         prop_assert_eq!(parse_size(&format!("{n}{suffix}")), Ok(SizeArg::Bytes(n << shift)));
     }
 
+    /// Nothing that a user may type stops the program.
+    /// Semantics: 6.
     #[test]
     fn any_text_is_answered(text in "\\PC{0,40}") {
         let _ = parse_size(&text);
     }
 
+    /// Nor what looks like a number, of any length.
+    /// Semantics: 6, B3.
     #[test]
     fn any_number_like_text_is_answered(text in "[0-9]{0,30}\\.?[0-9]{0,40}[KMGTkmgtiB]{0,3}") {
         let _ = parse_size(&text);
     }
 
     /// What people are shown is within half a tenth of its unit, and what has no decimals is exact and can be typed back.
+    /// Semantics: 8, T6.
     #[test]
     fn human_is_close(mantissa in any::<u64>(), shift in 0u32..64) {
         let bytes = mantissa >> shift;
