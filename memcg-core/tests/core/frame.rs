@@ -1,6 +1,6 @@
 //! The frame table.
 
-use memcg_core::frame::{FrameState, FrameTable};
+use memcg_core::frame::{BLOCK, FrameState, FrameTable, List};
 use proptest::prelude::*;
 
 use FrameState::{Absent, Active, Ballooned, Discarding, Evicting, Idle, Moving, Swapped};
@@ -25,7 +25,9 @@ fn the_transitions_are_those_of_the_diagram() {
     }
 }
 
-/// A charge appears and disappears only where somebody charges or uncharges: into ACTIVE, and out of a claim.
+/// A charge appears and disappears only where somebody charges or uncharges: into ACTIVE, and out of a claim. A record
+/// that is still charged can therefore not be dropped, nor its page be used for something else.
+/// Semantics: 31, 105, B16.
 #[test]
 fn charge_changes_only_at_fill_and_at_the_end_of_a_claim() {
     for from in FrameState::ALL {
@@ -52,33 +54,36 @@ fn every_state_can_be_left_and_reached() {
 }
 
 #[test]
-fn flags_links_and_generations_do_not_disturb_each_other() {
+fn flags_and_state_do_not_disturb_each_other() {
     let mut table = FrameTable::new(4);
     table.set(1, Active);
     table.set_wanted(1, true);
     table.set_huge(1, true);
-    table.set_referenced(1, true);
-    table.set_generation(1, u16::MAX);
-    table.set_links(1, Some(0), Some(3));
+    table.set_pinned(1, true);
+    table.touch(1);
     table.set(1, Moving);
     assert_eq!(table.state(1), Moving);
-    assert!(table.wanted(1) && table.huge(1) && table.referenced(1));
+    assert!(table.wanted(1) && table.huge(1) && table.pinned(1) && table.referenced(1));
     table.set_wanted(1, false);
-    assert!(!table.wanted(1) && table.huge(1) && table.referenced(1));
+    assert!(!table.wanted(1) && table.huge(1) && table.pinned(1) && table.referenced(1));
     table.set_huge(1, false);
-    table.set_referenced(1, false);
-    assert!(!table.huge(1) && !table.referenced(1));
-    assert_eq!((table.state(1), table.generation(1)), (Moving, u16::MAX));
-    assert_eq!(table.links(1), (Some(0), Some(3)));
-    table.set_links(1, None, None);
-    assert_eq!(table.links(1), (None, None));
-    assert_eq!((table.state(0), table.wanted(0), table.links(0)), (Absent, false, (None, None)));
+    table.set_pinned(1, false);
+    assert!(!table.huge(1) && !table.pinned(1) && table.referenced(1));
+    assert_eq!((table.state(1), table.state(0), table.wanted(0), table.referenced(0)), (Moving, Absent, false, false));
 }
 
+/// The records are overhead of the VM that they describe: their price is known before they exist, lists and summaries
+/// included, and it is at most 12 bytes a page.
+/// Semantics: 11, T9.
 #[test]
-fn a_record_is_small() {
-    // R20 of the performance goals.
-    const { assert!(FrameTable::RECORD_BYTES <= 12) };
+fn a_record_costs_at_most_twelve_bytes_everything_included() {
+    for pages in [BLOCK as u64, 1 << 15, 1 << 18, (1 << 18) + 1, 1 << 40] {
+        let bytes = FrameTable::bytes_for(pages) - FrameTable::bytes_for(0);
+        assert!(bytes <= 12 * pages, "{bytes} bytes for {pages} pages");
+        assert!(bytes >= 11 * pages);
+    }
+    assert!(FrameTable::bytes_for(0) < 4096, "the fixed part is less than a page");
+    assert_eq!(FrameTable::bytes_for(u64::MAX), u64::MAX);
 }
 
 #[test]
@@ -86,7 +91,106 @@ fn an_impossible_transition_is_refused_and_changes_nothing() {
     let mut table = FrameTable::new(1);
     let error = table.try_set(0, Idle).expect_err("nothing is there to be idle");
     assert_eq!((error.index, error.from, error.to), (0, Absent, Idle));
+    assert_eq!(error.to_string(), "page 0 is Absent and cannot become Idle");
     assert_eq!(table.count(Absent), 1);
+}
+
+/// Two vCPUs touch one page at once: the second finds it ACTIVE, and there is one charge.
+/// Semantics: 15.
+#[test]
+fn two_first_touches_are_one_charge() {
+    let mut table = FrameTable::new(2 * BLOCK);
+    for i in 0..table.len() {
+        assert!(table.try_set(i, Active).is_ok());
+        assert!(table.try_set(i, Active).is_err(), "page {i} was charged twice");
+        assert_eq!(table.charged(), i as u64 + 1);
+    }
+    assert_eq!(table.check(), []);
+}
+
+/// A page that was never touched has no charge that its loss could give back: inflating it changes none.
+/// Semantics: 12, 21.
+#[test]
+fn giving_away_an_untouched_page_uncharges_nothing() {
+    let mut table = FrameTable::new(BLOCK);
+    table.set(0, Active);
+    for to in [Discarding, Moving, Evicting, Idle, Swapped] {
+        assert!(table.try_set(1, to).is_err(), "an untouched page became {to:?}");
+    }
+    table.set(1, Ballooned);
+    assert!(table.try_set(1, Ballooned).is_err());
+    assert_eq!((table.charged(), table.count(Ballooned)), (1, 1));
+}
+
+/// The balloon and the end of the VM want one page at the same time: who claims it first uncharges it, once.
+/// Semantics: 85, B17.
+#[test]
+fn of_two_who_want_to_discard_a_page_one_uncharges_it() {
+    let mut table = FrameTable::new(BLOCK);
+    table.set_range(0, BLOCK, Active);
+    let mut uncharged = 0;
+    for i in 0..BLOCK {
+        let claims = [table.try_set(i, Discarding), table.try_set(i, Discarding)];
+        assert_eq!(claims.map(|claim| claim.is_ok()), [true, false]);
+        assert_eq!(table.charged(), (BLOCK - uncharged) as u64, "a claim keeps the charge");
+        for _ in claims.iter().filter(|claim| claim.is_ok()) {
+            table.set(i, Absent);
+            uncharged += 1;
+        }
+    }
+    assert_eq!((uncharged, table.charged()), (BLOCK, 0));
+    assert_eq!(table.check(), []);
+}
+
+/// A page is given away and touched again while its discard is under way, and once more after it: list and charge go by
+/// the record as it is then, never by what it was when the discard began.
+/// Semantics: 109, B66.
+#[test]
+fn a_page_that_comes_back_has_a_new_record() {
+    let mut table = FrameTable::new(4);
+    table.set(0, Active);
+    table.set(0, Discarding);
+    table.set_wanted(0, true);
+    assert!(table.try_set(0, Active).is_ok(), "the discard failed: the page stays, with its charge");
+    table.set_wanted(0, false);
+    table.set(0, Discarding);
+    table.set(0, Absent);
+    table.set(0, Active);
+    assert!(table.try_set(0, Absent).is_err(), "the late end of the first discard hit the new page");
+    assert_eq!((table.charged(), table.entries(List::Active)), (1, 1));
+    assert_eq!(table.check(), []);
+}
+
+/// Small pages are made a huge one: their records become part of it, nothing is charged anew, so nothing can be refused.
+/// Semantics: 28.
+#[test]
+fn collapsing_pages_to_a_huge_one_transfers_their_charge() {
+    let mut table = FrameTable::new(BLOCK);
+    for i in 0..BLOCK {
+        table.set(i, Active);
+        table.set_huge(i, true);
+        assert_eq!(table.charged(), i as u64 + 1);
+    }
+    assert_eq!(table.entries(List::Active), 1);
+    table.split(7);
+    assert_eq!((table.entries(List::Active), table.charged()), (BLOCK, BLOCK as u64));
+    assert!((0..BLOCK).all(|i| table.huge(i)));
+}
+
+/// How much is given back is what the records say, whatever the caller thinks was allocated together: a part of a block,
+/// pages that were charged one by one, pages that are gone already.
+/// Semantics: B65.
+#[test]
+fn the_size_of_an_uncharge_is_in_the_records() {
+    let mut table = FrameTable::new(2 * BLOCK);
+    table.set_range(0, 2 * BLOCK, Active);
+    table.set_range(100, BLOCK + 100, Discarding);
+    assert_eq!(table.charged(), 2 * BLOCK as u64);
+    table.set_range(100, 300, Absent);
+    assert_eq!(table.charged(), 2 * BLOCK as u64 - 200);
+    table.set_range(300, BLOCK + 100, Ballooned);
+    assert_eq!(table.charged(), BLOCK as u64);
+    assert_eq!(table.check(), []);
 }
 
 #[test]
@@ -100,7 +204,7 @@ fn an_impossible_transition_stops_a_debug_build() {
 fn runs_end_where_the_state_or_the_range_ends() {
     let mut table = FrameTable::new(8);
     table.set_range(2, 5, Active);
-    table.set_referenced(3, true);
+    table.touch(3);
     assert_eq!(table.run(0, 8), (Absent, 2));
     assert_eq!(table.run(2, 8), (Active, 5));
     assert_eq!(table.run(3, 4), (Active, 4));

@@ -9,6 +9,8 @@ mod grants;
 mod lifetime;
 mod limit_change;
 mod limits;
+mod lru;
+mod lru_model;
 mod model;
 mod moving;
 mod nodes;
