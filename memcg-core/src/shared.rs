@@ -24,10 +24,10 @@
 //! [`Tree::activate`] charges it what it owns ([`Regions::owned`]).
 //!
 //! **Heirs.** When an owner unmaps a page that others still map, its charge goes to the first of them that can take it:
-//! clones of the leaver, then its siblings (same template, or clones of the same VM), then any other; within each in the
-//! order in which they mapped the region. The leaver is uncharged first, so a hand-over inside a group needs no room
-//! there. Each candidate takes the lowest pages that it maps and has room for ([`Mode::NoRetry`]); a VM that is offline
-//! or removed takes none. What is left is the root's, and stays there until the last unmap.
+//! clones of the leaver, then its siblings (same template, or clones of the same VM), then any other, each in the order
+//! in which they mapped the region. The leaver is uncharged first, so a hand-over inside a group needs no room there.
+//! Each candidate takes the lowest pages that it maps and has room for ([`Mode::NoRetry`]); a VM that is offline or
+//! removed takes none. What is left is the root's, and stays there until the last unmap.
 //!
 //! **Holds** are temporary mappings: of a snapshotter, of a debugger. They keep what is resident, and never own nor
 //! inherit. A page that only holds keep is the root's, and becomes that VM's who touches it next.
@@ -346,8 +346,9 @@ impl Regions {
         Ok(region.part(tree, slot, report(id, hook)))
     }
 
-    /// `vm` is about to go: it unmaps every region. To be called when it runs no more and before its node gives up its
-    /// charges and is removed; the node may be offline. Cannot fail, and does nothing for a VM that maps no region.
+    /// `vm` is about to go: it unmaps every region. To be called when it runs no more and before its node is called
+    /// returning ([`Tree::set_returning`]: what others inherit does not come back) or is uncharged and removed. The node
+    /// may be offline. Cannot fail, and does nothing for a VM that maps no region.
     pub fn leave(&mut self, tree: &mut Tree, vm: NodeId, mut hook: Hook<'_>) -> Released {
         let mut released = Released::default();
         for (id, region) in &mut self.regions {
