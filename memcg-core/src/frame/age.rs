@@ -55,7 +55,7 @@ impl Histogram {
 /// is aged in each generation, the smaller that part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
-    /// One page for each entry (a page, or a whole block of 512) seen in use.
+    /// One page for each entry (a page, or all pages of a whole block) seen in use.
     pub at_least: Pages,
     /// All pages of these entries.
     pub at_most: Pages,

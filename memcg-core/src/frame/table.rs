@@ -114,8 +114,8 @@ impl FrameTable {
         FrameState::from_bits(self.bytes[i])
     }
 
-    /// Sets the state of page `i`; a block that was whole is split. Flags stay, but that a page was referenced is
-    /// forgotten with its charge. An impossible transition is a bug of the caller and stops a debug build.
+    /// Sets the state of page `i`; its block is split when its pages are no longer alike. Flags stay, but that a page was
+    /// referenced is forgotten with its charge. An impossible transition is a bug of the caller and stops a debug build.
     #[inline]
     pub fn set(&mut self, i: usize, state: FrameState) {
         let block = i / BLOCK;
@@ -269,12 +269,16 @@ impl FrameTable {
     }
 
     /// Takes `entries`, which are `pages` of one key, off their list, and counts them as `to`.
+    ///
+    /// This and what it calls is always inlined: it is on the fault path, and calls make a page's step half as long again.
     #[inline(always)]
     fn leave(&mut self, block: usize, pages: Range<usize>, entries: Range<usize>, to: FrameState) -> &'static Step {
-        if let Some(list) = List::of(self.state(pages.start)) {
+        let from = self.state(pages.start);
+        let step = self.recount(block, pages, to);
+        if let Some(list) = List::of(from) {
             self.unlist(list, entries);
         }
-        self.recount(block, pages, to)
+        step
     }
 
     /// Counts `pages` of a block, which have one key, as `to`; returns what else their step does.
