@@ -296,7 +296,7 @@ fn each_freed_page_serves_one_fault() {
 }
 
 /// Device code must not wait: it is told to come back, which is no failure and no reason to reclaim.
-/// Semantics: 46, T28.
+/// Semantics: 46, B82, T28.
 #[test]
 fn device_code_is_told_to_come_back() {
     let (mut tree, vm) = vm();
