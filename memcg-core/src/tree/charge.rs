@@ -130,15 +130,18 @@ impl Tree {
         }
         // Nothing can fail from here on.
         self.node_mut(id).counters.change_own(kind, |own| own + pages);
+        let forced = charge.forced_at.is_some();
         let mut at = Some(id);
         while let Some(level) = at {
             let node = self.node_mut(level);
             at = node.parent;
+            let mut crossed = false;
             for &which in kind.counters() {
-                if self.node_mut(level).raise(which, pages) {
-                    charge.crossed_high.push(level);
-                    self.record(level, Event::High);
-                }
+                crossed |= node.raise(which, pages, forced);
+            }
+            if crossed {
+                charge.crossed_high.push(level);
+                self.record(level, Event::High);
             }
         }
         self.settle_returning(id);

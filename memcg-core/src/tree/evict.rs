@@ -64,8 +64,8 @@ impl Tree {
         counters.get_mut(Counter::Swap).own += pages;
         self.walk(id, |node| {
             node.lower(Counter::Memory, freed);
-            node.raise(Counter::Store, stored);
-            node.raise(Counter::Swap, pages);
+            node.raise(Counter::Store, stored, false);
+            node.raise(Counter::Swap, pages, false);
         });
         self.settle_returning(id);
         Ok(())
@@ -97,7 +97,7 @@ impl Tree {
             node.lower(Counter::Swap, pages);
             node.lower(Counter::Store, stored);
             at = node.parent;
-            if node.raise(Counter::Memory, more) {
+            if node.raise(Counter::Memory, more, charge.forced_at.is_some()) {
                 charge.crossed_high.push(level);
                 self.record(level, Event::High);
             }

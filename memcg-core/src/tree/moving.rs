@@ -136,7 +136,7 @@ impl Tree {
             node.returning += returning;
             let above = node.parent.expect("the common ancestor is above");
             for which in Counter::ALL {
-                if self.node_mut(at).raise(which, usage[which as usize]) {
+                if self.node_mut(at).raise(which, usage[which as usize], false) {
                     crossed.push(at);
                     self.record(at, Event::High);
                 }

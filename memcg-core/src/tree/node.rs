@@ -94,14 +94,13 @@ impl Node {
         reclaim::effective_high(self.limits.high, self.limits.max)
     }
 
-    /// Adds to one counter; what goes above the limit is counted as forced. True when memory went above the effective
-    /// high limit with it: `high` is edge-triggered (row 115).
-    pub fn raise(&mut self, which: Counter, pages: Pages) -> bool {
-        let over = self.short(which, pages).is_some();
-        let counter = self.counters.get_mut(which);
-        if over {
-            counter.refuse(Mode::NoFail);
+    /// Adds to one counter, which has room or is `forced`; then it is counted where it has none. True when memory went
+    /// above the effective high limit with it: `high` is edge-triggered (row 115).
+    pub fn raise(&mut self, which: Counter, pages: Pages, forced: bool) -> bool {
+        if forced && self.short(which, pages).is_some() {
+            self.counters.get_mut(which).refuse(Mode::NoFail);
         }
+        let counter = self.counters.get_mut(which);
         let before = Limit::Pages(counter.usage);
         counter.usage += pages;
         counter.peak = counter.peak.max(counter.usage);
