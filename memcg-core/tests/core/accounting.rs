@@ -62,7 +62,7 @@ fn activation_charges_what_is_resident_in_one_step() {
 }
 
 /// A second activation changes nothing, and a group charges only those who were not accounted before.
-/// Semantics: 70, 73, T18.
+/// Semantics: 70, 73, T18, T25.
 #[test]
 fn activation_is_for_good_and_counts_nothing_twice() {
     let (mut tree, group, [a, b]) = unaccounted();

@@ -41,7 +41,8 @@ fn pages(n: u64) -> Option<Limit> {
     Some(Limit::Pages(Pages(n)))
 }
 
-/// semantics rows 1, 2, 10, 119.
+/// No limit and no protection until somebody sets one, and nothing that somebody else left behind.
+/// Semantics: 1, 2, 119.
 #[test]
 fn a_new_node_is_empty_and_unlimited() {
     let f = family();
@@ -52,7 +53,8 @@ fn a_new_node_is_empty_and_unlimited() {
     assert_eq!(Tree::new(Limit::Pages(Pages(9))).margin(Tree::new(Limit::Max).root()), Some(Pages(9)));
 }
 
-/// semantics row 3, B1: a limit of 0 refuses the first page and is not "unlimited".
+/// A limit of 0 refuses the first page; it is neither "not set" nor "unlimited".
+/// Semantics: 3, 103, B1.
 #[test]
 fn limit_zero_refuses_the_first_page() {
     let mut f = family();
@@ -63,7 +65,8 @@ fn limit_zero_refuses_the_first_page() {
     assert_eq!(f.tree.snapshot(f.vm).memory.failcnt, 1);
 }
 
-/// semantics rows 3, 7, 64, H4: 512 pages on a limit of 100 are refused whole; 511 free pages are not enough.
+/// 512 pages on a limit of 100 are refused whole, and 511 free pages are not enough for them.
+/// Semantics: 3, 7.
 #[test]
 fn a_large_charge_is_all_or_nothing() {
     let mut f = family();
@@ -80,7 +83,8 @@ fn a_large_charge_is_all_or_nothing() {
     assert_eq!((node.failcnt, node.batch_misses), (0, 2), "batch misses are no failures");
 }
 
-/// semantics row 3, B1: usage above the limit (after a forced change) leaves no room, rather than a huge one.
+/// After a forced change usage may be above the limit: that leaves no room, rather than a huge one.
+/// Semantics: 83, B1.
 #[test]
 fn usage_above_the_limit_leaves_no_room() {
     let mut f = family();
@@ -92,7 +96,8 @@ fn usage_above_the_limit_leaves_no_room() {
     assert_eq!((node.overcharge, node.memory.usage), (Pages(5), Pages(10)));
 }
 
-/// semantics row 63: the level that refused is named; below and beside it nothing moves.
+/// Who reclaims must know where: the level that refused is named, and below and beside it nothing moves.
+/// Semantics: 63.
 #[test]
 fn the_level_that_refused_is_named() {
     let mut f = family();
@@ -108,7 +113,8 @@ fn the_level_that_refused_is_named() {
     assert_eq!([f.tree.root(), f.group, f.vm].map(failcnt), [0, 1, 0]);
 }
 
-/// semantics row 120: a refused charge leaves every peak.
+/// A peak says what was used, not what was asked for.
+/// Semantics: 120.
 #[test]
 fn a_refused_charge_leaves_the_peak() {
     let mut f = family();
@@ -120,7 +126,8 @@ fn a_refused_charge_leaves_the_peak() {
     }
 }
 
-/// semantics row 62, 84: what each mode does at the limit, and what its refusal counts as.
+/// What each mode does at the limit is said by the caller, and only what may wait counts as a failure.
+/// Semantics: 62, 84, T28, B33, B52, B82.
 #[test]
 fn modes_at_the_limit() {
     let mut f = family();
@@ -140,7 +147,8 @@ fn modes_at_the_limit() {
     assert!(f.tree.check().is_empty());
 }
 
-/// semantics rows 39, 117, B39: one waiting charge, tried many times, is one failure.
+/// One waiting charge, tried ten thousand times, is one failure.
+/// Semantics: 117, B39.
 #[test]
 fn a_waiting_charge_fails_once() {
     let mut f = family();
@@ -156,7 +164,8 @@ fn a_waiting_charge_fails_once() {
     let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Again).unwrap();
 }
 
-/// semantics rows 61, 64, 116: what is wanted ahead shrinks to what fits; what a fault waits for does not.
+/// What is wanted ahead shrinks to what fits; what a fault waits for does not.
+/// Semantics: 61, 116, B50.
 #[test]
 fn charge_up_to_shrinks_the_batch_only() {
     let mut f = family();
@@ -171,7 +180,8 @@ fn charge_up_to_shrinks_the_batch_only() {
     assert_eq!((memory.failcnt, memory.batch_misses, memory.usage), (1, 1, Pages(100)));
 }
 
-/// semantics rows 57, 80-81, B51: overhead asks K first and fails there, with no trace in U.
+/// Overhead asks its own limit first and fails there, with no trace in memory: nothing is reclaimed for it in vain.
+/// Semantics: 80, 81, 114, B51.
 #[test]
 fn overhead_is_charged_to_both_and_asks_k_first() {
     let mut f = family();
@@ -195,7 +205,8 @@ fn overhead_is_charged_to_both_and_asks_k_first() {
     assert!(f.tree.check().is_empty());
 }
 
-/// semantics row 77: what must not fail does not, and is counted.
+/// A VM that is being killed is never refused what it needs to die, at any limit, and it is counted.
+/// Semantics: 77, B53, B54.
 #[test]
 fn teardown_completes_at_every_limit() {
     let mut f = family();
@@ -208,7 +219,8 @@ fn teardown_completes_at_every_limit() {
     assert_eq!((f.usages(), f.tree.snapshot(f.group).overcharge), ([0; 5], Pages::ZERO));
 }
 
-/// semantics rows 82, 83: an overcharge is reported and only falls.
+/// What is above a limit is shown, refuses every further charge, and ends as soon as usage fits.
+/// Semantics: 82, 83, T15.
 #[test]
 fn an_overcharge_only_falls() {
     let mut f = family();
@@ -225,7 +237,8 @@ fn an_overcharge_only_falls() {
     let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Wait).unwrap();
 }
 
-/// semantics row 115, B80: growing through `high` page by page is one crossing, at every level that has one.
+/// Growing through `high` page by page wakes reclaim once, at every level that has one; so does a huge charge.
+/// Semantics: 115, B80.
 #[test]
 fn high_is_crossed_once_per_crossing() {
     let mut f = family();
@@ -245,7 +258,8 @@ fn high_is_crossed_once_per_crossing() {
     assert_eq!((f.tree.snapshot(f.vm).events_local.high, f.tree.snapshot(f.group).events_local.high), (2, 2));
 }
 
-/// Without a `high` of its own, `max` implies one (max − max(4 MiB, max/32)).
+/// Reclaim starts before the limit although nobody has set a `high`: `max − max(4 MiB, max/32)`.
+/// Semantics: 115, T1.
 #[test]
 fn max_implies_a_high() {
     let mut f = family();
@@ -256,7 +270,8 @@ fn max_implies_a_high() {
     assert_eq!(charge.crossed_high.iter().next(), Some(f.vm));
 }
 
-/// semantics rows 78, 107, B10, B13: every reservation ends in exactly one commit or refund.
+/// Every reservation ends in exactly one commit or refund, and refused ones leave nothing.
+/// Semantics: 78, 107, 108, B10, B13.
 #[test]
 fn a_reservation_commits_or_refunds() {
     let mut f = family();
@@ -277,7 +292,8 @@ fn a_reservation_commits_or_refunds() {
     f.tree.remove(f.vm).unwrap();
 }
 
-/// semantics row 4, B65: a double uncharge does not take from anyone else, and is counted.
+/// A double uncharge takes from nobody else, and is counted as the bug that it is.
+/// Semantics: 4, B65.
 #[test]
 #[cfg(not(debug_assertions))]
 fn an_uncharge_below_zero_is_clamped_and_counted() {
@@ -290,7 +306,8 @@ fn an_uncharge_below_zero_is_clamped_and_counted() {
     assert_eq!(f.tree.check().len(), 1);
 }
 
-/// semantics row 4: the same stops a debug build.
+/// The same stops a debug build, where the caller is to be seen.
+/// Semantics: 4, B65.
 #[test]
 #[cfg(debug_assertions)]
 #[should_panic(expected = "uncharge of 4 pages")]
@@ -300,7 +317,8 @@ fn an_uncharge_below_zero_stops_a_debug_build() {
     f.tree.uncharge(f.vm, Pages(4));
 }
 
-/// K ≤ U: overhead cannot be taken off as if it were guest memory.
+/// What is charged in one role is not taken off in another: overhead never exceeds memory.
+/// Semantics: 105, B84.
 #[test]
 #[cfg(debug_assertions)]
 #[should_panic(expected = "uncharge of 2 pages")]
@@ -310,7 +328,8 @@ fn overhead_is_not_uncharged_as_guest_memory() {
     f.tree.uncharge(f.vm, Pages(2));
 }
 
-/// Counters do not wrap, whatever is asked for.
+/// Counters do not wrap, whatever is asked for: a huge request is refused even without a limit.
+/// Semantics: 3, B1.
 #[test]
 fn counters_stay_within_64_bits() {
     let mut f = family();
@@ -323,7 +342,8 @@ fn counters_stay_within_64_bits() {
     assert_eq!(f.usages(), [0; 5]);
 }
 
-/// Swap is counted beside memory, with its own limit.
+/// Swap is counted beside memory, with its own limit at every level.
+/// Semantics: 63.
 #[test]
 fn swap_has_its_own_limit() {
     let mut f = family();
@@ -335,6 +355,7 @@ fn swap_has_its_own_limit() {
 }
 
 /// A VM's stock is bounded by its own room and by its part of each group's.
+/// Semantics: 59.
 #[test]
 fn stock_is_shared_out_among_members() {
     let mut f = family();
@@ -348,4 +369,74 @@ fn stock_is_shared_out_among_members() {
     assert_eq!((f.tree.snapshot(f.tree.root()).members, f.tree.stock_max(f.vm)), (3, Pages(1)));
     let _ = f.tree.try_charge(f.uncle, Pages(24), Mode::Wait).unwrap();
     assert_eq!(f.tree.stock_max(f.vm), Pages::ZERO);
+}
+
+/// Whatever happens between a charge and its use, each way out commits or refunds: an error, a part, even a panic.
+/// Semantics: 17, 86, B13, B14.
+#[test]
+fn every_way_out_commits_or_refunds() {
+    type Way = fn(&mut Tree, NodeId);
+    fn use_part(tree: &mut Tree, vm: NodeId, part: u64) {
+        let _ = tree.reserve(vm, Pages(8), Mode::Wait).unwrap().commit_part(Pages(part));
+    }
+    let ways: [(&str, u64, Way); 6] = [
+        ("commit", 8, |tree, vm| {
+            let _ = tree.reserve(vm, Pages(8), Mode::Wait).unwrap().commit();
+        }),
+        ("a part", 3, |tree, vm| use_part(tree, vm, 3)),
+        ("more than all", 8, |tree, vm| use_part(tree, vm, 9)),
+        ("nothing", 0, |tree, vm| use_part(tree, vm, 0)),
+        ("an error", 0, |tree, vm| {
+            let host_has_no_memory = |tree: &mut Tree| {
+                let reservation = tree.reserve(vm, Pages(8), Mode::Wait).map_err(|_| ())?;
+                Err::<(), ()>(())?;
+                let _ = reservation.commit();
+                Ok::<(), ()>(())
+            };
+            assert_eq!(host_has_no_memory(tree), Err(()));
+        }),
+        ("a panic", 0, |tree, vm| {
+            let dies = std::panic::AssertUnwindSafe(|| {
+                let _reservation = tree.reserve(vm, Pages(8), Mode::Wait).unwrap();
+                std::panic::resume_unwind(Box::new("a thread dies"));
+            });
+            assert!(std::panic::catch_unwind(dies).is_err());
+        }),
+    ];
+    for (way, kept, run) in ways {
+        let mut f = family();
+        run(&mut f.tree, f.vm);
+        assert_eq!(f.usages(), [kept, kept, kept, 0, 0], "{way}");
+        assert_eq!(f.tree.check(), [], "{way}");
+    }
+}
+
+/// A refund is an uncharge like any other: what it frees is found, and what it takes off is every counter it was on.
+/// Semantics: 78, B72.
+#[test]
+fn a_refund_is_an_uncharge() {
+    for kind in Kind::ALL {
+        let mut f = family();
+        f.tree.set_returning(f.vm).unwrap();
+        let reservation = f.tree.reserve_as(f.vm, kind, Pages(2), Mode::NoFail).unwrap();
+        drop(reservation);
+        assert_eq!((f.tree.returning(f.group), f.tree.check()), (Pages::ZERO, vec![]), "{kind:?}");
+        assert_eq!(f.tree.reap(), [f.vm], "{kind:?}");
+    }
+}
+
+/// A refusal carries what explains it: level, counter, usage, limit and how much is missing.
+/// Semantics: 63.
+#[test]
+fn a_refusal_has_the_numbers() {
+    let mut f = family();
+    f.patch(f.group, LimitPatch { max: pages(1000), swap_max: pages(3), ..LimitPatch::default() });
+    f.tree.set_ceiling(f.group, Some(Pages(512)));
+    let _ = f.tree.try_charge(f.sibling, Pages(500), Mode::Wait).unwrap();
+    let refused = f.tree.try_charge(f.vm, Pages(16), Mode::Wait).unwrap_err();
+    assert_eq!((refused.level, refused.counter), (f.group, Counter::Memory));
+    assert_eq!((refused.usage, refused.limit, refused.short_by), (Pages(500), Limit::Pages(Pages(512)), Pages(4)));
+    assert_eq!(refused.to_string(), "memory: 500 pages in use of 2M, short by 4 pages");
+    let refused = f.tree.try_charge_as(f.vm, Kind::Swap, Pages(4), Mode::Wait).unwrap_err();
+    assert_eq!(refused.to_string(), "swap: 0 pages in use of 12K, short by 1 page");
 }

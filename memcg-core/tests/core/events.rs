@@ -40,7 +40,7 @@ fn limit(pages: u64) -> Option<Limit> {
 }
 
 /// An event belongs to one level, and every group shows what happened anywhere below; as in cgroup v2.
-/// Semantics: 47, 63, 74.
+/// Semantics: 63.
 #[test]
 fn an_event_counts_at_its_level_and_above() {
     type Of = fn(&Events) -> u64;
@@ -63,7 +63,7 @@ fn an_event_counts_at_its_level_and_above() {
 }
 
 /// `max` counts where the limit was met, once for each waiting charge; `high` where it was crossed.
-/// Semantics: 39, 63, 115.
+/// Semantics: 63, 115, B39.
 #[test]
 fn the_tree_records_max_and_high_where_they_are_met() {
     let mut f = family();
@@ -152,7 +152,7 @@ fn work_without_a_context_is_the_root_s() {
 
 /// One call shows everything of one moment: a parent is the sum of its members and itself, overhead is never above
 /// memory, and who is gone is still there with what it holds.
-/// Semantics: 5, 90, B4, B64, B71.
+/// Semantics: 5, 90, B4, B64, B71, T17.
 #[test]
 fn the_whole_tree_is_one_moment() {
     let mut f = family();

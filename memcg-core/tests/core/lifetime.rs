@@ -59,7 +59,7 @@ fn a_charged_node_outlives_its_name() {
 
 /// What is in flight when its VM goes ends against the dying node: a fault is refused there, teardown is not, and a
 /// refund finds its charge.
-/// Semantics: 77, 79.
+/// Semantics: 77, 79, B85.
 #[test]
 fn what_is_in_flight_ends_against_the_dying_node() {
     let mut f = family();
@@ -101,7 +101,7 @@ fn a_group_does_not_go_before_its_vms() {
 
 /// Every order of destroying a VM, destroying its group, and the uncharges, with a look for what can be freed after
 /// each step: each is freed exactly once, as soon as it may be, the child first.
-/// Semantics (table): 88, 91, 92, 97, B58, B59, B67.
+/// Semantics (table): 88, 91, 92, 97, B58, B59, B67, T22.
 #[test]
 fn every_order_of_destroying_and_uncharging_frees_once() {
     let orders = permutations(&[0, 1, 2, 3, 4]);
@@ -283,7 +283,7 @@ fn what_is_returning_is_shown_and_is_not_room() {
 }
 
 /// Whatever is wrong with what a VM is made of, there is no VM, its name is free and its group can go.
-/// Semantics: 9, 13, B5.
+/// Semantics: 9, 13, B5, B63.
 #[test]
 fn a_node_is_made_whole_or_not_at_all() {
     let mut f = family();

@@ -87,3 +87,59 @@ fn the_store_is_memory_with_a_cap() {
     tree.uncharge_as(vm, Kind::Store, Pages(5));
     assert_eq!((tree.usage(vm), tree.snapshot(root).store.usage), (Pages(3), Pages::ZERO));
 }
+
+/// One limit covers everything that is in memory, and usage is the sum of it; swap is not in it.
+/// Semantics: 14, 57.
+#[test]
+fn one_limit_covers_everything_in_memory() {
+    for last in Kind::ALL {
+        let mut tree = Tree::new(Limit::Max);
+        let root = tree.root();
+        let vm = nodes::vm(&mut tree, root, "vm");
+        tree.set_limits(vm, &LimitPatch::max(Limit::Pages(Pages(70)))).unwrap();
+        for kind in Kind::ALL {
+            let _ = tree.try_charge_as(vm, kind, Pages(10), Mode::Wait).unwrap();
+        }
+        let node = tree.snapshot(vm);
+        assert_eq!((node.memory.usage, node.swap.usage), (Pages(70), Pages(10)));
+        assert_eq!((node.vmm.usage, node.store.usage), (Pages(50), Pages(10)));
+        let more = tree.try_charge_as(vm, last, Pages(1), Mode::Wait);
+        if last == Kind::Swap {
+            assert!(more.is_ok());
+        } else {
+            assert_eq!(more.unwrap_err().counter, Counter::Memory, "{last:?}");
+        }
+    }
+}
+
+/// Where the limit on overhead is, decides who refuses: none, memory's alone; a lower one, itself; a higher one, memory's,
+/// and then overhead is only watched.
+/// Semantics: 56, 57, 114.
+#[test]
+fn three_ways_to_limit_overhead() {
+    for (vmm_max, granted, refuser) in
+        [(None, 20, Counter::Memory), (Some(5), 5, Counter::Vmm), (Some(30), 20, Counter::Memory)]
+    {
+        let mut tree = Tree::new(Limit::Max);
+        let root = tree.root();
+        let vm = nodes::vm(&mut tree, root, "vm");
+        let vmm_max = vmm_max.and_then(limit).or(Some(Limit::Max));
+        tree.set_limits(vm, &LimitPatch { max: limit(20), vmm_max, ..LimitPatch::default() }).unwrap();
+        let queue = Kind::Overhead(Overhead::Queue);
+        let mut refused = None;
+        let count = (0..100)
+            .take_while(|_| {
+                refused = tree.try_charge_as(vm, queue, Pages(1), Mode::Wait).err();
+                refused.is_none()
+            })
+            .count();
+        let node = tree.snapshot(vm);
+        assert_eq!((count, refused.map(|refused| refused.counter)), (granted, Some(refuser)));
+        let expected = if refuser == Counter::Vmm { (1, 0, 0) } else { (0, 1, 1) };
+        assert_eq!(
+            (node.vmm.failcnt, node.memory.failcnt, node.events.max),
+            expected,
+            "only memory's is a reason to act"
+        );
+    }
+}
