@@ -23,14 +23,15 @@
 //! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
 //! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
 //! | 9, 13, 20, 79, 90-97 | born whole; goes only without children and charges, until then offline: `tree/lifetime.rs` |
+//! | 19, 77, T16, T24 | [`Tree::charge_root`]: work without a VM's context is the root's, and counted |
 //! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step |
 //! | 32-34, 89, 100, 134 | [`Tree::move_node`]: everything below the common ancestor, or nothing |
-//! | 39, 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
+//! | 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
 //! | 57, 81, B51 | overhead charges K first, then U, in one step; a refusal by K touches only K's count |
+//! | 58, 67, 68, 70, 73, 93, 94 | [`Accounting`]: off at first, inherited, one-way, turned on in one step |
 //! | 62, 84, 116 | [`Mode`] |
 //! | 63 | [`Refused::level`]: where the limit was met, hence whose subtree may be reclaimed |
-//! | 58, 67, 68, 70, 73, 93, 94 | [`Accounting`]: off at first, inherited, one-way, turned on in one step |
-//! | 66 | peak and failcnt can be reset; peak ≥ usage always |
+//! | 66 | peak and failcnt can be reset, counter by counter; peak ≥ usage always; [`Events`] count on |
 //! | 69 | writing the limits that are already there changes nothing |
 //! | 71 | lowering `vmm.max` below usage is refused |
 //! | 77, 82, 83 | [`Mode::NoFail`] is counted; what it leaves above a limit is [`NodeSnapshot::overcharge`] |
