@@ -1,4 +1,4 @@
-//! Charges: the rules of semantics rows 1-7, 57-64, 77-84, 104-120 one by one. Sequences are in `model`.
+//! Charges, rule by rule. Sequences of everything are in `model`.
 
 use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, Overhead, Tree};
 use memcg_core::units::{Limit, Pages};
