@@ -18,6 +18,7 @@ pub const STOCK_CAP: Pages = Pages::from_mib(8);
 const STOCK_SHARE: u64 = 8;
 
 /// Where background reclaim starts: `high` if set (but never above `max`), else `max - max(4 MiB, max / 32)`.
+#[inline]
 pub fn effective_high(high: Limit, max: Limit) -> Limit {
     match (high, max) {
         (Limit::Pages(_), _) => high.min(max),

@@ -173,6 +173,7 @@ impl Stock {
     }
 
     /// Puts free charged pages where they belong: the reserve first.
+    #[inline]
     fn refill(&mut self, pages: Pages) {
         let repaid = pages.min(self.debt());
         self.reserve += repaid;
@@ -181,6 +182,7 @@ impl Stock {
 
     /// Takes up to `want` pages from the stock for a fill, `None` when it is empty or `want` is zero. Less than `want`
     /// means: fill a smaller run.
+    #[inline]
     pub fn prepare(&mut self, want: Pages) -> Option<StockReservation<'_>> {
         let pages = want.min(self.stock);
         if pages.is_zero() {
@@ -192,6 +194,7 @@ impl Stock {
 
     /// Takes exactly one page from the reserve, for a fault that cannot wait; it becomes debt. `None` when the reserve
     /// is used up, which its size makes impossible for guest faults.
+    #[inline]
     pub fn prepare_reserve(&mut self) -> Option<StockReservation<'_>> {
         self.reserve = self.reserve.checked_sub(Pages::ONE)?;
         Some(StockReservation { account: self, pages: Pages::ONE, source: Source::Reserve })
@@ -201,6 +204,7 @@ impl Stock {
     ///
     /// More than there are is a bug of the caller: it is clamped, counted in [`Self::underflows`], and stops a debug
     /// build.
+    #[inline]
     pub fn uncharge(&mut self, pages: Pages) {
         let real = pages.min(self.guest);
         if real != pages {
@@ -274,6 +278,7 @@ impl Stock {
     }
 
     /// Pages missing from the reserve.
+    #[inline]
     pub fn debt(&self) -> Pages {
         self.reserve_target.saturating_sub(self.reserve)
     }
@@ -350,6 +355,7 @@ impl StockReservation<'_> {
     /// `used` of the pages are in the guest now; the rest goes back. Cannot fail.
     ///
     /// More than was reserved is a bug of the caller: it is clamped, counted as an underflow, and stops a debug build.
+    #[inline]
     pub fn commit(mut self, used: Pages) {
         let real = used.min(self.pages);
         if real != used {
@@ -366,6 +372,7 @@ impl StockReservation<'_> {
 }
 
 impl Drop for StockReservation<'_> {
+    #[inline]
     fn drop(&mut self) {
         match self.source {
             Source::Stock => self.account.stock += self.pages,

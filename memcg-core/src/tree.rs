@@ -110,7 +110,7 @@ impl Tree {
     /// A tree that is only a root, whose `max` is the host's `budget`.
     pub fn new(budget: Limit) -> Tree {
         let mut root = Node::new("/".to_owned(), None, 0);
-        root.limits.max = budget;
+        root.set_limits(Limits { max: budget, ..Limits::default() });
         root.accounting = Accounting::On;
         let slots = vec![Slot { life: 0, node: Some(root) }];
         Tree {
@@ -215,11 +215,13 @@ impl Tree {
         self.ancestry(id).any(|at| at == top)
     }
 
+    #[inline]
     fn node(&self, id: NodeId) -> &Node {
         let slot = self.slots.get(id.index as usize).filter(|slot| slot.life == id.life);
         slot.and_then(|slot| slot.node.as_ref()).expect("the id is of a node of this tree")
     }
 
+    #[inline]
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
         let slot = self.slots.get_mut(id.index as usize).filter(|slot| slot.life == id.life);
         slot.and_then(|slot| slot.node.as_mut()).expect("the id is of a node of this tree")

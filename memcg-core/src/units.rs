@@ -48,17 +48,20 @@ impl Pages {
     }
 
     /// True for zero pages.
+    #[inline]
     pub const fn is_zero(self) -> bool {
         self.0 == 0
     }
 
     /// `self - other`, zero when `other` is larger.
     #[must_use]
+    #[inline]
     pub const fn saturating_sub(self, other: Pages) -> Pages {
         Pages(self.0.saturating_sub(other.0))
     }
 
     /// `self - other`, `None` when `other` is larger.
+    #[inline]
     pub const fn checked_sub(self, other: Pages) -> Option<Pages> {
         match self.0.checked_sub(other.0) {
             Some(n) => Some(Pages(n)),
@@ -67,6 +70,7 @@ impl Pages {
     }
 
     /// `self + other`, `None` when that does not fit 64 bits.
+    #[inline]
     pub const fn checked_add(self, other: Pages) -> Option<Pages> {
         match self.0.checked_add(other.0) {
             Some(n) => Some(Pages(n)),
@@ -78,12 +82,14 @@ impl Pages {
 impl Add for Pages {
     type Output = Pages;
 
+    #[inline]
     fn add(self, other: Pages) -> Pages {
         Pages(self.0.saturating_add(other.0))
     }
 }
 
 impl AddAssign for Pages {
+    #[inline]
     fn add_assign(&mut self, other: Pages) {
         *self = *self + other;
     }
@@ -119,6 +125,7 @@ impl Limit {
     pub const ZERO: Limit = Limit::Pages(Pages::ZERO);
 
     /// The number of pages, `None` without a limit.
+    #[inline]
     pub const fn as_pages(self) -> Option<Pages> {
         match self {
             Limit::Pages(pages) => Some(pages),

@@ -66,6 +66,7 @@ impl Crossed {
         self.ids[0].is_none()
     }
 
+    #[inline]
     pub(super) fn push(&mut self, id: NodeId) {
         // There is a place for every level.
         if let Some(free) = self.ids.iter_mut().find(|slot| slot.is_none()) {
@@ -109,6 +110,7 @@ impl Tree {
     /// # Errors
     /// [`Refused`] with the lowest level that has no room. [`Mode::NoFail`] is refused only if a counter would leave
     /// 64 bits.
+    #[inline]
     pub fn try_charge(&mut self, id: NodeId, pages: Pages, mode: Mode) -> Result<Charge, Refused> {
         self.try_charge_as(id, Kind::Guest, pages, mode)
     }
@@ -238,6 +240,7 @@ impl Tree {
     }
 
     /// An offline node takes only what cannot be refused.
+    #[inline]
     pub(super) fn check_online(&self, id: NodeId, pages: Pages, mode: Mode) -> Result<(), Refused> {
         let node = self.node(id);
         if node.online || mode == Mode::NoFail {
@@ -249,6 +252,7 @@ impl Tree {
 
     /// Whether one counter has room for `pages` at every level; if not, the refusal is counted. [`Mode::NoFail`] gets
     /// the lowest level whose limit it ignores.
+    #[inline]
     pub(super) fn admit(
         &mut self,
         id: NodeId,
@@ -268,6 +272,7 @@ impl Tree {
     }
 
     /// The lowest level where `pages` do not fit.
+    #[inline]
     fn first_short(&self, id: NodeId, which: Counter, pages: Pages) -> Option<NodeId> {
         self.ancestry(id).find(|at| self.node(*at).short(which, pages).is_some())
     }

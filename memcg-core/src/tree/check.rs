@@ -134,7 +134,7 @@ impl Tree {
         let path = || self.path(id);
         let usage = |which| node.counters.get(which).usage;
         let (memory, vmm) = (usage(Counter::Memory), usage(Counter::Vmm));
-        if let Limit::Pages(max) = node.limits.max
+        if let Limit::Pages(max) = node.limits().max
             && memory.saturating_sub(max) > node.overcharge
         {
             found.push(Violation::OverLimit { path: path(), usage: memory, overcharge: node.overcharge });

@@ -28,6 +28,7 @@ pub struct CounterSnapshot {
 
 impl CounterSnapshot {
     /// Counts a refusal here.
+    #[inline]
     pub(super) fn refuse(&mut self, mode: Mode) {
         match mode {
             Mode::Wait => self.failcnt += 1,
@@ -96,6 +97,7 @@ pub struct OverheadParts([Pages; Overhead::ALL.len()]);
 
 impl OverheadParts {
     /// Pages of one type.
+    #[inline]
     pub fn get(&self, overhead: Overhead) -> Pages {
         self.0[overhead as usize]
     }
@@ -108,6 +110,7 @@ impl OverheadParts {
 
 impl Kind {
     /// The counters that a charge of this kind moves, the one that cannot be reclaimed first (row 81).
+    #[inline]
     pub(super) fn counters(self) -> &'static [Counter] {
         match self {
             Kind::Guest => &[Counter::Memory],
@@ -130,6 +133,7 @@ impl Counters {
         &self.values[which as usize]
     }
 
+    #[inline]
     pub fn get_mut(&mut self, which: Counter) -> &mut CounterSnapshot {
         &mut self.values[which as usize]
     }
@@ -146,6 +150,7 @@ impl Counters {
     }
 
     /// Changes what is charged to this very node as `kind`: `change` gets each number that the kind is part of.
+    #[inline]
     pub fn change_own(&mut self, kind: Kind, change: impl Fn(Pages) -> Pages) {
         for &which in kind.counters() {
             let own = &mut self.get_mut(which).own;

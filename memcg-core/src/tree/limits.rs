@@ -246,8 +246,8 @@ impl Tree {
                 // The later request wins, also against what is still to come of an earlier one.
                 pending.patch = pending.patch.without(patch);
             }
-            let new = patch.apply(node.limits);
-            if new != node.limits {
+            let new = patch.apply(*node.limits());
+            if new != *node.limits() {
                 self.install(*id, new);
             }
         }
@@ -285,7 +285,7 @@ impl Tree {
         {
             return Err(SetLimitError::Stale { path: self.path(id), expected, actual: node.generation });
         }
-        let new = patch.apply(node.limits);
+        let new = patch.apply(*node.limits());
         let above = |why| SetLimitError::AboveMax { path: self.path(id), why };
         new.check().map_err(above)?;
         if let Some(pending) = &node.pending
@@ -313,7 +313,7 @@ impl Tree {
     /// Caps memory of `id` below `max` for the time being, `None` to lift the cap. Not a limit of the user's: it does
     /// not count as a change of limits.
     pub fn set_ceiling(&mut self, id: NodeId, ceiling: Option<Pages>) {
-        self.node_mut(id).ceiling = ceiling;
+        self.node_mut(id).set_ceiling(ceiling);
     }
 
     /// Whether memory of `id` is above its effective high limit, pending limits included: background reclaim has work.
@@ -325,8 +325,8 @@ impl Tree {
     /// the limits to come; what is to be raised later is not used before it is in force.
     pub fn reclaim_high(&self, id: NodeId) -> Limit {
         let node = self.node(id);
-        let to_come = node.pending.as_ref().map(|pending| pending.patch.apply(node.limits));
-        let limits = to_come.filter(|to_come| to_come.max < node.limits.max).unwrap_or(node.limits);
+        let to_come = node.pending.as_ref().map(|pending| pending.patch.apply(*node.limits()));
+        let limits = to_come.filter(|to_come| to_come.max < node.limits().max).unwrap_or(*node.limits());
         reclaim::effective_high(limits.high, limits.max)
     }
 
@@ -341,7 +341,7 @@ impl Tree {
             }
             let node = self.node_mut(id);
             node.pending = Some(Pending { ticket, patch });
-            node.ceiling = ceiling;
+            node.set_ceiling(ceiling);
             node.generation += 1;
         }
         ticket
@@ -357,9 +357,9 @@ impl Tree {
     pub(crate) fn pending_fits(&self, id: NodeId) -> bool {
         let node = self.node(id);
         let fits = |pending: &Pending| {
-            let new = pending.patch.apply(node.limits);
+            let new = pending.patch.apply(*node.limits());
             let (memory, vmm) = (node.counters.get(Counter::Memory).usage, node.counters.get(Counter::Vmm).usage);
-            let lowered = new.max < node.limits.max;
+            let lowered = new.max < node.limits().max;
             (!lowered || Limit::Pages(memory) <= new.max)
                 && (pending.patch.vmm_max.is_none() || Limit::Pages(vmm) <= new.vmm_max)
         };
@@ -371,9 +371,9 @@ impl Tree {
         let waiting: Vec<NodeId> = self.ids().filter(|id| self.is_pending(*id, ticket)).collect();
         for id in waiting {
             let node = self.node_mut(id);
-            node.ceiling = None;
+            node.set_ceiling(None);
             let pending = node.pending.take().filter(|_| commit);
-            let new = pending.map_or(node.limits, |pending| pending.patch.apply(node.limits));
+            let new = pending.map_or(*node.limits(), |pending| pending.patch.apply(*node.limits()));
             self.install(id, new);
         }
     }
@@ -381,12 +381,10 @@ impl Tree {
     /// Puts `new` in force.
     fn install(&mut self, id: NodeId, new: Limits) {
         let node = self.node_mut(id);
-        let usage = Limit::Pages(node.counters.get(Counter::Memory).usage);
-        let was_above = usage > node.high();
-        node.limits = new;
+        let was_above = node.above_high();
+        node.set_limits(new);
         node.generation += 1;
-        node.settle_overcharge();
-        if !was_above && usage > node.high() {
+        if !was_above && node.above_high() {
             self.record(id, Event::High);
         }
     }

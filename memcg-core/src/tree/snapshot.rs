@@ -83,9 +83,9 @@ impl Tree {
             overhead: node.counters.parts,
             store: *node.counters.get(Counter::Store),
             swap: *node.counters.get(Counter::Swap),
-            limits: node.limits,
+            limits: *node.limits(),
             max_pending: node.pending.as_ref().and_then(|pending| pending.patch.max),
-            ceiling: node.ceiling,
+            ceiling: node.ceiling(),
             effective_high: self.reclaim_high(id),
             overcharge: node.overcharge,
             returning: node.returning,
@@ -102,9 +102,19 @@ impl Tree {
         self.node(id).counters.get(Counter::Memory).usage
     }
 
+    /// One counter of `id`.
+    pub fn counter(&self, id: NodeId, counter: Counter) -> CounterSnapshot {
+        *self.node(id).counters.get(counter)
+    }
+
+    /// False once the name of `id` is taken away ([`Tree::set_offline`]).
+    pub fn is_online(&self, id: NodeId) -> bool {
+        self.node(id).online
+    }
+
     /// The limits of `id` in force.
     pub fn limits(&self, id: NodeId) -> Limits {
-        self.node(id).limits
+        *self.node(id).limits()
     }
 
     /// Number of changes of `id`'s limits so far.
