@@ -57,7 +57,7 @@
 mod decision;
 mod victims;
 
-use std::cmp::Ordering;
+use std::cmp::Reverse;
 use std::fmt;
 
 pub use decision::{Answer, Decision, DecisionError, Resolved};
@@ -204,21 +204,16 @@ impl<'a> Ranked<'a> {
         Ranked { candidate, frees, score: frees.min(candidate.above()), spared: candidate.spared() }
     }
 
-    /// Who goes first.
-    fn order(&self, other: &Ranked<'_>) -> Ordering {
-        let (a, b) = (&self.candidate, &other.candidate);
-        let class = |ranked: &Ranked<'_>| {
-            let Attributes { preference, priority, .. } = ranked.candidate.attributes;
-            (ranked.spared.is_some(), preference, priority)
-        };
-        class(self)
-            .cmp(&class(other))
-            .then_with(|| other.score.cmp(&self.score))
-            .then_with(|| b.usage.cmp(&a.usage))
-            .then_with(|| a.name.cmp(b.name))
-            .then_with(|| a.id.cmp(&b.id))
+    /// What decides who goes first, nearly always.
+    fn key(&self) -> Key {
+        let Attributes { preference, priority, .. } = self.candidate.attributes;
+        let (score, usage) = (Reverse(self.score), Reverse(self.candidate.usage));
+        (self.spared.is_some(), preference, priority, score, usage)
     }
 }
+
+/// See [`Ranked::key`].
+type Key = (bool, Preference, i32, Reverse<Pages>, Reverse<Pages>);
 
 impl fmt::Display for Ranked<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -249,9 +244,14 @@ impl fmt::Display for Ranked<'_> {
 ///
 /// See the module's documentation for the order. The result is the same for any order of the candidates.
 pub fn rank<'a>(candidates: &[Candidate<'a>]) -> Vec<Ranked<'a>> {
-    let mut list: Vec<Ranked<'a>> = candidates.iter().copied().map(Ranked::new).collect();
-    list.sort_unstable_by(Ranked::order);
-    list
+    // Keys are sorted rather than entries, which are several times as large.
+    let mut order: Vec<(Key, usize)> =
+        candidates.iter().enumerate().map(|(i, candidate)| (Ranked::new(*candidate).key(), i)).collect();
+    order.sort_unstable_by(|(a, i), (b, j)| {
+        let tie = |i: &usize| (candidates[*i].name, candidates[*i].id);
+        a.cmp(b).then_with(|| tie(i).cmp(&tie(j)))
+    });
+    order.into_iter().map(|(_, i)| Ranked::new(candidates[i])).collect()
 }
 
 /// The VMs at `top` and below as candidates, with the protection that they have while memory is looked for at `top`.
@@ -269,13 +269,12 @@ pub fn candidates<'a>(
         if tree.children(node.id).is_empty()
             && let Some(mut attributes) = attributes(node.id)
         {
-            let snapshot = tree.snapshot(node.id);
-            attributes.ending |= !snapshot.online;
+            attributes.ending |= !tree.is_online(node.id);
             candidates.push(Candidate {
                 id: node.id,
                 name: tree.name(node.id),
                 usage: node.usage,
-                vmm: snapshot.vmm.usage,
+                vmm: tree.counter(node.id, Counter::Vmm).usage,
                 protection: node.protection,
                 attributes,
             });

@@ -127,9 +127,8 @@ pub fn protections(tree: &Tree, top: NodeId) -> Vec<Protected> {
         claims.clear();
         let (mut min, mut low) = (Pages::ZERO, Pages::ZERO);
         for &id in children {
-            let node = tree.snapshot(id);
-            let usage = node.memory.usage;
-            let claim = if node.online { (node.limits.min, node.limits.low) } else { (Limit::ZERO, Limit::ZERO) };
+            let (usage, limits) = (tree.usage(id), tree.limits(id));
+            let claim = if tree.is_online(id) { (limits.min, limits.low) } else { (Limit::ZERO, Limit::ZERO) };
             min += protected(claim.0, usage);
             low += protected(claim.1, usage);
             claims.push(claim);

@@ -53,7 +53,7 @@
 use std::cmp::Reverse;
 
 use crate::protection::{Protection, protections};
-use crate::tree::{NodeId, Tree};
+use crate::tree::{Counter, NodeId, Tree};
 use crate::units::Pages;
 
 /// Shares of a VM that nobody has given any.
@@ -163,11 +163,11 @@ pub fn claimants(tree: &Tree, top: NodeId, mut facts: impl FnMut(NodeId) -> Opti
         if !tree.children(node.id).is_empty() {
             continue;
         }
-        let snapshot = tree.snapshot(node.id);
-        if snapshot.online
+        if tree.is_online(node.id)
             && let Some(Facts { idle, pinned, shares }) = facts(node.id)
         {
-            let pinned = pinned + snapshot.vmm.usage + snapshot.store.usage;
+            let used = |counter| tree.counter(node.id, counter).usage;
+            let pinned = pinned + used(Counter::Vmm) + used(Counter::Store);
             claimants.push(Claimant {
                 id: node.id,
                 usage: node.usage,
