@@ -7,6 +7,8 @@
 //! times are the host's monotonic clock. The baselines are the same payload on the same program without accounting, and
 //! (`bare`) a minimal userfaultfd handler without any.
 
+mod core;
+
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
@@ -90,12 +92,13 @@ fn main() -> ExitCode {
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
     // SAFETY: this prctl takes numbers only.
     unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
-    let all = ["R1", "R1v2", "R3", "R4", "fault_wait", "hold"];
+    let all = ["R1", "R1v2", "R3", "R4", "R20", "fault_wait", "hold"].into_iter().chain(core::IDS);
     let wanted: Vec<&str> =
-        if arguments.is_empty() { all.to_vec() } else { arguments.iter().map(String::as_str).collect() };
+        if arguments.is_empty() { all.collect() } else { arguments.iter().map(String::as_str).collect() };
     let backend = backend();
     let mut ok = true;
     let mut results = Vec::new();
+    let mut of_core = core::measure(&wanted);
     for id in wanted {
         let outcome = match id {
             "R1" => first_touch("R1", 1),
@@ -104,6 +107,11 @@ fn main() -> ExitCode {
             "R4" => charge_cost(),
             "fault_wait" => fault_wait(),
             "hold" => hold(),
+            "R20" => core::record_bytes(),
+            other if core::IDS.contains(&other) => {
+                let index = of_core.iter().position(|outcome| outcome.id == other).expect("it was measured");
+                of_core.swap_remove(index)
+            }
             other => {
                 println!("BENCH {other} unknown SKIP reason=no-such-benchmark");
                 ok = false;

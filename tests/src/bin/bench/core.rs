@@ -1,0 +1,142 @@
+//! The figures of the pure core: criterion's medians of `memcg-core/benches/core.rs`, and what a record weighs.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use memcg_core::frame::{FrameState, FrameTable};
+use serde_json::Value;
+
+use crate::{Goal, Outcome};
+
+/// A benchmark of the core.
+struct Figure {
+    id: &'static str,
+    /// Criterion's group and function.
+    bench: &'static str,
+    /// What it is compared with, of the same run.
+    baseline: &'static str,
+    unit: &'static str,
+    /// Nanoseconds in the unit.
+    scale: f64,
+    goal: Goal,
+}
+
+const fn at_most(target: f64) -> Goal {
+    Goal::AtMost { floor: 2.0 * target, target }
+}
+
+const FIGURES: [Figure; 6] = [
+    Figure { id: "charge", bench: "charge/stock", baseline: "atomic_add", unit: "ns", scale: 1.0, goal: at_most(5.0) },
+    Figure {
+        id: "charge4",
+        bench: "charge/four_levels",
+        baseline: "atomic_add",
+        unit: "ns",
+        scale: 1.0,
+        goal: at_most(40.0),
+    },
+    Figure {
+        id: "lru",
+        bench: "lru/insert_move",
+        baseline: "memcpy_record",
+        unit: "ns",
+        scale: 1.0,
+        goal: at_most(25.0),
+    },
+    Figure {
+        id: "lru_run",
+        bench: "lru/run_512",
+        baseline: "memcpy_record",
+        unit: "ns",
+        scale: 1.0,
+        goal: at_most(1.0),
+    },
+    Figure {
+        id: "spread",
+        bench: "policy/spread_10000",
+        baseline: "memcpy_record",
+        unit: "ms",
+        scale: 1e6,
+        goal: at_most(2.0),
+    },
+    Figure {
+        id: "rank",
+        bench: "policy/rank_10000",
+        baseline: "memcpy_record",
+        unit: "ms",
+        scale: 1e6,
+        goal: at_most(2.0),
+    },
+];
+
+/// The ids that are measured by criterion.
+pub const IDS: [&str; FIGURES.len()] = ["charge", "charge4", "lru", "lru_run", "spread", "rank"];
+
+/// Runs the benchmarks of the core behind `ids`, each with its baselines, in one run of criterion.
+pub fn measure(ids: &[&str]) -> Vec<Outcome> {
+    let figures: Vec<&Figure> = FIGURES.iter().filter(|figure| ids.contains(&figure.id)).collect();
+    if figures.is_empty() {
+        return Vec::new();
+    }
+    let names: Vec<&str> = figures.iter().map(|figure| figure.bench).collect();
+    let seconds = if std::env::var_os("BALLAST_FULL").is_some() { "5" } else { "1" };
+    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["bench", "--quiet", "--package", "memcg-core", "--bench", "core", "--"])
+        .args(["--warm-up-time", "0.5", "--measurement-time", seconds])
+        .arg(format!("^(baseline/.*|{})$", names.join("|")))
+        .stdout(Stdio::null())
+        .status();
+    assert!(status.is_ok_and(|status| status.success()), "cargo bench -p memcg-core has failed");
+    figures.into_iter().map(outcome).collect()
+}
+
+fn outcome(figure: &Figure) -> Outcome {
+    let (ns, each) = median(figure.bench);
+    let (plain, _) = median(&format!("baseline/{}", figure.baseline));
+    let value = ns / each / figure.scale;
+    let notes = format!("baseline={} baseline_ns={plain:.2} times={:.2} ", figure.baseline, ns / each / plain);
+    Outcome { id: figure.id, name: figure.id, unit: figure.unit, goal: figure.goal, values: vec![value], notes }
+}
+
+/// Criterion's median in nanoseconds, and how many elements that is for.
+fn median(bench: &str) -> (f64, f64) {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
+    let read = |file: &str| -> Value {
+        let path = target.join("criterion").join(bench).join("new").join(file);
+        let text = std::fs::read(&path).unwrap_or_else(|e| panic!("{} cannot be read: {e}", path.display()));
+        serde_json::from_slice(&text).expect("criterion writes JSON")
+    };
+    let ns = read("estimates.json")["median"]["point_estimate"].as_f64().expect("criterion estimates a median");
+    let each = read("benchmark.json")["throughput"]["Elements"].as_f64().unwrap_or(1.0);
+    (ns, each)
+}
+
+/// R20: what the process grows by for each page that has a record, list links and all in use.
+pub fn record_bytes() -> Outcome {
+    const PAGES: usize = 1 << 22;
+    let before = resident_bytes();
+    let mut frames = FrameTable::new(PAGES);
+    // Every second page first: no run is uniform, each page is in a list of its own accord.
+    for parity in [0, 1] {
+        for page in (parity..PAGES).step_by(2) {
+            frames.set(page, FrameState::Active);
+        }
+    }
+    let grown = resident_bytes().saturating_sub(before);
+    assert_eq!(frames.count(FrameState::Active), PAGES as u64);
+    Outcome {
+        id: "R20",
+        name: "record_bytes",
+        unit: "bytes",
+        goal: Goal::AtMost { floor: 24.0, target: 12.0 },
+        values: vec![grown as f64 / PAGES as f64],
+        notes: format!("pages={PAGES} grown_bytes={grown} "),
+    }
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("/proc is mounted");
+    let pages: u64 = statm.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number of pages");
+    pages * 4096
+}
