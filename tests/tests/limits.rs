@@ -233,28 +233,6 @@ fn an_old_generation_is_refused_and_nothing_changes() {
 }
 
 #[test]
-fn without_a_limit_there_is_no_userfaultfd_and_a_first_limit_is_refused_for_now() {
-    if skipped("no-accounting") {
-        return;
-    }
-    let mut vm = TestVm::builder("plain").memory("size=64M").cmdline("shell").start();
-    vm.expect("READY", 10);
-    assert!(vm.command("touch 16M 16M seed=2", 10).starts_with("OK"));
-    let now = vm.wait_state("running", 10);
-    let pid = number(&now, "pid");
-    let links =
-        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|e| std::fs::read_link(e.ok()?.path()).ok());
-    let uffd = links.filter(|l| l.to_string_lossy().contains("userfaultfd")).count();
-    assert_eq!(uffd, 0, "no userfaultfd");
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let names: Vec<String> =
-        threads.filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok()).collect();
-    assert!(!names.iter().any(|n| n.trim() == "fault"), "no fault thread in {names:?}");
-    let (status, body) = vm.patch("", &json!({"max_bytes": 48 * MIB}));
-    assert_eq!(status, 409, "{body}");
-}
-
-#[test]
 fn a_limit_too_small_for_the_kernel_fails_and_names_the_smallest_that_would_do() {
     if skipped("too-small") {
         return;

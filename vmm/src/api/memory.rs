@@ -49,6 +49,9 @@ pub struct MemoryPatch {
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub vmm_max_bytes: Option<Option<u64>>,
+    /// `true` turns accounting on without a limit. A limit does so by itself; nothing turns it off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track: Option<bool>,
 }
 
 /// Tells `null` from absent.
@@ -140,6 +143,7 @@ pub(super) async fn patch(
     }
     let patch: MemoryPatch =
         serde_json::from_slice(&body).map_err(|error| Refusal::new(Code::BadRequest, format!("the body: {error}")))?;
+    let track = patch.track;
     let wait = query.wait_ms.map(Duration::from_millis);
     if wait.is_some_and(|wait| wait > MAX_WAIT) {
         let message = format!("wait_ms is at most {} (a day)", MAX_WAIT.as_millis());
@@ -151,7 +155,7 @@ pub(super) async fn patch(
         ChangeMode::Refuse => Mode::Refuse,
     };
     let patch = LimitPatch { if_generation: query.generation, ..patch.limits()? };
-    let changed = shared.controller.change(&name, MemoryChange { patch, mode, wait }).await?;
+    let changed = shared.controller.change(&name, MemoryChange { patch, mode, track, wait }).await?;
     let status = if changed.in_force { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok((status, Json(changed.view)).into_response())
 }

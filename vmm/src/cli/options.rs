@@ -46,7 +46,7 @@ fn ram(text: &str) -> Result<Pages, String> {
     })
 }
 
-fn on_off(text: &str) -> Result<bool, String> {
+pub fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),

@@ -240,6 +240,7 @@ fn config(args: &RunArgs, name: String) -> WorkerConfig {
         cmdline: args.cmdline.clone(),
         initrd: args.initrd.is_some(),
         accounting: args.memory.accounting,
+        obstacle: None,
         debug_port: args.debug_port,
         stats_interval_s: balloon.stats_interval_s,
         deflate_on_oom: balloon.deflate_on_oom,

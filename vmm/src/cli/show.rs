@@ -56,7 +56,7 @@ fn table(vm: &VmView) -> String {
         format!(" {state}, pid {}, {} vCPU{plural}, {} of RAM{stale}", vm.pid, vm.cpus, human(vm.size_bytes)),
     );
     if !vm.accounting {
-        line("  memory", " not tracked: started without a limit and without track=on".to_owned());
+        line("  memory", " not tracked: no limit was ever set, and track is off".to_owned());
         return out;
     }
     let memory = &vm.memory;

@@ -7,7 +7,7 @@ use http_body_util::BodyExt;
 use hyper::Method;
 use memcg_core::units::human;
 
-use super::options::{duration, limit, name};
+use super::options::{duration, limit, name, on_off};
 use super::{DONE, Failure, NOT_REACHED, NameArg, SocketArg, client, show, socket};
 use crate::api::MemoryPatch;
 use crate::controller::events::{Event, EventKind};
@@ -22,7 +22,8 @@ pub struct SetArgs {
     /// Limits, such as memory.max=256M memory.high=max
     ///
     /// The limits are memory.min, memory.low, memory.high, memory.max, swap.max and vmm.max. All of those named come
-    /// into force, or none.
+    /// into force, or none. The first limit of a VM that was started without one turns its accounting on, and so does
+    /// track=on.
     #[arg(required = true, value_name = "LIMIT=SIZE")]
     pub limits: Vec<String>,
     /// What to do when usage is above the new memory.max: reclaim first, force it, or refuse
@@ -45,6 +46,12 @@ fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
         let Some((key, value)) = pair.split_once('=') else {
             return Err(format!("{pair:?} is not LIMIT=SIZE: write for example memory.max=256M"));
         };
+        if key == "track" {
+            if patch.track.replace(on_off(value)?).is_some() {
+                return Err("track is given twice".to_owned());
+            }
+            continue;
+        }
         let place = match key {
             "memory.min" => &mut patch.min_bytes,
             "memory.low" => &mut patch.low_bytes,
@@ -55,7 +62,7 @@ fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
             _ => {
                 return Err(format!(
                     "there is no limit {key:?}; there are memory.min, memory.low, memory.high, memory.max, swap.max \
-                     and vmm.max"
+                     and vmm.max, and track=on"
                 ));
             }
         };
@@ -200,6 +207,7 @@ mod tests {
     #[test]
     fn limits_become_a_body() {
         assert_eq!(body(&["memory.max=256M"]).unwrap(), r#"{"max_bytes":268435456}"#);
+        assert_eq!(body(&["track=on"]).unwrap(), r#"{"track":true}"#);
         assert_eq!(body(&["memory.high=max", "swap.max=0"]).unwrap(), r#"{"high_bytes":null,"swap_max_bytes":0}"#);
     }
 
@@ -209,6 +217,7 @@ mod tests {
             (&["memory.max"][..], "not LIMIT=SIZE"),
             (&["memory.limit=5M"], "no limit \"memory.limit\""),
             (&["memory.max=1M", "memory.max=2M"], "given twice"),
+            (&["track=yes"], "neither on nor off"),
             (&["memory.max=-1"], "negative"),
             (&["memory.max="], "empty size"),
             (&["memory.max=4097"], "not a multiple"),

@@ -10,6 +10,7 @@
 //! | `admission.rs` | a VM before it has a process: node, limits, overhead |
 //! | `lifecycle.rs` | from hello to the end of a worker |
 //! | `grants.rs` | reports, wants, grants, holds |
+//! | `activation.rs` | accounting that begins on a running VM |
 //! | `changes.rs` | changes of limits |
 //! | `show.rs` | what the interface sees |
 
@@ -23,6 +24,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::VmSpec;
+use super::activation::Accounting;
 use super::admission::Created;
 use super::changes::{Change, Changed, MemoryChange};
 use super::error::{Code, Refusal};
@@ -238,7 +240,7 @@ impl Actor {
             refuse(reply, silent);
             return;
         }
-        if vm.accounting {
+        if vm.accounted() {
             vm.send(ToWorker::Recall { seq: recall });
         }
         vm.state = VmState::Paused;
@@ -352,6 +354,7 @@ impl Actor {
         let ids: Vec<_> = self.vms.keys().copied().collect();
         for id in ids {
             self.overdue_answers(id, now);
+            self.overdue_activation(id, now);
             self.overdue_change(id, now);
             self.overdue_hold(id, now);
             self.overdue_worker(id, now);
@@ -384,7 +387,11 @@ impl Vm {
         let answers = self.waiting.iter().map(|w| w.until);
         let hold = self.hold.filter(|hold| !hold.acted && self.state == VmState::Running).map(|hold| hold.deadline);
         let change = self.change.as_ref().and_then(Change::next_deadline);
-        answers.chain(hold).chain(change).chain(self.patience).min()
+        let activation = match &self.accounting {
+            Accounting::Beginning(beginning) => beginning.next_deadline(),
+            Accounting::Off | Accounting::On => None,
+        };
+        answers.chain(hold).chain(change).chain(activation).chain(self.patience).min()
     }
 }
 

@@ -21,7 +21,7 @@ use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::view::VmState;
 use super::vm::{Vm, VmEnd, VmId, WorkerProcess};
-use super::{VmSpec, host};
+use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
 
 /// A VM that was created and has no process yet.
@@ -94,7 +94,8 @@ impl Actor {
             node,
             size: spec.size,
             cpus: spec.cpus,
-            accounting: spec.accounting,
+            accounting: if spec.accounting { activation::Accounting::On } else { activation::Accounting::Off },
+            overhead: spec.overhead,
             oom: spec.oom,
             process,
             to_worker,

@@ -43,6 +43,8 @@ pub struct MemoryChange {
     pub patch: LimitPatch,
     /// What to do when usage is above the new `max`.
     pub mode: Mode,
+    /// Whether accounting is to be on. A limit turns it on by itself, and nothing turns it off.
+    pub track: Option<bool>,
     /// How long the client waits for it, [`DEADLINE`] when it does not say.
     pub wait: Option<Duration>,
 }
@@ -91,22 +93,12 @@ impl Change {
 }
 
 impl Actor {
-    /// Takes a request: tests it, and recalls the stock when it could be in the way.
+    /// Takes a request: tests it, begins accounting where there is none yet, and recalls the stock when it could be in
+    /// the way.
     pub fn change(&mut self, id: VmId, change: MemoryChange, reply: Reply<Changed>) {
+        let Some((change, reply)) = self.accounted_first(id, change, reply) else { return };
         let vm = self.vms.get_mut(&id).expect("found");
-        if !vm.accounting && change.patch.limits_something() {
-            let message = format!(
-                "the VM {:?} runs without accounting: start it with a limit or with --memory track=on to set one later",
-                vm.name
-            );
-            answer(reply, Err(Refusal::new(Code::NotAccounted, message)));
-            return;
-        }
         let node = vm.node;
-        if let Err(error) = self.tree.check_patch(node, &change.patch) {
-            answer(reply, Err(self.refusal(id, &error)));
-            return;
-        }
         let wait = change.wait.unwrap_or_else(|| host::scaled(DEADLINE));
         let waiter = Waiter { until: Instant::now() + wait, reply };
         let lowered = change.patch.max.filter(|max| Limit::Pages(self.tree.usage(node)) > *max);
@@ -131,7 +123,7 @@ impl Actor {
 
     /// The stock is back, or will not come: begin.
     pub fn begin_change(&mut self, id: VmId, requested: Requested) {
-        let Requested { change: MemoryChange { patch, mode, wait }, waiter } = requested;
+        let Requested { change: MemoryChange { patch, mode, wait, .. }, waiter } = requested;
         let now = self.elapsed();
         let vm = &self.vms[&id];
         let before = self.tree.generation(vm.node);
@@ -336,7 +328,7 @@ impl Actor {
     }
 
     /// What the interface says about a change that was refused.
-    fn refusal(&self, id: VmId, error: &SetLimitError) -> Refusal {
+    pub fn refusal(&self, id: VmId, error: &SetLimitError) -> Refusal {
         let node = self.vms[&id].node;
         let code = match error {
             SetLimitError::AboveMax { .. } => Code::InvalidLimit,

@@ -27,7 +27,7 @@ pub enum Code {
     Superseded,
     /// There is no room for what the VM costs beside its pages.
     OverheadRefused,
-    /// The VM runs without accounting.
+    /// The VM runs without accounting, and that cannot begin.
     NotAccounted,
     /// The VM's state does not allow it.
     WrongState,

@@ -23,6 +23,8 @@ pub enum EventKind {
     Started,
     /// The guest has ended by itself.
     Stopped,
+    /// What the VM uses is charged from now on: it was started without a limit and has got its first.
+    AccountingBegan,
     /// A change of a limit was asked for that has to wait for memory to be given back.
     LimitRequested,
     /// A limit is in force.

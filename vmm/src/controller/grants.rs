@@ -73,7 +73,7 @@ impl Actor {
     /// then it gets an answer in any case, and a refusal counts.
     fn serve(&mut self, id: VmId, fresh: bool) {
         let vm = self.vms.get_mut(&id).expect("checked");
-        if !vm.accounting || !vm.alive() || vm.cause.is_some() {
+        if !vm.accounted() || !vm.alive() || vm.cause.is_some() {
             return;
         }
         let asked = fresh && vm.report.want.max(vm.report.want_now) > 0;
@@ -148,13 +148,9 @@ impl Actor {
         let stock_max = self.tree.stock_max(vm.node).0;
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
-        let message = if vm.accounting {
-            ToWorker::Grant { epoch: EPOCH, granted_total, stock_max, room, refused }
-        } else {
-            ToWorker::Grant { epoch: EPOCH, granted_total: 0, stock_max: 0, room: u64::MAX, refused: false }
-        };
-        // A grant that was not taken is sent again with the next totals.
-        vm.grant_due = !vm.send(message);
+        // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.
+        vm.grant_due =
+            vm.accounted() && !vm.send(ToWorker::Grant { epoch: EPOCH, granted_total, stock_max, room, refused });
     }
 
     /// Sends the grants that are due: those that were dropped, and those after a change of limits.
@@ -294,7 +290,7 @@ fn check(vm: &Vm, report: &Report) -> Result<(), String> {
         return Err(format!("gave back {} of {} pages", report.returned_total, report.granted_total));
     };
     let holds = [report.guest, report.stock, report.reserve].into_iter().try_fold(0u64, u64::checked_add);
-    if vm.accounting && holds.is_none_or(|holds| holds > charged) {
+    if vm.accounted() && holds.is_none_or(|holds| holds > charged) {
         return Err(format!("holds more than the {charged} pages that it was granted"));
     }
     if report.ballooned > vm.size.0 {

@@ -29,9 +29,6 @@ use crate::worker::protocol::{ExitReason, FromWorker, MAX_SLOTS, RamSlot, ToWork
 /// How long last words are waited for once the process is dead.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Pages that a reserve has for each vCPU and for each VM.
-const RESERVE: (u64, u64) = (65, 64);
-
 impl Actor {
     /// Takes what came from a worker's socket. Nothing in it is believed before it is checked.
     pub fn heard(&mut self, id: VmId, item: FromLink) {
@@ -79,6 +76,10 @@ impl Actor {
             }
             _ if !greeted => self.lie(id, "did not say hello".to_owned()),
             FromWorker::Report(report) => self.report(id, report),
+            FromWorker::Activated { seq, resident, reserve_target } => {
+                self.activated(id, seq, Pages(resident), Pages(reserve_target));
+            }
+            FromWorker::NotActivated { seq, message } => self.not_activated(id, seq, &message),
             FromWorker::Loaded { plan } => self.loaded(id, plan),
             FromWorker::GuestStats(stats) => vm.guest_stats = Some((stats, Instant::now())),
         }
@@ -103,8 +104,8 @@ impl Actor {
             self.lie(id, "has mapped another amount of RAM than it was told".to_owned());
             return;
         }
-        let most = if vm.accounting { RESERVE.0 * u64::from(vm.cpus) + RESERVE.1 } else { 0 };
-        if reserve_target.0 > most {
+        let most = if vm.accounted() { vm.largest_reserve() } else { Pages::ZERO };
+        if reserve_target > most {
             self.lie(id, format!("wants a reserve of {reserve_target}, at most {most} are needed"));
             return;
         }
@@ -112,13 +113,19 @@ impl Actor {
         vm.greeted = true;
         vm.patience = None;
         vm.reserve_target = reserve_target;
+        self.fund(id);
+    }
+
+    /// Charges the reserve and a first stock, and grants them.
+    pub fn fund(&mut self, id: VmId) {
+        let reserve_target = self.vms[&id].reserve_target;
         // What does not fit is missing from the reserve, and the loader's first want is refused too: only the worker
         // knows what the kernel needs, so it is the one to fail and to name the smallest limit that would do.
         let got = self.charge_need(id, reserve_target.0, Mode::Wait);
         let short = got < reserve_target.0;
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.refused = short;
-        if vm.accounting && !short {
+        if vm.accounted() && vm.state != VmState::Paused && !short {
             let stock = self.tree.stock_max(vm.node).0;
             self.charge_ahead(id, stock);
         }
@@ -203,6 +210,7 @@ impl Actor {
         let killers = std::mem::take(&mut vm.killers);
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
+        vm.refuse_waiting(&gone);
         if let Some(change) = vm.change.take() {
             self.abandon_change(change, &gone);
         }

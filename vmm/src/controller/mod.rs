@@ -3,6 +3,7 @@
 //! `ballast run` has one in the foreground with a single VM; a service has the same with many. The actor holds a
 //! tree of counters and a map of VMs in either case.
 
+mod activation;
 mod actor;
 mod admission;
 mod changes;

@@ -23,7 +23,7 @@ impl Actor {
             generation: self.tree.generation(vm.node),
             size_bytes: vm.size.bytes(),
             cpus: vm.cpus,
-            accounting: vm.accounting,
+            accounting: vm.accounted(),
             stale,
             memory: self.memory_view(vm),
             vmm: self.vmm_view(vm),

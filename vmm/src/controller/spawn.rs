@@ -117,11 +117,19 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
-    let Launch { config, kernel, initrd, directory, log } = launch;
+    let Launch { mut config, kernel, initrd, directory, log } = launch;
     check_socket_path(&worker_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
-    let uffd_device = config.accounting.then(host::open_userfaultfd).transpose()?;
+    // Without accounting it is only opened, for a first limit later.
+    let uffd_device = match host::open_userfaultfd() {
+        Ok(device) => Some(device),
+        Err(problem) if config.accounting => return Err(problem.into()),
+        Err(problem) => {
+            config.obstacle = Some(problem.to_string());
+            None
+        }
+    };
 
     make_directory(&directory)?;
     let files = Files { kvm, uffd_device, kernel, initrd };

@@ -34,7 +34,7 @@ pub struct VmView {
     pub size_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// False when the VM runs without accounting: no limit was given and `track` is off.
+    /// False as long as nothing is charged: no limit was ever set, and `track` is off.
     pub accounting: bool,
     /// True when the worker did not answer in time and these are its last known numbers.
     pub stale: bool,

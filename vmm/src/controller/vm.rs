@@ -3,11 +3,12 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use memcg_core::tree::NodeId;
+use memcg_core::tree::{NodeId, Overhead};
 use memcg_core::units::Pages;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::activation::Accounting;
 use super::changes::{Change, Requested};
 use super::error::Refusal;
 use super::spawn::Death;
@@ -16,6 +17,9 @@ use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
 
 /// Time between two lines in the log about one worker that does not read.
 const WARN_EVERY: Duration = Duration::from_secs(10);
+
+/// Pages that a reserve has for each vCPU and for each VM.
+const RESERVE: (u64, u64) = (65, 64);
 
 /// Number of a VM in this controller; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -131,7 +135,9 @@ pub(super) struct Vm {
     pub node: NodeId,
     pub size: Pages,
     pub cpus: u32,
-    pub accounting: bool,
+    pub accounting: Accounting,
+    /// What it costs beside its pages, charged as long as it is accounted.
+    pub overhead: Vec<(Overhead, Pages)>,
     pub oom: OomPolicy,
     pub process: Box<dyn WorkerProcess>,
     pub to_worker: mpsc::Sender<ToWorker>,
@@ -206,6 +212,11 @@ impl Vm {
     pub fn next_seq(&mut self) -> u32 {
         self.seq = self.seq.wrapping_add(1);
         self.seq
+    }
+
+    /// Pages that a reserve needs at most.
+    pub fn largest_reserve(&self) -> Pages {
+        Pages(RESERVE.0 * u64::from(self.cpus) + RESERVE.1)
     }
 
     /// True while the worker can be talked to.

@@ -45,6 +45,8 @@ pub enum Request {
     Discarded(Vec<Run>),
     /// The guest takes pages back from the balloon; they become absent.
     Deflated(Vec<Run>),
+    /// The device thread touches no guest memory until it is answered: accounting can begin.
+    Quiet,
     /// The guest kernel is loaded: this many pages were written.
     Loaded(u64),
     /// Starting failed: say this to the controller and end the process.

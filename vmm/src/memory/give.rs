@@ -21,7 +21,7 @@ pub struct BalloonPages {
 }
 
 impl BalloonPages {
-    /// The pages of `ram`; without a client nothing is charged and a discard is only a discard.
+    /// The pages of `ram`. Without a client, and as long as RAM is not charged, a discard is only a discard.
     pub fn new(ram: Arc<Ram>, client: Option<Arc<Mutex<Client>>>) -> Self {
         Self { ram, client, discarder: Discarder::default(), runs: Vec::new(), outside: Arc::default() }
     }
@@ -59,7 +59,9 @@ impl BalloonPages {
     }
 
     fn ask(&self, request: Request) -> Vec<Run> {
-        match (&self.client, request) {
+        // Between a claim and its end nothing begins to be charged: that waits for this thread to be quiet.
+        let client = self.client.as_ref().filter(|_| self.ram.present().is_some());
+        match (client, request) {
             (Some(client), request) => match client.lock().unwrap_or_else(PoisonError::into_inner).ask(request) {
                 Reply::Done(runs) => runs,
                 Reply::WouldBlock => Vec::new(),
@@ -96,7 +98,7 @@ mod tests {
 
     #[test]
     fn page_numbers_outside_ram_are_counted_and_left_out() {
-        let ram = Arc::new(Ram::map(&[(0, 1 << 20), (4 << 30, 1 << 20)], false).unwrap());
+        let ram = Arc::new(Ram::map(&[(0, 1 << 20), (4 << 30, 1 << 20)]).unwrap());
         let mut pages = BalloonPages::new(ram, None);
         let ranges = [
             PageRange { first: 254, pages: 4 },

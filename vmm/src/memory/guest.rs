@@ -27,7 +27,7 @@ pub struct GuestMem {
 }
 
 impl GuestMem {
-    /// An accessor for `ram`. Without a client nothing is charged. With `wait` an access waits until it is charged or
+    /// An accessor for `ram`. Without a client, and as long as RAM is not charged, nothing is asked for. With `wait` an access waits until it is charged or
     /// refused (for the loader).
     pub fn new(ram: Arc<Ram>, client: Option<Arc<Mutex<Client>>>, wait: bool) -> Self {
         Self { ram, client, wait }
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn uncharged_memory_reads_what_was_written_across_slots_and_refuses_the_hole() {
-        let ram = Arc::new(Ram::map(&[(0, 1 << 20)], false).unwrap());
+        let ram = Arc::new(Ram::map(&[(0, 1 << 20)]).unwrap());
         let mem = GuestMem::new(ram, None, false);
         mem.write_slice(b"hello", GuestAddress(4094)).unwrap();
         let mut back = [0; 5];

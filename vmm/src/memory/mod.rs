@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `ram` | the mappings; page indices |
 //! | `uffd` | userfaultfd, wrapped |
+//! | `activation` | how RAM becomes charged, at the start or later |
 //! | `pages` | frame table and stock: what a fault, a grant, a discard change |
 //! | `thread` | the thread that owns them |
 //! | `around` | how many pages one fault fills |
@@ -14,6 +15,7 @@
 //! | `histogram` | how long faults and holds take |
 //! | `place` | where the fault thread runs |
 
+pub mod activation;
 pub mod around;
 pub mod client;
 pub mod discard;

@@ -123,6 +123,18 @@ impl Pages {
         }
     }
 
+    /// Takes over what was resident before charging began, in the controller's life `epoch`. The reserve is owed.
+    pub fn adopt(&mut self, epoch: u32, resident: &[Run]) {
+        let present = self.ram.begin_charging();
+        for run in resident {
+            let pages = run.first..run.first + run.pages;
+            self.frames.set_range(pages.start as usize, pages.end as usize, FrameState::Active);
+            present.set(pages);
+        }
+        let guest = Count(self.frames.count(FrameState::Active));
+        self.stock = Stock::adopt(epoch, self.stock.reserve_target(), guest);
+    }
+
     /// The userfaultfd.
     pub fn uffd(&self) -> &Uffd {
         &self.uffd

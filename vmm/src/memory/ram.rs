@@ -1,59 +1,71 @@
 //! Guest RAM: one private anonymous mapping per slot.
 //!
-//! Each mapping has `hva = gpa` modulo 2 MiB, so that a huge page of the host can back a huge page of the guest. Charged
-//! RAM is `NOHUGEPAGE` (nobody but us decides what becomes resident), `DONTFORK` (a page that a fork shared cannot be
-//! moved by userfaultfd any more), `DONTDUMP` and `UNMERGEABLE` (the same for KSM).
+//! Each mapping has `hva = gpa` modulo 2 MiB, so that a huge page of the host can back a huge page of the guest. RAM is
+//! `DONTFORK` (a page that a fork shared cannot be moved by userfaultfd any more) and `DONTDUMP`; from the moment it is
+//! charged also `NOHUGEPAGE` (nobody but us decides what becomes resident) and `UNMERGEABLE` (as `DONTFORK`, for KSM).
 //!
 //! Pages are numbered densely over the slots: the *page index* is what frame table, present map and fault path use.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use memcg_core::units::PAGE_SIZE;
 
 use crate::worker::protocol::{MAX_SLOTS, RamSlot};
 
-const HUGE: u64 = 2 << 20;
+/// Bytes of a huge page of the host.
+pub const HUGE: u64 = 2 << 20;
 
 /// The RAM of one guest. Stays mapped until the process ends.
 #[derive(Debug)]
 pub struct Ram {
     slots: Vec<RamSlot>,
-    present: Option<PresentMap>,
+    /// There once RAM is charged.
+    present: OnceLock<PresentMap>,
+    /// Addresses of the host's huge pages that were there when charging began on a running VM and are still whole.
+    huge: Mutex<BTreeSet<u64>>,
 }
 
 impl Ram {
     /// Maps RAM for `ranges` of guest-physical bytes (first address, length; page-aligned, sorted, disjoint).
-    ///
-    /// With `charged` the mappings are prepared for userfaultfd and a map of present pages is kept.
     ///
     /// # Errors
     /// When the host refuses the address space.
     ///
     /// # Panics
     /// With more than [`MAX_SLOTS`] ranges or ranges that are not page-aligned: the caller's layout is wrong.
-    pub fn map(ranges: &[(u64, u64)], charged: bool) -> io::Result<Self> {
+    pub fn map(ranges: &[(u64, u64)]) -> io::Result<Self> {
         assert!(ranges.len() <= MAX_SLOTS && ranges.iter().all(|(gpa, bytes)| (gpa | bytes) % PAGE_SIZE == 0));
         let mut slots = Vec::with_capacity(ranges.len());
         for &(gpa, bytes) in ranges {
-            let hva = reserve(gpa, bytes)?;
-            let mut advice = vec![libc::MADV_DONTFORK, libc::MADV_DONTDUMP];
-            if charged {
-                advice.extend([libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE]);
-            }
-            for advice in advice {
-                // SAFETY: the range was mapped by `reserve` and belongs to us; these pieces of advice change no content.
-                let result = unsafe { libc::madvise(hva as *mut libc::c_void, bytes as usize, advice) };
-                let optional = advice == libc::MADV_UNMERGEABLE || advice == libc::MADV_NOHUGEPAGE;
-                if result != 0 && !(optional && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)) {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            slots.push(RamSlot { gpa, hva, bytes });
+            let slot = RamSlot { gpa, hva: reserve(gpa, bytes)?, bytes };
+            advise(slot, libc::MADV_DONTFORK)?;
+            advise(slot, libc::MADV_DONTDUMP)?;
+            slots.push(slot);
         }
-        let pages = slots.iter().map(|s| s.bytes / PAGE_SIZE).sum();
-        Ok(Self { slots, present: charged.then(|| PresentMap::new(pages)) })
+        Ok(Self { slots, present: OnceLock::new(), huge: Mutex::default() })
+    }
+
+    /// From now on the host makes no page resident or shared on its own account. What is a huge page already stays one.
+    ///
+    /// # Errors
+    /// As the kernel says; a kernel that has no huge pages or no merging has nothing against it.
+    pub fn keep_to_touches(&self) -> io::Result<()> {
+        for &slot in &self.slots {
+            for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE] {
+                advise(slot, advice)
+                    .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(e) })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// RAM is charged from now on, and so far nothing is present. No effect the second time.
+    pub fn begin_charging(&self) -> &PresentMap {
+        self.present.get_or_init(|| PresentMap::new(self.pages()))
     }
 
     /// The slots, by rising guest-physical address.
@@ -103,7 +115,12 @@ impl Ram {
 
     /// Which pages are present, when RAM is charged.
     pub fn present(&self) -> Option<&PresentMap> {
-        self.present.as_ref()
+        self.present.get()
+    }
+
+    /// Addresses in this process of huge pages of the host that a discard of a part must split first.
+    pub fn huge(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
+        self.huge.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The address in this process of `count` bytes at `gpa`, up to the end of the slot, with how many fit there.
@@ -134,6 +151,15 @@ impl Ram {
             offset -= pages;
         }
         None
+    }
+}
+
+/// Gives a piece of advice that changes no content.
+fn advise(slot: RamSlot, advice: i32) -> io::Result<()> {
+    // SAFETY: the slot is a mapping of ours that stays; none of the pieces of advice used here changes what is in it.
+    match unsafe { libc::madvise(slot.hva as *mut libc::c_void, slot.bytes as usize, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -201,7 +227,7 @@ mod tests {
 
     #[test]
     fn addresses_and_indices_agree_over_two_slots() {
-        let ram = Ram::map(&[(0, 4 << 20), (4 << 30, 2 << 20)], true).unwrap();
+        let ram = Ram::map(&[(0, 4 << 20), (4 << 30, 2 << 20)]).unwrap();
         assert_eq!(ram.pages(), 1536);
         for slot in ram.slots() {
             assert_eq!((slot.hva - slot.gpa) % HUGE, 0);
@@ -216,8 +242,9 @@ mod tests {
 
     #[test]
     fn the_present_map_is_exact_across_words() {
-        let ram = Ram::map(&[(0, 4 << 20)], true).unwrap();
-        let map = ram.present().unwrap();
+        let ram = Ram::map(&[(0, 4 << 20)]).unwrap();
+        assert!(ram.present().is_none());
+        let map = ram.begin_charging();
         map.set(60..130);
         assert!(map.all(60..130) && !map.all(59..130) && !map.all(60..131));
         map.clear(64..65);

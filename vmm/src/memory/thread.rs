@@ -9,23 +9,33 @@
 //! ```
 //!
 //! Without accounting there is no userfaultfd and the same loop, under the name `channel`, only speaks to the controller.
+//! When accounting begins it becomes the fault thread:
+//!
+//! ```text
+//!  Activate ─► hold the vCPUs ─► all out: call the devices ─► Quiet: register, count, adopt ─► Activated ─► Grant ─► go on
+//! ```
+//! The devices come last, because their thread is also the one that tells of the guest's end: it must not wait for vCPUs.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use memcg_core::units::Pages as Count;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::activation;
 use super::client::{Desk, Reply, Request};
 use super::pages::{Pages, reserve_target};
 use super::place::Placement;
+use super::ram::Ram;
 use crate::devices::balloon::BalloonHandle;
 use crate::worker::channel::{Channel, Received};
 use crate::worker::gate::{self, Gate, monotonic_ns};
-use crate::worker::protocol::{FromWorker, GuestStats, MAX_SLOTS, RamSlot, Report, ToWorker};
+use crate::worker::protocol::{FromWorker, GuestStats, Report, ToWorker};
 
 const FAULTS: u64 = 0;
 const CHANNEL: u64 = 1;
@@ -38,6 +48,8 @@ const ALL_OUT: u64 = 4;
 pub struct Parts {
     /// Frame table and stock; absent without accounting.
     pub pages: Option<Pages>,
+    /// `/dev/userfaultfd` for when accounting begins, or the sentence that says why it cannot.
+    pub device: Result<File, String>,
     /// The controller's socket.
     pub channel: Channel,
     /// Where the other threads' requests arrive.
@@ -48,18 +60,33 @@ pub struct Parts {
     pub balloon: BalloonHandle,
     /// Pages that the guest named to its balloon and that are not RAM.
     pub outside: Arc<AtomicU64>,
-    /// Where the thread runs.
-    pub placement: Placement,
-    /// Where RAM is mapped.
-    pub ram: [RamSlot; MAX_SLOTS],
+    /// Written to make the device thread ask [`Request::Quiet`].
+    pub quiet: EventFd,
+    /// Thread id of the first vCPU, 0 as long as it has none.
+    pub tid: Arc<AtomicI32>,
+    /// Guest RAM.
+    pub ram: Arc<Ram>,
     /// Number of vCPUs.
     pub cpus: u32,
+}
+
+/// Accounting that is to begin.
+#[derive(Debug)]
+struct Activation {
+    seq: u32,
+    epoch: u32,
+    /// The device thread has been called.
+    called: bool,
 }
 
 /// Everything the thread owns.
 #[derive(Debug)]
 pub struct FaultThread {
     pages: Option<Pages>,
+    device: Result<File, String>,
+    activation: Option<Activation>,
+    /// An answer that the socket had no room for; nothing else is said before it.
+    unsent: Option<FromWorker>,
     channel: Channel,
     desk: Desk,
     gate: Arc<Gate>,
@@ -67,8 +94,10 @@ pub struct FaultThread {
     /// Pages that the guest named to its balloon and that are not RAM.
     outside: Arc<AtomicU64>,
     placement: Placement,
-    ram: [RamSlot; MAX_SLOTS],
-    reserve_target: u64,
+    quiet: EventFd,
+    tid: Arc<AtomicI32>,
+    ram: Arc<Ram>,
+    cpus: u32,
     pause_seq: Option<u32>,
     /// Pages that loading filled, once it is done.
     loaded: Option<u64>,
@@ -91,19 +120,24 @@ struct Told {
 impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
-        let Parts { pages, channel, desk, gate, balloon, outside, placement, ram, cpus } = parts;
-        let reserve_target = if pages.is_some() { reserve_target(cpus) } else { 0 };
+        let Parts { pages, device, channel, desk, gate, balloon, outside, quiet, tid, ram, cpus } = parts;
+        let placement = if pages.is_some() { Placement::choose(cpus, tid.clone()) } else { Placement::free() };
         let told = Told::default();
         Self {
             pages,
+            device,
+            activation: None,
+            unsent: None,
             channel,
             desk,
             gate,
             balloon,
             outside,
             placement,
+            quiet,
+            tid,
             ram,
-            reserve_target,
+            cpus,
             pause_seq: None,
             loaded: None,
             stats_sent: None,
@@ -119,13 +153,16 @@ impl FaultThread {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let add =
             |fd: BorrowedFd<'_>, token| epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
-        if let Some(pages) = &self.pages {
-            add(std::os::fd::AsFd::as_fd(pages.uffd()), FAULTS)?;
-        }
+        let mut watched = false;
         add(self.channel.listener(), LISTENER)?;
         add(borrow(self.desk.bell.as_raw_fd()), BELL)?;
         add(borrow(self.gate.all_out_event().as_raw_fd()), ALL_OUT)?;
         loop {
+            if !watched && let Some(pages) = &self.pages {
+                add(pages.uffd().as_fd(), FAULTS)?;
+                rustix::thread::set_name(c"fault")?;
+                watched = true;
+            }
             let mut events =
                 [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
             // A report that the socket had no room for is offered again: nothing else may happen while all vCPUs are held.
@@ -162,7 +199,8 @@ impl FaultThread {
 
     /// Tells a controller that has just connected who this is and how far it has got.
     fn greet(&mut self) {
-        let hello = FromWorker::Hello { pid: std::process::id(), ram: self.ram, reserve_target: self.reserve_target };
+        let reserve_target = if self.pages.is_some() { reserve_target(self.cpus) } else { 0 };
+        let hello = FromWorker::Hello { pid: std::process::id(), ram: self.ram.slot_array(), reserve_target };
         let _ = self.channel.send(&hello);
         if let Some(plan) = self.loaded {
             let _ = self.channel.send(&FromWorker::Loaded { plan });
@@ -200,6 +238,12 @@ impl FaultThread {
         }
     }
 
+    /// True when nothing is left that must be said before anything else.
+    fn say_unsent(&mut self) -> bool {
+        self.unsent.take_if(|words| self.channel.send(words).is_ok());
+        self.unsent.is_none()
+    }
+
     fn report(&mut self, answers: Option<u32>, want: u64, want_now: u64) {
         let memory = self.pages.as_ref().map(Pages::report).unwrap_or_default();
         let mut report = Report {
@@ -212,7 +256,7 @@ impl FaultThread {
             ..memory
         };
         report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
-        let sent = self.channel.send(&FromWorker::Report(report)).is_ok();
+        let sent = self.say_unsent() && self.channel.send(&FromWorker::Report(report)).is_ok();
         if !sent
             && want > 0
             && let Some(pages) = &mut self.pages
@@ -250,6 +294,76 @@ impl FaultThread {
         {
             self.report(Some(seq), 0, 0);
         }
+        self.call_devices();
+    }
+
+    /// Accounting is to begin: stops everybody who writes to guest memory.
+    fn prepare_activation(&mut self, seq: u32, epoch: u32) {
+        let obstacle = match &self.device {
+            _ if self.pages.is_some() => Some("it has begun already".to_owned()),
+            Err(obstacle) => Some(obstacle.clone()),
+            Ok(_) => None,
+        };
+        if let Some(message) = obstacle {
+            self.not_activated(seq, message);
+            return;
+        }
+        // While the guest still runs: it takes a few milliseconds.
+        self.placement = Placement::choose(self.cpus, self.tid.clone());
+        self.gate.hold(gate::ACTIVATING);
+        self.activation = Some(Activation { seq, epoch, called: false });
+        self.call_devices();
+    }
+
+    fn not_activated(&mut self, seq: u32, mut message: String) {
+        message.truncate(message.floor_char_boundary(512));
+        self.unsent = Some(FromWorker::NotActivated { seq, message });
+        self.told.owed = true;
+    }
+
+    /// Asks the device thread to be quiet once every vCPU is out.
+    fn call_devices(&mut self) {
+        if let Some(activation) = &mut self.activation
+            && !activation.called
+            && self.gate.all_out()
+        {
+            activation.called = true;
+            let _ = self.quiet.write(1);
+        }
+    }
+
+    /// Nobody touches RAM now: accounting begins, or all is as before.
+    fn activate(&mut self) {
+        let Some(Activation { seq, epoch, .. }) = self.activation.take() else { return };
+        match self.adopt(epoch) {
+            Ok(pages) => {
+                let resident = pages.report().guest;
+                self.pages = Some(pages);
+                let reserve_target = reserve_target(self.cpus);
+                self.unsent = Some(FromWorker::Activated { seq, resident, reserve_target });
+                // With the report behind it the controller has the whole picture at once.
+                self.told.owed = true;
+            }
+            Err(message) => {
+                self.gate.release(gate::ACTIVATING);
+                self.not_activated(seq, message);
+            }
+        }
+    }
+
+    fn adopt(&self, epoch: u32) -> Result<Pages, String> {
+        let device = self.device.as_ref().map_err(Clone::clone)?;
+        let failed = |what| move |e: io::Error| format!("{what}: {e}");
+        // SAFETY: this thread reads the events from its next round on, until the process ends.
+        let uffd = unsafe { activation::register(&self.ram, device) };
+        let uffd = uffd.map_err(failed("guest memory cannot be registered with userfaultfd"))?;
+        // SAFETY: every vCPU is out of the guest and stays there, and the device thread waits for this one; nobody else
+        // writes to guest memory.
+        let resident = unsafe { activation::resident(&self.ram) };
+        let resident = resident.map_err(failed("guest memory cannot be counted"))?;
+        let mut pages = Pages::new(self.ram.clone(), uffd, self.gate.clone(), self.cpus, self.balloon.clone());
+        pages.adopt(epoch, &resident);
+        Ok(pages)
     }
 
     fn messages(&mut self) {
@@ -266,6 +380,8 @@ impl FaultThread {
             ToWorker::Grant { epoch, granted_total, stock_max, room, refused } => {
                 let Some(pages) = &mut self.pages else { return };
                 let room = (room != u64::MAX).then_some(Count(room));
+                // Only after accounting began: the reserve is here now, or the controller has refused it.
+                self.gate.release(gate::ACTIVATING);
                 match pages.on_grant(epoch, granted_total, stock_max, room, refused) {
                     Ok(Some((client, reply))) => self.reply(client, reply),
                     Ok(None) => {}
@@ -298,6 +414,7 @@ impl FaultThread {
                 self.gate.release(gate::PAUSED);
                 self.report(Some(seq), 0, 0);
             }
+            ToWorker::Activate { seq, epoch } => self.prepare_activation(seq, epoch),
             ToWorker::BalloonTarget { pages } => self.balloon.set_target(pages),
         }
     }
@@ -319,6 +436,10 @@ impl FaultThread {
                 // Without a controller yet, it hears of it when it connects.
                 self.loaded = Some(plan);
                 let _ = self.channel.send(&FromWorker::Loaded { plan });
+                Some(Reply::Done(Vec::new()))
+            }
+            (Request::Quiet, _) => {
+                self.activate();
                 Some(Reply::Done(Vec::new()))
             }
             (Request::Failed(message, smallest_max), _) => self.finish(FromWorker::Failed { message, smallest_max }),

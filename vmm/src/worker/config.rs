@@ -10,7 +10,7 @@ pub mod fd {
     pub const LISTEN: i32 = 4;
     /// `/dev/kvm`, opened read-write.
     pub const KVM: i32 = 5;
-    /// `/dev/userfaultfd`; present only with [`super::WorkerConfig::accounting`].
+    /// `/dev/userfaultfd`; present unless [`super::WorkerConfig::obstacle`] says why not.
     pub const UFFD_DEV: i32 = 6;
     /// The console: a stream socket; the worker writes what the guest prints and reads what the user types.
     pub const CONSOLE: i32 = 7;
@@ -33,8 +33,11 @@ pub struct WorkerConfig {
     pub cmdline: String,
     /// True when [`fd::INITRD`] is there.
     pub initrd: bool,
-    /// True when memory is charged: a limit is set or `track=on`. Otherwise there is no userfaultfd at all.
+    /// True when memory is charged from the start: a limit is set or `track=on`. Otherwise no userfaultfd is made
+    /// before the first limit.
     pub accounting: bool,
+    /// Why memory cannot be charged, not even later: one sentence for the user.
+    pub obstacle: Option<String>,
     /// The ports for freestanding payloads are offered.
     pub debug_port: bool,
     /// Seconds between two readings of guest statistics; 0 for never.

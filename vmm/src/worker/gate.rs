@@ -29,6 +29,8 @@ pub const NOT_STARTED: u32 = 1;
 pub const NO_MEMORY: u32 = 2;
 /// Held because somebody asked for a pause.
 pub const PAUSED: u32 = 4;
+/// Held while accounting begins, until the reserve is there.
+pub const ACTIVATING: u32 = 8;
 
 /// The gate that every vCPU passes before it enters the guest.
 #[derive(Debug)]

@@ -17,6 +17,9 @@
 //!      | ------------- Grant ----------------> |
 //!      | ------- Recall / Pause / ... -------> |   each with a `seq`
 //!      | <------- Report (answers seq) ------- |
+//!      | ------------ Activate --------------> |   the first limit of a VM that was started without one
+//!      | <----------- Activated -------------- |   RAM is registered, this much is in it
+//!      | ------------- Grant ----------------> |   what is in it, reserve and first stock
 //!      | <------------- Exited --------------- |   last words, then the process ends
 //! ```
 
@@ -80,6 +83,14 @@ pub enum ToWorker {
     Resume {
         /// Echoed in [`Report::answers`].
         seq: u32,
+    },
+    /// Begin to charge: register RAM and count what is in it. Answered by [`FromWorker::Activated`] or
+    /// [`FromWorker::NotActivated`].
+    Activate {
+        /// Echoed in the answer.
+        seq: u32,
+        /// Number of this controller's life, as in [`ToWorker::Grant`].
+        epoch: u32,
     },
     /// The balloon size that the guest is asked for, in pages.
     BalloonTarget {
@@ -196,6 +207,23 @@ pub enum FromWorker {
     },
     /// The state of its memory.
     Report(Report),
+    /// RAM is registered and charged from now on. The `resident` pages count as granted; totals go on from there. The
+    /// vCPUs wait for the next grant, which brings the reserve.
+    Activated {
+        /// Of the [`ToWorker::Activate`] that is answered.
+        seq: u32,
+        /// Pages of guest RAM that are present, or in the host's swap.
+        resident: u64,
+        /// As in [`FromWorker::Hello`].
+        reserve_target: u64,
+    },
+    /// Accounting cannot begin. The VM goes on as before.
+    NotActivated {
+        /// Of the [`ToWorker::Activate`] that is answered.
+        seq: u32,
+        /// One sentence for the user, at most 512 bytes.
+        message: String,
+    },
     /// The kernel is loaded; the vCPUs wait for `Start`. `plan` is the number of pages that loading filled.
     Loaded {
         /// Distinct pages written by the loader.

@@ -33,10 +33,9 @@ use crate::machine::{RamLayout, Vcpu, layout};
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::give::BalloonPages;
 use crate::memory::pages::{Pages, reserve_target};
-use crate::memory::place::{Placement, same_cpu_pays};
 use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
-use crate::memory::{GuestMem, Ram};
+use crate::memory::{GuestMem, Ram, activation};
 
 /// How long the console may take to accept the guest's last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -146,6 +145,7 @@ struct Built {
     layout: RamLayout,
     ram: Arc<Ram>,
     uffd: Option<Uffd>,
+    device: Result<File, String>,
     gate: Arc<Gate>,
     desk: Desk,
     client: Arc<Mutex<Client>>,
@@ -164,11 +164,14 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let config: WorkerConfig = serde_json::from_reader(File::from(handed(fd::CONFIG)))?;
     let layout = RamLayout::new(config.size_bytes)?;
     let ranges: Vec<(u64, u64)> = layout.ranges().map(|r| (r.gpa, r.bytes)).collect();
-    let ram = Arc::new(Ram::map(&ranges, config.accounting).map_err(os("guest memory cannot be mapped"))?);
-    let uffd = config.accounting.then(|| register(&ram)).transpose()?;
+    let ram = Arc::new(Ram::map(&ranges).map_err(os("guest memory cannot be mapped"))?);
+    let device = match &config.obstacle {
+        None => Ok(File::from(handed(fd::UFFD_DEV))),
+        Some(obstacle) => Err(format!("{obstacle}; then start the VM again")),
+    };
+    let uffd = config.accounting.then(|| register(&ram, &device)).transpose()?;
     let (clients, desk) = clients(1).map_err(os("no eventfd is left"))?;
     let client = clients.into_iter().map(|c| Arc::new(Mutex::new(c))).next().expect("one was asked for");
-    let charged = config.accounting.then(|| client.clone());
     let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
 
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));
@@ -177,7 +180,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let port = Arc::new(Mutex::new(SerialPort::new(console.clone(), clone_event(&serial_irq)?)));
     let pump = ConsolePump::new(console.clone(), port.clone(), handed(fd::CONSOLE));
     let pump = pump.map_err(os("the console cannot be used"))?;
-    let pages = BalloonPages::new(ram.clone(), charged.clone());
+    let pages = BalloonPages::new(ram.clone(), Some(client.clone()));
     let outside = pages.outside();
     let stats = u64::from(config.stats_interval_s);
     let balloon_config = BalloonConfig {
@@ -185,7 +188,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         deflate_on_oom: config.deflate_on_oom,
         stats_interval: (stats > 0).then(|| Duration::from_secs(stats)),
     };
-    let memory = GuestMem::new(ram.clone(), charged, false);
+    let memory = GuestMem::new(ram.clone(), Some(client.clone()), false);
     let interrupt = Box::new(clone_event(&balloon_irq)?);
     let (balloon_device, window, balloon) =
         BalloonDevice::new(balloon_config, memory, pages, interrupt).map_err(os("the balloon cannot be made"))?;
@@ -218,6 +221,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         layout,
         ram,
         uffd,
+        device,
         gate,
         desk,
         client,
@@ -234,33 +238,41 @@ fn clone_event(event: &EventFd) -> Result<EventFd, StartError> {
 }
 
 /// Registers all of RAM before anything is written to it.
-fn register(ram: &Ram) -> Result<Uffd, StartError> {
-    let uffd = Uffd::from_device(&File::from(handed(fd::UFFD_DEV))).map_err(os("userfaultfd cannot be used"))?;
-    for slot in ram.slots() {
-        // SAFETY: the slot is private anonymous memory of this process; the fault thread reads the events until the end.
-        unsafe { uffd.register(slot.hva, slot.bytes) }.map_err(os("guest memory cannot be registered"))?;
-    }
+fn register(ram: &Ram, device: &Result<File, String>) -> Result<Uffd, StartError> {
+    let device = device.as_ref().map_err(|obstacle| io::Error::other(obstacle.clone()));
+    // SAFETY: the fault thread reads the events until the end.
+    let uffd = device.and_then(|device| unsafe { activation::register(ram, device) });
+    let uffd = uffd.map_err(os("guest memory cannot be registered with userfaultfd"))?;
+    ram.begin_charging();
     Ok(uffd)
 }
 
 /// Starts the threads, loads the kernel, and serves the devices until the guest ends.
 fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartError> {
-    let Built { config, layout, ram, uffd, gate, desk, client, balloon, outside, vcpus, buses, console, .. } = vm;
+    let Built { config, layout, ram, uffd, device, gate, desk, client, balloon, outside, vcpus, buses, .. } = vm;
+    let console = vm.console;
     let (end_sender, ends) = sync_channel(1);
     let end_event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(os("no eventfd is left"))?);
     let end = EndSender { sender: end_sender, event: end_event.clone() };
 
     // The fault thread comes first: whatever fails from here on is said through it.
     let tid = Arc::new(AtomicI32::new(0));
-    let follow = config.accounting && config.cpus == 1 && same_cpu_pays();
-    let placement = if follow { Placement::with(tid.clone()) } else { Placement::free() };
     let pages = uffd.map(|uffd| Pages::new(ram.clone(), uffd, gate.clone(), config.cpus, balloon.clone()));
-    let name = if pages.is_some() { "fault" } else { "channel" };
-    let slots = ram.slot_array();
-    let parts =
-        Parts { pages, channel, desk, gate: gate.clone(), balloon, outside, placement, ram: slots, cpus: config.cpus };
-    let thread = FaultThread::new(parts);
-    let spawned = std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || {
+    let quiet = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"))?;
+    let thread = FaultThread::new(Parts {
+        pages,
+        device,
+        channel,
+        desk,
+        gate: gate.clone(),
+        balloon,
+        outside,
+        quiet: clone_event(&quiet)?,
+        tid: tid.clone(),
+        ram: ram.clone(),
+        cpus: config.cpus,
+    });
+    let spawned = std::thread::Builder::new().name("channel".into()).stack_size(256 << 10).spawn(move || {
         if let Err(e) = thread.run() {
             eprintln!("ballast: the fault thread cannot run: {e}");
         }
@@ -290,8 +302,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
             tid.store(its, Ordering::Release);
         }
     }
-    let charged = config.accounting.then(|| client.clone());
-    plan.load(&GuestMem::new(ram, charged, true)).map_err(|e| match e {
+    plan.load(&GuestMem::new(ram, Some(client.clone()), true)).map_err(|e| match e {
         BootError::Memory { source, .. } if balloon::is_would_block(&source) => {
             StartError::TooSmall(plan.pages() + reserve_target(config.cpus))
         }
@@ -303,6 +314,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     events.add_subscriber(console.clone());
     events.add_subscriber(vm.balloon_device);
     events.add_subscriber(Arc::new(Mutex::new(Bell(end_event))));
+    events.add_subscriber(Arc::new(Mutex::new(Quiet(quiet, client.clone()))));
     loop {
         events.run().map_err(event_loop)?;
         let Ok(end) = ends.try_recv() else { continue };
@@ -332,6 +344,20 @@ impl MutEventSubscriber for Bell {
 
     fn init(&mut self, ops: &mut EventOps) {
         ops.add(Events::new(&*self.0, EventSet::IN)).expect("a new descriptor can be watched");
+    }
+}
+
+/// Lets the fault thread have guest memory for itself: no device is being served while this waits.
+struct Quiet(EventFd, Arc<Mutex<Client>>);
+
+impl MutEventSubscriber for Quiet {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.0.read();
+        ask(&self.1, Request::Quiet);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        ops.add(Events::new(&self.0, EventSet::IN)).expect("a new descriptor can be watched");
     }
 }
 

@@ -343,7 +343,8 @@ impl BusDevice for Marks {
 fn bare(around: bool, work: &str) -> u64 {
     let layout = RamLayout::new(2080 * MIB).expect("a size");
     let ranges: Vec<(u64, u64)> = layout.ranges().map(|r| (r.gpa, r.bytes)).collect();
-    let ram = Arc::new(Ram::map(&ranges, true).expect("memory"));
+    let ram = Arc::new(Ram::map(&ranges).expect("memory"));
+    ram.keep_to_touches().expect("memory of small pages");
     let open = |path| std::fs::File::options().read(true).write(true).open(path).expect("the device");
     let vm = NewVm::new(open("/dev/kvm").into(), 1).expect("KVM");
     let maps: Vec<RamMapping> =

@@ -8,12 +8,12 @@ use super::*;
 
 /// A change of `max` by reclaim, with the usual patience.
 pub(super) fn change(max: Limit) -> MemoryChange {
-    MemoryChange { patch: LimitPatch::max(max), mode: Mode::Reclaim, wait: None }
+    MemoryChange { patch: LimitPatch::max(max), mode: Mode::Reclaim, track: None, wait: None }
 }
 
-type Answer = tokio::task::JoinHandle<Result<Changed, Refusal>>;
+pub(super) type Answer = tokio::task::JoinHandle<Result<Changed, Refusal>>;
 
-fn ask(worker: &FakeWorker, change: MemoryChange) -> Answer {
+pub(super) fn ask(worker: &FakeWorker, change: MemoryChange) -> Answer {
     let controller = worker.controller.clone();
     tokio::spawn(async move { controller.change("vm", change).await })
 }
@@ -229,14 +229,6 @@ async fn contradictory_limits_are_refused_wholly() {
     assert_eq!(refusal.code, Code::InvalidLimit);
     let view = worker.view().await;
     assert_eq!((view.memory.min_bytes, view.memory.max_bytes), (Some(0), Some(4096 * 4096)));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_first_limit_needs_accounting() {
-    let worker = FakeWorker::add(Setup { max: Limit::Max, accounting: false, ..Setup::default() }).await;
-    let refusal = worker.controller.change("vm", change(pages(4096))).await.expect_err("refused");
-    assert_eq!(refusal.code, Code::NotAccounted);
-    assert!(worker.controller.change("vm", change(Limit::Max)).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! The actor against a worker that the test plays, over the actor's own channels and in paused time: a deadline of
 //! ten seconds passes at once, and nothing but the actor's decisions is under test.
 
+mod activation;
 mod admission;
 mod grants;
 mod limits;
@@ -49,6 +50,7 @@ struct FakeWorker {
     inbox: mpsc::Receiver<ToWorker>,
     killed: Arc<AtomicBool>,
     end: oneshot::Receiver<VmEnd>,
+    accounting: bool,
     /// What it says in its next report.
     report: Report,
     /// The last grant: total, largest stock, room, refused.
@@ -96,8 +98,8 @@ impl FakeWorker {
         };
         let id = controller.create(spec).await?;
         let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;
-        let (report, grant) = (Report::default(), (0, 0, 0, false));
-        Ok(Self { controller: controller.clone(), id, inbox, killed, end, report, grant })
+        let (report, grant, accounting) = (Report::default(), (0, 0, 0, false), setup.accounting);
+        Ok(Self { controller: controller.clone(), id, inbox, killed, end, accounting, report, grant })
     }
 
     /// A VM with `max` pages that runs and has reported once.
@@ -114,12 +116,23 @@ impl FakeWorker {
         worker
     }
 
-    /// Says hello and takes the first grant: reserve first, the rest is stock.
+    /// Says hello and takes the first grant, if there is any accounting.
     async fn hello(&mut self) {
         let mut ram = [RamSlot::default(); 2];
         ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
+        if !self.accounting {
+            self.say(FromWorker::Hello { pid: 4711, ram, reserve_target: 0 }).await;
+            return;
+        }
         self.say(FromWorker::Hello { pid: 4711, ram, reserve_target: RESERVE }).await;
+        self.first_grant().await;
+    }
+
+    /// Takes the first grant after hello or activation: the reserve first, the rest is stock.
+    async fn first_grant(&mut self) {
+        let held = self.report.guest;
         let ToWorker::Grant { granted_total, .. } = self.next().await else { panic!("no grant") };
+        let granted_total = granted_total - held;
         self.report.reserve = granted_total.min(RESERVE);
         self.report.debt = RESERVE - self.report.reserve;
         self.report.stock = granted_total - self.report.reserve;

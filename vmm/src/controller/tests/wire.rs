@@ -134,6 +134,8 @@ async fn everything_wrong_is_refused_in_the_same_form() {
         ("PATCH", limit, r#"{"max_bytes":"1M"}"#.to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"max_bytes":1.5}"#.to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"max_bytes":18446744073709551616}"#.to_owned(), 400, "bad_request"),
+        ("PATCH", limit, r#"{"track":"on"}"#.to_owned(), 400, "bad_request"),
+        ("PATCH", limit, r#"{"track":false}"#.to_owned(), 409, "wrong_state"),
         ("PATCH", limit, r#"{"max_bytes":1}"#.to_owned(), 400, "invalid_limit"),
         ("PATCH", limit, r#"{"max_bytes":4194304,"min_bytes":8388608}"#.to_owned(), 400, "invalid_limit"),
         ("PATCH", limit, r#"{"max_bytes":null} x"#.to_owned(), 400, "bad_request"),
