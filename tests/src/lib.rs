@@ -8,9 +8,11 @@
 
 pub mod semantics;
 
+use std::ffi::{CStr, CString};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -93,6 +95,7 @@ pub struct Builder {
     kernel: PathBuf,
     arguments: Vec<String>,
     env: Vec<(String, String)>,
+    hidden: Option<CString>,
 }
 
 impl Builder {
@@ -129,6 +132,15 @@ impl Builder {
         self
     }
 
+    /// Puts `/dev/null` in the place of a file, for this VM alone. Needs to be root.
+    ///
+    /// # Panics
+    /// When the path has a NUL in it.
+    pub fn without(mut self, path: &str) -> Self {
+        self.hidden = Some(CString::new(path).expect("a path"));
+        self
+    }
+
     /// Starts it.
     ///
     /// # Panics
@@ -140,12 +152,28 @@ impl Builder {
         command.args(["run", "--name", &self.name, "--kernel"]).arg(&self.kernel);
         command.arg("--socket").arg(&socket).arg("--debug-port").args(&self.arguments).envs(self.env);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(path) = self.hidden {
+            // SAFETY: `hide` only makes system calls, with memory that it was given.
+            unsafe { command.pre_exec(move || hide(&path)) };
+        }
         let mut child = command.spawn().expect("ballast starts");
         let stdin = child.stdin.take();
         let console = lines(child.stdout.take().expect("piped"), std::env::var_os("BALLAST_TEST_ECHO").is_some());
         let errors = lines(child.stderr.take().expect("piped"), true);
         TestVm { name: self.name, child, stdin, console, errors, socket, _directory: directory }
     }
+}
+
+/// Puts `/dev/null` over a file in a mount namespace of the calling process's own.
+fn hide(path: &CStr) -> std::io::Result<()> {
+    let (none, recursive) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
+    // SAFETY: all strings are NUL-terminated; no data is passed.
+    let done = unsafe {
+        libc::unshare(libc::CLONE_NEWNS) == 0
+            && libc::mount(none, c"/".as_ptr(), none, recursive, none.cast()) == 0
+            && libc::mount(c"/dev/null".as_ptr(), path.as_ptr(), none, libc::MS_BIND, none.cast()) == 0
+    };
+    if done { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Lines of a stream, read by a thread of their own so that the writer never waits.
@@ -184,7 +212,7 @@ pub struct TestVm {
 impl TestVm {
     /// A VM called `name` that runs the payload.
     pub fn builder(name: &str) -> Builder {
-        Builder { name: name.to_owned(), kernel: payload(), arguments: Vec::new(), env: Vec::new() }
+        Builder { name: name.to_owned(), kernel: payload(), arguments: Vec::new(), env: Vec::new(), hidden: None }
     }
 
     /// Process id of `ballast run`.
@@ -390,17 +418,32 @@ fn dechunk(mut raw: &[u8]) -> Option<Vec<u8>> {
 /// When the VM's worker cannot be looked into (another user's, or gone).
 pub fn resident_pages(vm: &Value) -> u64 {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+    pages_with(vm, PRESENT_OR_SWAPPED)
+}
+
+/// Pages of a VM's RAM that have memory of their own: not those that were only read, which are all the kernel's one page
+/// of zeroes.
+///
+/// # Panics
+/// As [`resident_pages`].
+pub fn written_pages(vm: &Value) -> u64 {
+    const MAPPED_EXCLUSIVELY: u64 = 1 << 56;
+    pages_with(vm, MAPPED_EXCLUSIVELY)
+}
+
+/// Pages of RAM whose entry in the worker's pagemap has any of these bits.
+fn pages_with(vm: &Value, bits: u64) -> u64 {
     let pid = vm["pid"].as_u64().expect("the VM has a worker");
     let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).expect("pagemap of the worker");
-    let mut resident = 0;
+    let mut pages = 0;
     for slot in vm["ram"].as_array().expect("RAM slots") {
         let (hva, bytes) = (slot["hva"].as_u64().expect("hva"), slot["bytes"].as_u64().expect("bytes"));
         let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
         pagemap.read_exact_at(&mut entries, hva / PAGE * 8).expect("pagemap covers RAM");
         let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
-        resident += entries.chunks_exact(8).filter(|chunk| entry(chunk) & PRESENT_OR_SWAPPED != 0).count() as u64;
+        pages += entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64;
     }
-    resident
+    pages
 }
 
 /// A number out of nested JSON, by path.
