@@ -153,11 +153,6 @@ impl RamLayout {
         self.size
     }
 
-    /// Number of pages of RAM.
-    pub const fn pages(&self) -> usize {
-        (self.size / PAGE_SIZE) as usize
-    }
-
     /// The range that starts at 0.
     pub const fn low(&self) -> RamRange {
         RamRange { gpa: 0, bytes: if self.size < LOW_RAM_END { self.size } else { LOW_RAM_END } }
@@ -180,23 +175,6 @@ impl RamLayout {
     /// First address behind all RAM.
     pub fn end(&self) -> u64 {
         self.high().unwrap_or(self.low()).end()
-    }
-
-    /// Number of the page that holds the byte at `gpa`; `None` when that is no RAM.
-    pub fn page_of(&self, gpa: u64) -> Option<usize> {
-        let low = self.low();
-        if gpa < low.end() {
-            return Some((gpa / PAGE_SIZE) as usize);
-        }
-        let high = self.high()?;
-        let within = gpa >= high.gpa && gpa < high.end();
-        within.then(|| ((low.bytes + gpa - high.gpa) / PAGE_SIZE) as usize)
-    }
-
-    /// Address of the first byte of page `page`; `None` when there is no such page.
-    pub fn gpa_of(&self, page: usize) -> Option<u64> {
-        let offset = (page as u64).checked_mul(PAGE_SIZE).filter(|&o| o < self.size)?;
-        Some(if offset < LOW_RAM_END { offset } else { offset - LOW_RAM_END + HIGH_RAM_START })
     }
 
     /// True when all of the `bytes` from `gpa` are RAM of one range.
@@ -227,12 +205,9 @@ mod tests {
         let small = RamLayout::new(LOW_RAM_END).unwrap();
         assert_eq!(small.ranges().count(), 1);
         let large = RamLayout::new(LOW_RAM_END + PAGE_SIZE).unwrap();
-        let last = large.pages() - 1;
-        assert_eq!(large.gpa_of(last), Some(HIGH_RAM_START));
-        assert_eq!(large.page_of(HIGH_RAM_START + 4095), Some(last));
-        assert_eq!(large.page_of(LOW_RAM_END), None);
-        assert_eq!(large.page_of(HIGH_RAM_START + PAGE_SIZE), None);
-        assert_eq!(large.gpa_of(last + 1), None);
+        assert!(large.contains(HIGH_RAM_START, PAGE_SIZE) && large.contains(HIGH_RAM_START + 4095, 1));
+        assert!(!large.contains(LOW_RAM_END, 1));
+        assert!(!large.contains(HIGH_RAM_START + PAGE_SIZE, 1));
         assert!(!large.contains(LOW_RAM_END - 1, 2));
         assert!(!large.contains(u64::MAX, 2));
     }
@@ -250,12 +225,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pages_and_addresses_are_inverse(pages in 512u64..(MAX_RAM / PAGE_SIZE), at in any::<prop::sample::Index>()) {
+        fn ranges_hold_all_of_ram_and_nothing_twice(pages in 512u64..(MAX_RAM / PAGE_SIZE)) {
             let ram = RamLayout::new(pages * PAGE_SIZE).unwrap();
-            let page = at.index(pages as usize);
-            let gpa = ram.gpa_of(page).unwrap();
-            prop_assert_eq!(ram.page_of(gpa), Some(page));
-            prop_assert!(ram.contains(gpa, PAGE_SIZE));
+            let ranges: Vec<RamRange> = ram.ranges().collect();
+            prop_assert_eq!(ranges.iter().map(|range| range.bytes).sum::<u64>(), pages * PAGE_SIZE);
+            prop_assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].gpa));
+            prop_assert!(ranges.iter().all(|range| ram.contains(range.gpa, range.bytes)));
         }
     }
 }
