@@ -140,7 +140,7 @@ fn only_a_real_limit_needs_accounting() {
 }
 
 /// Numbers that do not fit 64 bits are refused before anything has changed.
-/// Semantics: 94.
+/// Semantics: B60.
 #[test]
 fn an_impossible_activation_changes_nothing() {
     let (mut tree, group, [a, b]) = unaccounted();
@@ -157,7 +157,7 @@ fn an_impossible_activation_changes_nothing() {
 }
 
 /// A VM that is not accounted has nothing charged to it, so it may become a group; an accounted one only while empty.
-/// Semantics: 73.
+/// Semantics: 9.
 #[test]
 fn a_charged_node_gets_no_members() {
     let (mut tree, _, [a, b]) = unaccounted();

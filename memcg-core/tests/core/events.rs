@@ -87,7 +87,7 @@ fn the_tree_records_max_and_high_where_they_are_met() {
 }
 
 /// Each counter's peak and failcnt are reset by themselves; a peak stays at least usage, and events count on.
-/// Semantics: 65, 66, B69.
+/// Semantics: 66, B69.
 #[test]
 fn peak_and_failcnt_are_reset_one_by_one() {
     let kinds = [Kind::Guest, Kind::Overhead(Overhead::Queue), Kind::Store, Kind::Swap];

@@ -109,7 +109,7 @@ fn two_first_touches_are_one_charge() {
 }
 
 /// A page that was never touched has no charge that its loss could give back: inflating it changes none.
-/// Semantics: 12, 21.
+/// Semantics: 21.
 #[test]
 fn giving_away_an_untouched_page_uncharges_nothing() {
     let mut table = FrameTable::new(BLOCK);

@@ -239,7 +239,7 @@ fn a_leak_is_seen() {
 }
 
 /// After the last step nothing touches a freed node: its id is refused even when its place is taken by another.
-/// Semantics: 92, B18, B68.
+/// Semantics: B18, B68.
 #[test]
 #[should_panic(expected = "the id is of a node of this tree")]
 fn the_id_of_a_freed_node_is_of_no_other() {
@@ -251,7 +251,7 @@ fn the_id_of_a_freed_node_is_of_no_other() {
 }
 
 /// What is charged to a VM that is gone is in use, not room; but it is known to come back, and how much, at each level.
-/// Semantics: 50, 90.
+/// Semantics: 90.
 #[test]
 fn what_is_returning_is_shown_and_is_not_room() {
     let mut f = family();

@@ -174,7 +174,7 @@ fn the_ceiling_stays_between_the_limits() {
 }
 
 /// Pinned memory: at the deadline the old limit is in force, wholly, and the answer says how far it got.
-/// Semantics: 118, 6, B83.
+/// Semantics: 118, B83.
 #[test]
 fn at_the_deadline_the_old_limit_stays() {
     let (mut tree, vm) = vm(100, limit(200));
@@ -260,7 +260,7 @@ fn a_later_request_supersedes() {
 }
 
 /// A request that is refused leaves the pending one alone; a pending one makes the seen generation stale.
-/// Semantics: 72, 6.
+/// Semantics: 72.
 #[test]
 fn a_refused_request_does_not_supersede() {
     let (mut tree, vm) = vm(100, limit(200));
@@ -276,7 +276,7 @@ fn a_refused_request_does_not_supersede() {
 }
 
 /// Everything in a request comes into force together, or nothing does.
-/// Semantics: 6, B2.
+/// Semantics: 118, B2.
 #[test]
 fn a_request_is_all_or_nothing() {
     let (mut tree, vm) = vm(100, limit(200));
@@ -391,7 +391,7 @@ fn what_cannot_fail_delays_the_change_and_is_no_overcharge_before() {
 proptest! {
     /// Any guest against one change: `max` reads the old value until it is committed, the ceiling never rises and
     /// bounds usage, and the change ends by its deadline in exactly one of its two ways, whatever the guest does.
-    /// Semantics (table): 42, 118, B34, B81, B83.
+    /// Semantics: 118, B81, B83.
     #[test]
     fn a_change_is_in_force_or_not(
         used in 0u64..300, old in 0u64..300, new in 0u64..300, slack in 0u64..40,

@@ -26,7 +26,7 @@ const NONE: LimitPatch = LimitPatch {
 };
 
 /// A refused change leaves every limit, and says which knob to turn.
-/// Semantics: 6, B2.
+/// Semantics: 8.
 #[test]
 fn limits_must_fit_each_other() {
     let (mut tree, vm) = vm();
@@ -76,7 +76,7 @@ fn writing_the_same_is_no_change() {
 }
 
 /// Compare-and-set: of two clients who have seen the same generation, one is refused.
-/// Semantics: 72, B2.
+/// Semantics: 72.
 #[test]
 fn a_stale_generation_is_refused() {
     let (mut tree, vm) = vm();
@@ -296,7 +296,7 @@ fn each_freed_page_serves_one_fault() {
 }
 
 /// Device code must not wait: it is told to come back, which is no failure and no reason to reclaim.
-/// Semantics: 46, B82, T28.
+/// Semantics: 62, B82, T28.
 #[test]
 fn device_code_is_told_to_come_back() {
     let (mut tree, vm) = vm();

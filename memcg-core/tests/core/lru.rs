@@ -207,7 +207,7 @@ fn two_scans_of_half_the_list_cover_it() {
 }
 
 /// A page that was used since the last scan gets a second chance, and one only.
-/// Semantics: 37, 39.
+/// Semantics: 37.
 #[test]
 fn a_referenced_page_gets_a_second_chance() {
     let mut table = touched(4);
@@ -298,7 +298,7 @@ fn a_vm_of_eight_pages_is_reclaimable() {
 
 /// A page whose move failed was not cold enough or is not movable now: others come first next time. Its age stays: a
 /// failed claim is no use of the page.
-/// Semantics: 39.
+/// Semantics: 38.
 #[test]
 fn a_page_comes_back_from_a_failed_claim_at_the_head() {
     let mut table = touched(3);
@@ -494,7 +494,7 @@ fn one_vm_s_scan_and_touch_leave_another_vm_alone() {
 
 /// Pages that are charged one after the other in one generation are one entry from the first to the last of their block:
 /// a guest that walks its memory writes no link for a page.
-/// Semantics: 104.
+/// Semantics: B87.
 #[test]
 fn a_walk_is_one_entry_for_each_block() {
     let mut table = FrameTable::new(3 * BLOCK);

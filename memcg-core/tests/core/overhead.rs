@@ -66,7 +66,7 @@ fn overhead_is_not_uncharged_as_another_type() {
 }
 
 /// The store is memory with a cap of its own, which is asked first.
-/// Semantics: 27, 57.
+/// Semantics: 14.
 #[test]
 fn the_store_is_memory_with_a_cap() {
     let mut tree = Tree::new(Limit::Max);

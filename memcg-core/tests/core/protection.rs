@@ -72,7 +72,7 @@ fn what_nobody_claims_is_spread_by_unprotected_usage() {
 
 /// Protection is from others' need. When a limit is met, its own subtree must give, whatever protects that from outside:
 /// else a VM at its `max` could be protected from itself for ever.
-/// Semantics: 41, 63.
+/// Semantics: T2.
 #[test]
 fn the_reclaim_root_has_no_protection_and_passes_none_on() {
     let mut tree = Tree::new(Limit::Max);

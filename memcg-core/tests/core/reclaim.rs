@@ -14,7 +14,7 @@ fn limit(n: u64) -> Limit {
 }
 
 /// There is always a `high`, or nothing would be reclaimed before the vCPUs that could help are held.
-/// Semantics: 115, T1, T26.
+/// Semantics: T1, T26.
 #[test]
 fn high_is_implied_by_max() {
     let table = [
@@ -35,7 +35,7 @@ fn high_is_implied_by_max() {
 }
 
 /// The balloon's size follows from the limits; nobody sets it.
-/// Semantics: 115, T26.
+/// Semantics: T1.
 #[test]
 fn the_balloon_holds_what_is_above_high() {
     assert_eq!(balloon_target(mib(1024), Limit::Max, Limit::Max), Pages::ZERO);
@@ -100,7 +100,7 @@ fn growth_through_high_wakes_reclaim_once_a_crossing() {
 
 proptest! {
     /// No limits, however odd, lead to a target that cannot be reached.
-    /// Semantics: 115.
+    /// Semantics: T1.
     #[test]
     fn targets_are_possible(size in 0u64..1 << 30, high in any::<Option<u32>>(), max in any::<Option<u32>>()) {
         let to_limit = |n: Option<u32>| Limit::from(n.map(|n| Pages(n.into())));

@@ -145,7 +145,7 @@ fn a_reservation_commits_or_goes_back() {
 
 /// A fault that cannot be charged in time is answered from the reserve, without waiting for anybody; what comes back
 /// repays it before it is used for anything else.
-/// Semantics: 46, 106.
+/// Semantics: 46.
 #[test]
 fn the_reserve_answers_one_page_at_a_time_and_is_repaid_first() {
     let mut stock = stocked(0);

@@ -84,7 +84,7 @@ fn shrink_first_then_grow() {
 }
 
 /// A raised `max` or `high` counts for nothing before it is in force: reclaim of that VM goes on as before.
-/// Semantics: 118, 115.
+/// Semantics: 118.
 #[test]
 fn what_is_to_grow_is_reclaimed_as_before_until_it_may() {
     let mut host = Host::new();
@@ -100,7 +100,7 @@ fn what_is_to_grow_is_reclaimed_as_before_until_it_may() {
 }
 
 /// One that cannot give keeps all the others as they were; the answer says of each how far it got.
-/// Semantics: 118, 6, B2.
+/// Semantics: 118, B2.
 #[test]
 fn at_the_deadline_nothing_has_changed_anywhere() {
     let mut host = Host::new();
@@ -117,7 +117,7 @@ fn at_the_deadline_nothing_has_changed_anywhere() {
 }
 
 /// Every patch is checked before anything moves, and the message names the node at fault.
-/// Semantics: 6, 71, B2.
+/// Semantics: 71, B2.
 #[test]
 fn one_impossible_patch_refuses_all_of_them() {
     let mut host = Host::new();
@@ -379,7 +379,7 @@ struct Asked {
 proptest! {
     /// Clients that know nothing of each other, against a model that only knows whole requests: the limits are at every
     /// moment those of the requests that were committed, in that order, and a ceiling is only where a request waits.
-    /// Semantics (table): 6, 71, 72, 118, B2, B83.
+    /// Semantics (table): 71, 72, 118, B2, B83.
     #[test]
     fn limits_are_those_of_whole_requests(ops in prop::collection::vec(op(), 0..60)) {
         let mut tree = Tree::new(Limit::Max);
