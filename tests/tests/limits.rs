@@ -43,7 +43,7 @@ fn a_guest_at_its_limit_is_held_and_goes_on_where_it_stopped_when_the_limit_is_r
     assert_eq!(vm.wait(10).code(), Some(7));
 }
 
-/// Semantics: 50, 51, B43.
+/// Semantics: 51.
 #[test]
 fn a_guest_held_past_its_deadline_is_paused_and_resumes_when_it_gets_room() {
     if skipped("oom-pause") {

@@ -292,6 +292,37 @@ fn a_reservation_commits_or_refunds() {
     f.tree.remove(f.vm).unwrap();
 }
 
+/// Who pays is said when a charge is prepared, before anything is used; refused, nothing is left of it at any level, in any
+/// counter, but one count where it was refused.
+/// Semantics: 106.
+#[test]
+fn who_pays_is_said_first_and_a_refusal_leaves_nothing() {
+    let kinds = [Kind::Guest, Kind::Overhead(Overhead::Queue), Kind::Store, Kind::Swap];
+    for (kind, counter) in kinds.into_iter().zip(Counter::ALL) {
+        let mut f = family();
+        let four = pages(4);
+        f.patch(
+            f.group,
+            LimitPatch { max: four, vmm_max: four, store_max: four, swap_max: four, ..LimitPatch::default() },
+        );
+        let _ = f.tree.reserve_as(f.vm, kind, Pages(4), Mode::Wait).unwrap().commit();
+        let all = |f: &Family| f.tree.ids().map(|id| f.tree.snapshot(id)).collect::<Vec<_>>();
+        let shown = |f: &Family, id| {
+            let node = f.tree.snapshot(id);
+            [node.memory, node.vmm, node.store, node.swap][counter as usize]
+        };
+        let used = |f: &Family, id| shown(f, id).usage.0;
+        assert_eq!([f.group, f.vm, f.sibling].map(|id| used(&f, id)), [4, 4, 0], "{kind:?}: the VM that was named");
+        let before = all(&f);
+        assert_eq!(f.tree.reserve_as(f.sibling, kind, Pages(1), Mode::Again).unwrap_err().level, f.group);
+        assert_eq!(all(&f), before, "{kind:?}");
+        let _ = f.tree.reserve_as(f.sibling, kind, Pages(1), Mode::Wait).unwrap_err();
+        let failures = |f: &Family, id| shown(f, id).failcnt;
+        assert_eq!([f.tree.root(), f.group, f.vm, f.sibling].map(|id| failures(&f, id)), [0, 1, 0, 0], "{kind:?}");
+        assert_eq!([f.group, f.vm, f.sibling].map(|id| used(&f, id)), [4, 4, 0], "{kind:?}");
+    }
+}
+
 /// A double uncharge takes from nobody else, and is counted as the bug that it is.
 /// Semantics: 4, B65.
 #[test]
@@ -372,7 +403,7 @@ fn stock_is_shared_out_among_members() {
 }
 
 /// Whatever happens between a charge and its use, each way out commits or refunds: an error, a part, even a panic.
-/// Semantics: 17, 86, B13, B14.
+/// Semantics: 17, 86, 87, B13.
 #[test]
 fn every_way_out_commits_or_refunds() {
     type Way = fn(&mut Tree, NodeId);

@@ -39,17 +39,6 @@ fn evicted_pages_come_back_exactly() {
     assert_eq!((charge.pages, usage(&tree, group), tree.check()), (Pages(1000), [1000, 0, 0], vec![]));
 }
 
-/// Until its content is in the store a page stays charged: what has not been written has freed nothing.
-/// Semantics: 27.
-#[test]
-fn a_page_stays_charged_until_it_is_written() {
-    let (mut tree, _, vm) = vm();
-    let writing = 400;
-    assert_eq!(usage(&tree, vm), [1000, 0, 0], "the writer is paused");
-    tree.evict(vm, Pages(writing), Pages(100)).unwrap();
-    assert_eq!(usage(&tree, vm), [700, 100, 400]);
-}
-
 /// A touched page is charged before its content is put back: at the limit the mode decides, and a refusal leaves it
 /// evicted.
 /// Semantics: 24, 62.

@@ -161,10 +161,11 @@ fn a_page_that_comes_back_has_a_new_record() {
     assert_eq!(table.check(), []);
 }
 
-/// Small pages are made a huge one: their records become part of it, nothing is charged anew, so nothing can be refused.
-/// Semantics: 28.
+/// Small pages are made a huge one, taken apart, and moved about: their records go along and nothing is charged anew, so
+/// nothing of it can be refused, however full the VM is.
+/// Semantics: 28, B19.
 #[test]
-fn collapsing_pages_to_a_huge_one_transfers_their_charge() {
+fn pages_that_change_places_take_their_charge_along() {
     let mut table = FrameTable::new(BLOCK);
     for i in 0..BLOCK {
         table.set(i, Active);
@@ -175,6 +176,14 @@ fn collapsing_pages_to_a_huge_one_transfers_their_charge() {
     table.split(7);
     assert_eq!((table.entries(List::Active), table.charged()), (BLOCK, BLOCK as u64));
     assert!((0..BLOCK).all(|i| table.huge(i)));
+    for i in 0..BLOCK {
+        for state in [Moving, if i % 2 == 0 { Idle } else { Active }] {
+            table.set(i, state);
+            assert_eq!(table.charged(), BLOCK as u64, "page {i} in {state:?}");
+        }
+    }
+    assert_eq!((table.entries(List::Active), table.entries(List::Idle)), (BLOCK / 2, BLOCK / 2));
+    assert_eq!(table.check(), []);
 }
 
 /// How much is given back is what the records say, whatever the caller thinks was allocated together: a part of a block,

@@ -171,7 +171,7 @@ fn bulk_population_reports_partial_progress() {
     assert_eq!((vm.stock.guest(), tree.usage(vm.id)), (Pages(1000), Pages(1004)));
 }
 
-/// What one VM holds ahead of need is recalled before another is said to be out of memory; the failure is counted once.
+/// What one VM holds ahead of need is room for another as soon as it is recalled; the failure is counted once.
 /// Semantics: 60, 117.
 #[test]
 fn a_neighbour_s_stock_is_room() {

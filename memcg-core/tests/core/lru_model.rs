@@ -379,7 +379,7 @@ proptest! {
     /// One view of a frame, whoever looks: lists are the deques, in order; listed and isolated pages are the charged ones;
     /// links are sound in both directions; blocks are uniform; flags, counts and ages are those of the pages one by one.
     /// Some tables begin just before generations wrap.
-    /// Semantics (table): 35, 36, 37, 38, 39, 40, 52, 104, 109, 112, B27, B31, B32, B86.
+    /// Semantics (table): 35, 36, 37, 38, 39, 52, 104, 109, 112, B27, B31, B32, B86.
     #[test]
     fn the_table_agrees_with_plain_vectors(
         len in prop_oneof![3 => 1usize..40, 2 => 500usize..530, 2 => 1020usize..1100, 1 => 1usize..3000],

@@ -11,7 +11,7 @@ fn limit(pages: u64) -> Option<Limit> {
 
 /// A bomb of vCPUs ends at `floor(K / size)`, before the thread exists; one that ends makes room for exactly one more,
 /// and a sibling does not notice.
-/// Semantics: 56, 98, 87.
+/// Semantics: 56, 98.
 #[test]
 fn a_bomb_of_vcpus_ends_at_its_own_limit() {
     let mut tree = Tree::new(Limit::Pages(Pages(10_000)));
@@ -33,7 +33,7 @@ fn a_bomb_of_vcpus_ends_at_its_own_limit() {
 }
 
 /// Each type of overhead is shown by itself and returned as what it was: one cannot be uncharged as another.
-/// Semantics: 76, 87, T13.
+/// Semantics: 76, T13.
 #[test]
 fn overhead_is_shown_by_type() {
     let mut tree = Tree::new(Limit::Max);

@@ -171,7 +171,7 @@ fn after_the_last_unmap_a_touch_is_the_first_again() {
 }
 
 /// What cannot be is found before anything is charged, and a refused charge leaves no trace but one failcnt.
-/// Semantics: 25, B21.
+/// Semantics: 25, B14, B21.
 #[test]
 fn bad_requests_and_refusals_change_nothing() {
     let mut h = mapped_by(&[A]);
@@ -252,7 +252,7 @@ fn unmapping_what_was_never_touched_is_counted() {
 
 /// Breaking the sharing of a snapshot costs the writer its own copies; the shared pages keep their payer, and if the
 /// payer writes, who still needs them pays.
-/// Semantics: 23.
+/// Semantics: 110.
 #[test]
 fn a_copy_on_write_is_the_writer_s() {
     let mut h = host();

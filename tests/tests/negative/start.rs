@@ -168,6 +168,7 @@ fn a_socket_of_a_killed_vm_is_replaced() {
     assert!(!first.socket().exists() && !directory.exists(), "now it is tidy");
 }
 
+/// Semantics: 9.
 #[test]
 fn sockets_that_cannot_be_made_are_refused_and_what_is_in_the_way_stays() {
     if skipped("bad-sockets") {

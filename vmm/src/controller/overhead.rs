@@ -43,6 +43,7 @@ pub fn of(size: Pages, cpus: u32, queues: u32) -> Vec<(Overhead, Pages)> {
 mod tests {
     use super::*;
 
+    /// Semantics: 11.
     #[test]
     fn overhead_grows_with_ram_and_vcpus() {
         let total = |size, cpus| of(Pages::from_mib(size), cpus, 3).into_iter().map(|(_, pages)| pages).sum::<Pages>();

@@ -71,7 +71,7 @@ fn the_nearest_kin_inherits() {
 }
 
 /// The heirs of a region are looked for among those who map this page: a clone that maps something else is none.
-/// Semantics: 127, T29, B112.
+/// Semantics: 127, T29.
 #[test]
 fn an_heir_maps_the_page() {
     let mut h = host();
@@ -168,7 +168,7 @@ fn a_dead_vm_inherits_nothing() {
 
 /// The hook hears of a change of the paying group, once for each pair, whatever the number of pages; a first touch and
 /// a hand-over within a group are none.
-/// Semantics: 122, 129, B107.
+/// Semantics: 129, B107.
 #[test]
 fn the_hook_is_called_once_for_each_change_of_group() {
     let mut h = mapped_by(&[A, B, C, D]);
@@ -234,7 +234,7 @@ fn a_vm_leaves_its_regions_before_its_node_goes() {
 
 /// Owners are VMs, not threads or processes: while the main thread is dead, being replaced, or its charges return, the
 /// VM's group pays, not the root.
-/// Semantics: 125, B106, B113.
+/// Semantics: 125, B106.
 #[test]
 fn charges_do_not_escape_while_a_vm_is_half_dead() {
     let mut h = mapped_by(&[A, B]);

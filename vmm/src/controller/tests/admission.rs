@@ -46,7 +46,7 @@ async fn a_spawn_bomb_ends_where_the_budget_does() {
 }
 
 /// Overhead above its own limit is refused whatever memory there is, and no node is left under the name.
-/// Semantics: 81, 114.
+/// Semantics: 9, 81, 114.
 #[tokio::test(start_paused = true)]
 async fn vmm_max_refuses_a_vm_before_it_exists() {
     let (controller, _) = Controller::start(Limit::Max);
@@ -61,6 +61,7 @@ async fn vmm_max_refuses_a_vm_before_it_exists() {
 }
 
 /// Overhead is a part of usage, is shown as such, takes room from the guest, and goes with the memory of the dead VM.
+/// Semantics: 14, 87, 90.
 #[tokio::test(start_paused = true)]
 async fn overhead_is_a_part_of_usage_until_the_memory_is_back() {
     let overhead = vec![(Overhead::Worker, Pages(100)), (Overhead::Vcpu, Pages(24))];

@@ -41,7 +41,7 @@ async fn without_accounting_nothing_is_charged() {
     assert_eq!(worker.try_next().await, None);
 }
 
-/// Semantics: 1, 3, 117, B39.
+/// Semantics: 1, 3.
 #[tokio::test(start_paused = true)]
 async fn usage_never_exceeds_max_and_a_refusal_counts_once() {
     let mut worker = FakeWorker::running(Setup::default()).await;
@@ -241,7 +241,7 @@ async fn the_policy_kills_when_it_says_so() {
     assert_eq!(controller.show("vm").await.expect("still known").memory.events.oom_kill, 1);
 }
 
-/// Semantics: 50, 51, T7, B43.
+/// Semantics: 51, T7.
 #[tokio::test(start_paused = true)]
 async fn a_raised_limit_lets_a_vm_that_the_policy_paused_go_on() {
     let mut worker = held(Setup::default()).await;
