@@ -194,7 +194,7 @@ impl Tree {
             && before != now
         {
             node.returning_own = Some(now);
-            self.walk(id, |node| node.returning = (node.returning + now).saturating_sub(before));
+            self.walk(id, |node| node.returning = node.returning.saturating_sub(before) + now);
         }
     }
 

@@ -285,6 +285,20 @@ fn what_is_returning_is_shown_and_is_not_room() {
     assert_eq!(f.tree.check(), []);
 }
 
+/// Numbers that no host has do not make the sum of what is returning wrong on the way.
+/// Semantics: 90.
+#[test]
+fn what_is_returning_is_right_up_to_64_bits() {
+    let mut f = family();
+    f.charge(f.vm, u64::MAX - 100);
+    f.tree.set_returning(f.vm).unwrap();
+    f.tree.uncharge(f.vm, Pages(5));
+    assert_eq!([f.tree.root(), f.group, f.vm].map(|id| f.tree.returning(id)), [Pages(u64::MAX - 105); 3]);
+    assert_eq!(f.tree.check(), []);
+    assert_eq!(f.tree.uncharge_all(f.vm), Pages(u64::MAX - 105));
+    assert_eq!((f.tree.returning(f.tree.root()), f.tree.reap()), (Pages::ZERO, vec![f.vm]));
+}
+
 /// Whatever is wrong with what a VM is made of, there is no VM, its name is free and its group can go.
 /// Semantics: 9, 13, B5, B63.
 #[test]
