@@ -158,8 +158,13 @@ impl Tree {
     /// [`Refused`] when not even `min` fits, counted by `mode`.
     pub fn charge_up_to(&mut self, id: NodeId, want: Pages, min: Pages, mode: Mode) -> Result<Charge, Refused> {
         let node = self.node(id);
-        let free = node.online || node.accounting == Accounting::Off;
-        let room = if free { self.margin(id).unwrap_or(want) } else { Pages::ZERO };
+        // Without a limit only the 64 bits of the root, which counts everything, are in the way.
+        let bits = Pages(u64::MAX).saturating_sub(self.usage(self.root));
+        let room = match (node.accounting, node.online) {
+            (Accounting::Off, _) => want,
+            (Accounting::On, true) => self.margin(id).map_or(bits, |margin| margin.min(bits)),
+            (Accounting::On, false) => Pages::ZERO,
+        };
         let pages = want.min(room).max(min);
         if pages.is_zero()
             && !want.is_zero()

@@ -164,6 +164,18 @@ fn a_waiting_charge_fails_once() {
     let _ = f.tree.try_charge(f.vm, Pages(1), Mode::Again).unwrap();
 }
 
+/// Where no limit is in the way of a batch, only 64 bits are: it shrinks to those, and is not refused.
+/// Semantics: 61.
+#[test]
+fn a_batch_without_a_limit_shrinks_to_what_can_be_counted() {
+    let mut f = family();
+    let _ = f.tree.try_charge(f.uncle, Pages(10), Mode::Wait).unwrap();
+    let mut up_to = |want| f.tree.charge_up_to(f.vm, Pages(want), Pages::ZERO, Mode::NoRetry).map(|c| c.pages.0);
+    assert_eq!(up_to(u64::MAX), Ok(u64::MAX - 10));
+    assert_eq!(up_to(1), Ok(0));
+    assert_eq!(f.tree.usage(f.tree.root()), Pages(u64::MAX));
+}
+
 /// What is wanted ahead shrinks to what fits; what a fault waits for does not.
 /// Semantics: 61, 116, B50.
 #[test]
