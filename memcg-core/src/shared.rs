@@ -26,8 +26,8 @@
 //! **Heirs.** When an owner unmaps a page that others still map, its charge goes to the first of them that can take it:
 //! clones of the leaver, then its siblings (same template, or clones of the same VM), then any other, each in the order
 //! in which they mapped the region. The leaver is uncharged first, so a hand-over inside a group needs no room there.
-//! Each candidate takes the lowest pages that it maps and has room for ([`Mode::NoRetry`]); a VM that is offline or
-//! removed takes none. What is left is the root's, and stays there until the last unmap.
+//! Each candidate takes the lowest pages that it maps and has room for ([`Mode::NoRetry`]); a VM that is offline,
+//! removed or a group by now takes none. What is left is the root's, and stays there until the last unmap.
 //!
 //! **Holds** are temporary mappings: of a snapshotter, of a debugger. They keep what is resident, and never own nor
 //! inherit. A page that only holds keep is the root's, and becomes that VM's who touches it next.
@@ -277,8 +277,7 @@ impl Regions {
     /// [`SharedError::TooManyMappers`].
     pub fn map(&mut self, tree: &Tree, id: RegionId, vm: NodeId, origin: Origin) -> Result<(), SharedError> {
         let region = self.regions.get_mut(&id).ok_or(SharedError::UnknownRegion(id))?;
-        let is_vm = is_online(tree, vm) && vm != tree.root() && tree.children(vm).is_empty();
-        if !is_vm {
+        if !is_vm(tree, vm) {
             return Err(SharedError::NotAVm(path(tree, vm)));
         }
         if region.slot(vm).is_some() {
@@ -296,7 +295,8 @@ impl Regions {
     ///
     /// # Errors
     /// [`SharedError::UnknownRegion`], [`SharedError::NotMapped`], [`SharedError::OutOfRange`],
-    /// [`SharedError::NotAVm`] for a VM that is being removed, and [`SharedError::Refused`].
+    /// [`SharedError::NotAVm`] for what is being removed or has got members since it was mapped, and
+    /// [`SharedError::Refused`].
     pub fn touch(
         &mut self,
         tree: &mut Tree,
@@ -307,7 +307,7 @@ impl Regions {
     ) -> Result<Touch, SharedError> {
         let (region, slot) = self.mapped(tree, id, vm)?;
         in_range(id, region, &(page..page.saturating_add(1)))?;
-        if !is_online(tree, vm) {
+        if !is_vm(tree, vm) {
             return Err(SharedError::NotAVm(path(tree, vm)));
         }
         Ok(region.touch(tree, slot, page, mode)?)
@@ -418,9 +418,9 @@ impl Regions {
     }
 }
 
-/// Whether `vm` is there and not being removed.
-fn is_online(tree: &Tree, vm: NodeId) -> bool {
-    tree.contains(vm) && tree.snapshot(vm).online
+/// Whether `vm` can own pages: a leaf, not the root, that is there and not being removed.
+fn is_vm(tree: &Tree, vm: NodeId) -> bool {
+    tree.contains(vm) && vm != tree.root() && tree.children(vm).is_empty() && tree.snapshot(vm).online
 }
 
 /// For errors: the caller may have removed the VM before it asked.

@@ -365,7 +365,7 @@ impl Region {
         let Some(Mapper { vm, maps, owned, .. }) = &mut self.mappers[usize::from(heir)] else {
             return 0;
         };
-        if left == 0 || !super::is_online(tree, *vm) {
+        if left == 0 || !super::is_vm(tree, *vm) {
             return 0;
         }
         let is_orphan = |page: &usize| self.records[*page].owner == slot;

@@ -237,6 +237,28 @@ fn only_a_vm_that_is_there_can_map_a_region_that_is_there() {
     );
 }
 
+/// A VM that is not accounted can be given members: then it is a group, and a group owns and inherits nothing.
+/// Semantics: 121, 127.
+#[test]
+fn who_has_got_members_owns_nothing_new() {
+    let mut h = host();
+    let root = h.tree.root();
+    let [off, other] = ["off", "other"].map(|name| h.tree.add(root, name).unwrap());
+    for vm in [other, off] {
+        h.regions.map(&h.tree, h.region, vm, Origin::default()).unwrap();
+        h.regions.touch(&mut h.tree, h.region, vm, 0, Mode::Wait).unwrap();
+    }
+    h.tree.add(off, "member").unwrap();
+    let touched = h.regions.touch(&mut h.tree, h.region, off, 1, Mode::Wait);
+    assert_eq!(touched, Err(SharedError::NotAVm("/off".to_owned())));
+    h.tree.activate(off, |_| Pages::ZERO).unwrap();
+    let released = h.regions.unmap(&mut h.tree, h.region, other, None).unwrap();
+    assert_eq!((released.handed_over, released.to_root), (Pages(0), Pages(1)));
+    assert_eq!(h.tree.snapshot(off).memory.own, Pages(0));
+    assert_eq!(h.regions.unmap(&mut h.tree, h.region, off, None).unwrap().freed, Pages(1));
+    assert_eq!(h.tree.check(), []);
+}
+
 /// Giving back is always welcome: what was never touched is counted and costs nothing.
 /// Semantics: 21.
 #[test]
