@@ -11,9 +11,9 @@ use ballast::devices::bus::Buses;
 use ballast::devices::debug_port::{self, DebugPort};
 use ballast::devices::serial::{self, Console, ConsolePump, SerialPort};
 use ballast::machine::boot::{BootPlan, BootRequest};
-use ballast::machine::kvm::{NewVm, RamMapping};
+use ballast::machine::kvm::NewVm;
 use ballast::machine::{RamLayout, Step, Vcpu, layout};
-use ballast::worker::protocol::ExitReason;
+use ballast::worker::protocol::{ExitReason, RamSlot};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -109,7 +109,7 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let memory: &'static GuestMemoryMmap = Box::leak(Box::new(memory));
     let map = |r: layout::RamRange| {
         let hva = memory.get_host_address(GuestAddress(r.gpa)).unwrap() as u64;
-        RamMapping { gpa: r.gpa, hva, bytes: r.bytes }
+        RamSlot { gpa: r.gpa, hva, bytes: r.bytes }
     };
     let mappings: Vec<_> = ram.ranges().map(map).collect();
     let vm = NewVm::new(kvm, cpus).unwrap();

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::cpuid::{self, CpuidError};
 use super::layout::{KVM_IDENTITY_MAP, KVM_TSS, MAX_CPUS, PAGE_SIZE, RamLayout};
 use super::vcpu::{Vcpu, VcpuError};
+use crate::worker::protocol::RamSlot;
 
 /// What KVM on this host must be able to do, with the reason that a user is told.
 const NEEDED: [(Cap, &str); 10] = [
@@ -66,17 +67,6 @@ pub enum VmError {
     /// A vCPU could not be made.
     #[error("vCPU {0} could not be made")]
     Vcpu(u32, #[source] VcpuError),
-}
-
-/// Where one range of guest RAM is mapped in this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RamMapping {
-    /// First guest-physical address in bytes.
-    pub gpa: u64,
-    /// First address in this process in bytes, a multiple of the page size.
-    pub hva: u64,
-    /// Length in bytes.
-    pub bytes: u64,
 }
 
 /// A VM that has no memory yet.
@@ -132,7 +122,7 @@ impl NewVm {
     ///
     /// # Errors
     /// When the mappings are not the ranges of `layout` in order, or KVM refuses one.
-    pub unsafe fn set_ram(self, layout: &RamLayout, mappings: &[RamMapping]) -> Result<Vm, VmError> {
+    pub unsafe fn set_ram(self, layout: &RamLayout, mappings: &[RamSlot]) -> Result<Vm, VmError> {
         let matches = layout.ranges().count() == mappings.len()
             && layout.ranges().zip(mappings).all(|(range, map)| {
                 range.gpa == map.gpa && range.bytes == map.bytes && map.hva.is_multiple_of(PAGE_SIZE)

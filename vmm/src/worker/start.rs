@@ -28,7 +28,7 @@ use crate::devices::debug_port::{self, DebugPort};
 use crate::devices::power::{self, AcpiPower, I8042Reset};
 use crate::devices::serial::{self, Console, ConsolePump, SerialPort};
 use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
-use crate::machine::kvm::{NewVm, RamMapping};
+use crate::machine::kvm::NewVm;
 use crate::machine::{RamLayout, Vcpu, layout};
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::give::BalloonPages;
@@ -206,10 +206,8 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     buses.mmio.insert(window_at, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(window)))?;
 
     let vm = NewVm::new(handed(fd::KVM), config.cpus)?;
-    let maps: Vec<RamMapping> =
-        ram.slots().iter().map(|s| RamMapping { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
     // SAFETY: the mappings are guest RAM and nothing else, and stay until the process ends.
-    let mut vm = unsafe { vm.set_ram(&layout, &maps) }?;
+    let mut vm = unsafe { vm.set_ram(&layout, ram.slots()) }?;
     vm.add_irqfd(&serial_irq, layout::COM1_GSI)?;
     vm.add_irqfd(&balloon_irq, layout::virtio_gsi(0))?;
     for (queue, doorbell) in (0..).zip(balloon_device.doorbells()) {

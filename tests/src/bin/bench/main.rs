@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use ballast::devices::bus::{BusDevice, Buses, Effect};
 use ballast::machine::boot::{BootPlan, BootRequest};
-use ballast::machine::kvm::{NewVm, RamMapping};
+use ballast::machine::kvm::NewVm;
 use ballast::machine::{RamLayout, Step, layout};
 use ballast::memory::around::Around;
 use ballast::memory::uffd::{Fill, Uffd};
@@ -347,10 +347,8 @@ fn bare(around: bool, work: &str) -> u64 {
     ram.keep_to_touches().expect("memory of small pages");
     let open = |path| std::fs::File::options().read(true).write(true).open(path).expect("the device");
     let vm = NewVm::new(open("/dev/kvm").into(), 1).expect("KVM");
-    let maps: Vec<RamMapping> =
-        ram.slots().iter().map(|s| RamMapping { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
     // SAFETY: the mapping is guest RAM and stays until the process ends.
-    let vm = unsafe { vm.set_ram(&layout, &maps) }.expect("slots");
+    let vm = unsafe { vm.set_ram(&layout, ram.slots()) }.expect("slots");
     let kernel = std::fs::File::open(payload()).expect("the payload");
     let cmdline = format!("mark 1; {work}; mark 2; exit 0");
     let request =
