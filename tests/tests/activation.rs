@@ -195,7 +195,7 @@ fn without_userfaultfd_a_first_limit_is_refused_with_what_to_do_and_the_vm_is_un
 }
 
 /// Two vCPUs fault as fast as they can while accounting begins: no page is missed, counted twice or lost.
-/// Semantics: 94, B59, B60.
+/// Semantics: 94, B60.
 #[test]
 fn activation_under_a_storm_of_two_vcpus_is_exact_and_loses_nothing() {
     if skipped("first-limit-storm") {
@@ -267,7 +267,7 @@ fn a_paused_vm_is_activated_and_resumes() {
 }
 
 /// Requests of all kinds at the moment of activation: everybody is answered, and at the end everything is true.
-/// Semantics: 72, 94, B61.
+/// Semantics: 72, 94.
 #[test]
 fn clients_that_ask_at_the_same_moment_are_all_answered() {
     if skipped("first-limit-crowd") {
