@@ -111,6 +111,12 @@ fn the_level_that_refused_is_named() {
     assert!(!f.tree.is_within(f.uncle, refused.level), "but not from the uncle");
     let failcnt = |id| f.tree.snapshot(id).memory.failcnt;
     assert_eq!([f.tree.root(), f.group, f.vm].map(failcnt), [0, 1, 0]);
+    // Where several levels are full, it is the lowest: what is freed further up would not help.
+    f.max(f.tree.root(), 8);
+    for (level, vm_max) in [(f.group, 3), (f.vm, 2)] {
+        f.max(f.vm, vm_max);
+        assert_eq!(f.tree.try_charge(f.vm, Pages(3), Mode::Wait).unwrap_err().level, level);
+    }
 }
 
 /// A peak says what was used, not what was asked for.

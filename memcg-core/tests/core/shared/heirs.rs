@@ -214,22 +214,29 @@ fn a_hook_only_listens() {
     assert_eq!(run(false).1, Released { freed: Pages(5), handed_over: Pages(4), to_root: Pages(0) });
 }
 
-/// A VM that ends keeps its charges until it leaves its regions, then its node can go; it is never its own heir.
+/// A VM that ends keeps its charges until it leaves its regions, then its node can go; it is never its own heir, not even
+/// while it is online and its pages are held.
 /// Semantics: 131, B111.
 #[test]
 fn a_vm_leaves_its_regions_before_its_node_goes() {
-    let mut h = mapped_by(&[A, B]);
-    let a = h.vms[A];
-    h.touch(A, 0..3);
-    h.touch(B, 0..1);
-    h.tree.set_offline(a).unwrap();
-    assert!(h.tree.remove(a).is_err(), "its shared pages are still charged");
-    let released = h.regions.leave(&mut h.tree, a, None);
-    assert_eq!(released, Released { freed: Pages(2), handed_over: Pages(1), to_root: Pages(0) });
-    h.tree.remove(a).unwrap();
-    assert_eq!((h.owner(0), h.tree.usage(h.left)), (h.is(B), Pages(1)));
-    let alone = h.regions.leave(&mut h.tree, h.vms[B], None);
-    assert_eq!(alone, Released { freed: Pages(1), ..Released::default() }, "it does not find itself");
+    for offline in [true, false] {
+        let mut h = mapped_by(&[A, B]);
+        let a = h.vms[A];
+        h.touch(A, 0..3);
+        h.touch(B, 0..1);
+        let hold = h.regions.hold(h.region).unwrap();
+        if offline {
+            h.tree.set_offline(a).unwrap();
+        }
+        assert!(h.tree.remove(a).is_err(), "its shared pages are still charged");
+        let released = h.regions.leave(&mut h.tree, a, None);
+        assert_eq!(released, Released { freed: Pages(0), handed_over: Pages(1), to_root: Pages(2) });
+        h.tree.remove(a).unwrap();
+        assert_eq!((h.owner(0), h.owner(1), h.tree.usage(h.left)), (h.is(B), Some(Owner::Root), Pages(1)));
+        assert_eq!(h.unhold(hold).freed, Pages(2));
+        let alone = h.regions.leave(&mut h.tree, h.vms[B], None);
+        assert_eq!(alone, Released { freed: Pages(1), ..Released::default() }, "it does not find itself");
+    }
 }
 
 /// Owners are VMs, not threads or processes: while the main thread is dead, being replaced, or its charges return, the
