@@ -217,7 +217,7 @@ impl LimitChange {
         if mode == Mode::Reclaim && nodes.iter().any(|part| !part.reached) {
             let parts = nodes.iter().zip(&patches);
             let waits = parts.map(|(part, (node, patch))| Waits { node: *node, patch: *patch, ceiling: part.ceiling });
-            let ticket = tree.begin_pending(waits);
+            let ticket = tree.begin_pending(&waits.collect::<Vec<_>>());
             let mut change = LimitChange { ticket, nodes, deadline, state: State::Pending };
             change.look(tree);
             return Ok(change);
@@ -258,7 +258,7 @@ impl LimitChange {
 
     fn end(&mut self, tree: &mut Tree, state: State) {
         let reached: Vec<_> = self.nodes.iter().map(|part| tree.pending_fits(part.node)).collect();
-        tree.end_pending(self.ticket, state == State::Committed);
+        self.end_pending(tree, state == State::Committed);
         self.state = state;
         self.look(tree);
         self.settle();
@@ -278,6 +278,13 @@ impl LimitChange {
     fn look(&mut self, tree: &Tree) {
         for part in &mut self.nodes {
             part.look(tree);
+        }
+    }
+
+    /// Ends the tree's waiting for this change, which is current.
+    fn end_pending(&self, tree: &mut Tree, commit: bool) {
+        if let Some(first) = self.nodes.first() {
+            tree.end_pending(first.node, commit);
         }
     }
 
@@ -308,7 +315,7 @@ impl LimitChange {
     /// Gives up before the deadline: the old limits stay, the ceilings go. No effect on a change that has ended.
     pub fn cancel(self, tree: &mut Tree) {
         if self.state == State::Pending && self.is_current(tree) {
-            tree.end_pending(self.ticket, false);
+            self.end_pending(tree, false);
         }
     }
 

@@ -239,10 +239,8 @@ impl Tree {
 
     /// Frees a node without children and charges.
     fn free(&mut self, id: NodeId, parent: NodeId) {
-        if let Some(ticket) = self.node(id).pending.as_ref().map(|pending| pending.ticket) {
-            // What was asked for can no longer be in force wholly.
-            self.end_pending(ticket, false);
-        }
+        // What was asked for can no longer be in force wholly.
+        self.end_pending(id, false);
         self.accounted -= usize::from(self.accounting(id) == Accounting::On);
         self.detach(id, parent);
         let slot = &mut self.slots[id.index as usize];

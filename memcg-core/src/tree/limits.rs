@@ -5,6 +5,7 @@
 //! or is dropped, at all nodes of that request in one step; [`crate::limit_change`] decides when.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::{Accounting, Counter, Event, NodeId, Tree};
 use crate::reclaim;
@@ -210,6 +211,8 @@ fn list(above: &[Above]) -> String {
 pub(super) struct Pending {
     /// The request; the same at all its nodes.
     pub ticket: u64,
+    /// All nodes of the request, so that nobody looks for them in the whole tree.
+    pub nodes: Arc<[NodeId]>,
     /// What is to be set.
     pub patch: LimitPatch,
 }
@@ -237,8 +240,8 @@ impl Tree {
     /// [`Self::set_limits`] of many nodes: all of it, or an error and nothing.
     pub(crate) fn set_all_limits(&mut self, patches: &[(NodeId, LimitPatch)]) -> Result<(), SetLimitError> {
         self.check_patches(patches)?;
-        for ticket in self.overruled(patches) {
-            self.end_pending(ticket, false);
+        for (id, _) in patches.iter().filter(|(_, patch)| patch.max.is_some()) {
+            self.end_pending(*id, false);
         }
         for (id, patch) in patches {
             let node = self.node_mut(*id);
@@ -332,16 +335,15 @@ impl Tree {
 
     /// Records a request that waits. It takes the place of every request that waits at one of its nodes. The patches
     /// have been checked. Returns its ticket.
-    pub(crate) fn begin_pending(&mut self, request: impl Iterator<Item = Waits>) -> u64 {
+    pub(crate) fn begin_pending(&mut self, request: &[Waits]) -> u64 {
+        let nodes: Arc<[NodeId]> = request.iter().map(|waits| waits.node).collect();
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         for Waits { node: id, patch, ceiling } in request {
-            if let Some(earlier) = self.node(id).pending.as_ref().map(|pending| pending.ticket) {
-                self.end_pending(earlier, false);
-            }
-            let node = self.node_mut(id);
-            node.pending = Some(Pending { ticket, patch });
-            node.set_ceiling(ceiling);
+            self.end_pending(*id, false);
+            let node = self.node_mut(*id);
+            node.pending = Some(Pending { ticket, nodes: Arc::clone(&nodes), patch: *patch });
+            node.set_ceiling(*ceiling);
             node.generation += 1;
         }
         ticket
@@ -366,10 +368,16 @@ impl Tree {
         node.pending.as_ref().is_some_and(fits)
     }
 
-    /// Ends the request with this ticket at all its nodes in one step: puts it in force, or drops it.
-    pub(crate) fn end_pending(&mut self, ticket: u64, commit: bool) {
-        let waiting: Vec<NodeId> = self.ids().filter(|id| self.is_pending(*id, ticket)).collect();
-        for id in waiting {
+    /// Ends the request that waits at `id`, if one does, at all its nodes in one step: puts it in force, or drops it.
+    pub(crate) fn end_pending(&mut self, id: NodeId, commit: bool) {
+        let Some(Pending { ticket, nodes, .. }) = self.node(id).pending.clone() else {
+            return;
+        };
+        for &id in nodes.iter() {
+            // A request that is about to wait has taken the place of this one at some nodes already.
+            if !self.is_pending(id, ticket) {
+                continue;
+            }
             let node = self.node_mut(id);
             node.set_ceiling(None);
             let pending = node.pending.take().filter(|_| commit);
