@@ -53,15 +53,15 @@ pub enum RemoveError {
     /// The root stays.
     #[error("the root cannot be removed")]
     Root,
-    /// It has children.
+    /// It has children that are online.
     #[error("{name:?} has members ({children}): remove or move them first")]
     HasChildren {
         /// Name of the node.
         name: String,
-        /// Number of its children.
+        /// How many of its children are online.
         children: usize,
     },
-    /// Something is still charged to it.
+    /// Something is still charged to it, or it has members that are being removed and not yet reaped.
     #[error("{name:?} still has {usage} charged: taken offline, it goes when they are back")]
     Charged {
         /// Name of the node.
@@ -139,10 +139,12 @@ impl Tree {
         let Some(parent) = node.parent else {
             return Err(RemoveError::Root);
         };
-        if !node.children.is_empty() {
-            return Err(RemoveError::HasChildren { name: node.name.clone(), children: node.children.len() });
+        let children = self.online_children(id);
+        if children > 0 {
+            return Err(RemoveError::HasChildren { name: node.name.clone(), children });
         }
-        if !node.counters.is_free() {
+        // Members that are being removed can neither be removed nor moved: it waits for them.
+        if !node.children.is_empty() || !node.counters.is_free() {
             let usage = node.counters.get(Counter::Memory).usage + node.counters.get(Counter::Swap).usage;
             return Err(RemoveError::Charged { name: node.name.clone(), usage });
         }
@@ -161,12 +163,16 @@ impl Tree {
         if node.parent.is_none() {
             return Err(RemoveError::Root);
         }
-        let children = node.children.iter().filter(|child| self.node(**child).online).count();
+        let children = self.online_children(id);
         if children > 0 {
             return Err(RemoveError::HasChildren { name: node.name.clone(), children });
         }
         self.node_mut(id).online = false;
         Ok(())
+    }
+
+    fn online_children(&self, id: NodeId) -> usize {
+        self.node(id).children.iter().filter(|child| self.node(**child).online).count()
     }
 
     /// Takes a VM offline that is gone, and calls what is charged to it *returning* from now on: the host will have it

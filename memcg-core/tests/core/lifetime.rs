@@ -95,7 +95,7 @@ fn a_group_does_not_go_before_its_vms() {
     f.tree.set_offline(f.group).unwrap();
     assert_eq!(f.tree.add(f.group, "late"), Err(AddError::ParentOffline("group".to_owned())));
     assert!(f.tree.move_node(f.uncle, f.group).is_err());
-    assert!(matches!(f.tree.remove(f.group), Err(RemoveError::HasChildren { children: 1, .. })));
+    assert!(matches!(f.tree.remove(f.group), Err(RemoveError::Charged { usage: Pages(1), .. })), "the zombie's");
     assert_eq!(f.tree.check(), []);
 }
 
@@ -282,6 +282,24 @@ fn what_is_returning_is_shown_and_is_not_room() {
     assert_eq!((returning(&f), f.tree.returning(other)), ([45, 45, 45, 0], Pages::ZERO));
     f.tree.uncharge_all(f.vm);
     assert_eq!((returning(&f), f.tree.reap()), ([0; 4], vec![f.vm]));
+    assert_eq!(f.tree.check(), []);
+}
+
+/// A group that only waits for members that are going is told to go offline, not to remove what cannot be removed.
+/// Semantics: 13, 79.
+#[test]
+fn a_group_of_zombies_is_told_to_wait_for_them() {
+    let mut f = family();
+    f.charge(f.vm, 3);
+    f.tree.set_offline(f.vm).unwrap();
+    assert!(matches!(f.tree.remove(f.group), Err(RemoveError::HasChildren { children: 1, .. })), "the sibling");
+    f.tree.remove(f.sibling).unwrap();
+    let waits = |usage| RemoveError::Charged { name: "group".to_owned(), usage: Pages(usage) };
+    assert_eq!(f.tree.remove(f.group), Err(waits(3)));
+    f.tree.uncharge(f.vm, Pages(3));
+    assert_eq!(f.tree.remove(f.group), Err(waits(0)), "not yet reaped");
+    f.tree.set_offline(f.group).unwrap();
+    assert_eq!(f.tree.reap(), [f.vm, f.group]);
     assert_eq!(f.tree.check(), []);
 }
 
