@@ -268,7 +268,7 @@ fn a_thousand_moves_leave_both_groups_as_they_were() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(crate::cases::cases(100))]
 
     /// However a VM is moved about while its guest touches and gives memory, the groups together are charged what is
     /// resident, and nothing is lost.

@@ -417,7 +417,7 @@ impl Run {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(crate::cases::cases(100))]
 
     /// Whoever maps, leaves, is refused or dies in whatever order: each resident page has exactly one payer that is
     /// alive and maps it, or the root; heirs, hooks and fractions are the oracle's; and in the end nothing is left.

@@ -365,7 +365,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+    #![proptest_config(crate::cases::cases(500))]
 
     /// Against a model of three plain numbers and a controller that keeps totals: each page is in exactly one place,
     /// and whatever was lost or repeated on the way, the controller never believes less than the worker holds. The

@@ -158,16 +158,8 @@ impl Run {
     }
 }
 
-/// Sequences in CI; `PROPTEST_CASES` overrides it.
-const CASES: u32 = 96;
-
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(CASES);
-    ProptestConfig { cases, max_shrink_iters: 20_000, ..ProptestConfig::default() }
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(crate::cases::cases(96))]
 
     /// Whatever is done in whatever order, the tree says what a count of all pages says: usage, peaks, refusals at the
     /// level that refused, crossings, limits in force, members, what returns.
