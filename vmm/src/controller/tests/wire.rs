@@ -117,7 +117,7 @@ impl Site {
     }
 }
 
-/// Semantics: 6, 65, B3, T6.
+/// Semantics: 6, 8, 65, B3, T6.
 #[tokio::test]
 async fn everything_wrong_is_refused_in_the_same_form() {
     let site = Site::new(Setup::default()).await;
@@ -130,6 +130,8 @@ async fn everything_wrong_is_refused_in_the_same_form() {
         ("PATCH", limit, "{".to_owned(), 400, "bad_request"),
         ("PATCH", limit, "[]".to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"limit_bytes":1}"#.to_owned(), 400, "bad_request"),
+        ("PATCH", limit, r#"{"current_bytes":0}"#.to_owned(), 400, "bad_request"),
+        ("PATCH", limit, r#"{"failcnt":0}"#.to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"max_bytes":-1}"#.to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"max_bytes":"1M"}"#.to_owned(), 400, "bad_request"),
         ("PATCH", limit, r#"{"max_bytes":1.5}"#.to_owned(), 400, "bad_request"),
