@@ -90,6 +90,7 @@ pub struct TemplateId(pub u64);
 
 /// Where a VM comes from, as far as heirs are concerned (row 126).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "what is freed goes back to the host"]
 pub struct Origin {
     /// The running VM that it is a clone of. That VM may be gone.
     pub clone_of: Option<NodeId>,
@@ -119,6 +120,7 @@ pub enum Touch {
 
 /// What unmapping did, in pages of the leaver's mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "what is freed goes back to the host"]
 pub struct Released {
     /// No longer resident: uncharged from their owner. Their memory can go back to the host.
     pub freed: Pages,

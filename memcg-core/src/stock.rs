@@ -183,6 +183,7 @@ impl Stock {
     /// Takes up to `want` pages from the stock for a fill, `None` when it is empty or `want` is zero. Less than `want`
     /// means: fill a smaller run.
     #[inline]
+    #[must_use = "dropped, the pages go back at once"]
     pub fn prepare(&mut self, want: Pages) -> Option<StockReservation<'_>> {
         let pages = want.min(self.stock);
         if pages.is_zero() {
@@ -195,6 +196,7 @@ impl Stock {
     /// Takes exactly one page from the reserve, for a fault that cannot wait; it becomes debt. `None` when the reserve
     /// is used up, which its size makes impossible for guest faults.
     #[inline]
+    #[must_use = "dropped, the pages go back at once"]
     pub fn prepare_reserve(&mut self) -> Option<StockReservation<'_>> {
         self.reserve = self.reserve.checked_sub(Pages::ONE)?;
         Some(StockReservation { account: self, pages: Pages::ONE, source: Source::Reserve })

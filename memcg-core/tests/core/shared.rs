@@ -66,7 +66,8 @@ impl Host {
     /// The VM ends, and the caller gets to know of every hand-over.
     fn leave(&mut self, vm: usize) -> Vec<Handover> {
         let mut heard = Vec::new();
-        self.regions.leave(&mut self.tree, self.vms[vm], Some(&mut |handover: &Handover| heard.push(*handover)));
+        let _ =
+            self.regions.leave(&mut self.tree, self.vms[vm], Some(&mut |handover: &Handover| heard.push(*handover)));
         heard
     }
 
@@ -147,7 +148,7 @@ fn a_hundred_mappers_leave_nothing_behind() {
         }
         for (gone, vm) in vms.iter().enumerate() {
             assert_eq!(h.tree.usage(h.left), Pages(1), "{gone} have left");
-            h.regions.unmap_pages(&mut h.tree, h.region, *vm, 7..8, None).unwrap();
+            let _ = h.regions.unmap_pages(&mut h.tree, h.region, *vm, 7..8, None).unwrap();
         }
         assert_eq!((h.tree.usage(h.left), h.owner(7), h.resident()), (Pages(0), None, 0));
         assert_eq!(h.tree.check(), []);
@@ -294,7 +295,7 @@ fn a_copy_on_write_is_the_writer_s() {
     assert_eq!(write(&mut h, A).freed, Pages(100));
     assert_eq!(h.usages(), [128, 100, 0, 0]);
     // The base's rest: A leaves it, B pays.
-    h.regions.unmap(&mut h.tree, h.region, h.vms[A], None).unwrap();
+    let _ = h.regions.unmap(&mut h.tree, h.region, h.vms[A], None).unwrap();
     assert_eq!(h.usages(), [100, 128, 0, 0]);
 }
 
@@ -407,11 +408,11 @@ fn shares_of_a_page_are_exactly_one_page() {
     }
     assert_eq!(shares(&h), [586, 585, 585, 585, 585, 585, 585]);
     for gone in [3, 0, 6, 2] {
-        h.regions.unmap(&mut h.tree, h.region, vms[gone], None).unwrap();
+        let _ = h.regions.unmap(&mut h.tree, h.region, vms[gone], None).unwrap();
         shares(&h);
     }
     assert_eq!(shares(&h), [1366, 1365, 1365]);
-    h.regions.unmap_pages(&mut h.tree, h.region, vms[4], 9..10, None).unwrap();
+    let _ = h.regions.unmap_pages(&mut h.tree, h.region, vms[4], 9..10, None).unwrap();
     assert_eq!(shares(&h), [2048, 0, 2048], "who maps the region but not the page has no part in it");
     // A page of one VM, and all of it together.
     h.regions.touch(&mut h.tree, h.region, vms[4], 0, Mode::Wait).unwrap();

@@ -163,7 +163,7 @@ proptest! {
 
     /// Whatever is done in whatever order, the tree says what a count of all pages says: usage, peaks, refusals at the
     /// level that refused, crossings, limits in force, members, what returns.
-    /// Semantics (table): 1, 3, 4, 5, 20, 33, 57, 63, 89, 115, 120, B1, B4, B25, B39, B51, B58, B64, B71, B80.
+    /// Semantics (table): 1, 3, 4, 5, 20, 33, 57, 63, 89, 115, 120, B1, B4, B25, B39, B51, B64, B71, B80.
     #[test]
     fn a_tree_is_what_its_pages_add_up_to(ops in prop::collection::vec(op(), 1..120)) {
         let mut run = Run::new();

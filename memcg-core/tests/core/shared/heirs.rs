@@ -39,7 +39,7 @@ fn a_debugger_is_no_heir() {
         h.regions.forget(h.region).unwrap_err().to_string(),
         "shared region 1 is in use (mappings: 0, temporary ones: 1): end them first"
     );
-    h.unhold(debugger);
+    let _ = h.unhold(debugger);
     assert_eq!((h.root_own(), h.resident()), (0, 0));
     h.regions.forget(h.region).unwrap();
 }
@@ -267,7 +267,7 @@ fn a_replaced_object_is_handed_over_and_the_new_one_is_not() {
             h.regions.touch(&mut h.tree, new, h.vms[vm], page, Mode::Wait).unwrap();
         }
     }
-    h.regions.unmap(&mut h.tree, h.region, h.vms[A], None).unwrap();
+    let _ = h.regions.unmap(&mut h.tree, h.region, h.vms[A], None).unwrap();
     assert_eq!(h.usages(), [7, 0, 5, 0]);
     assert_eq!((h.owner(4), h.regions.region(new).unwrap().owner(6)), (h.is(C), h.is(A)));
     assert_eq!(h.regions.owned(Owner::Vm(h.vms[A])), Pages(7));

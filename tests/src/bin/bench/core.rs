@@ -1,9 +1,9 @@
 //! The figures of the pure core: criterion's medians of `memcg-core/benches/core.rs`, and what a record weighs.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use memcg_core::frame::{FrameState, FrameTable};
+use memcg_core::frame::{FrameState, FrameTable, List};
 use serde_json::Value;
 
 use crate::{Goal, Outcome};
@@ -80,13 +80,13 @@ pub fn measure(ids: &[&str]) -> Vec<Outcome> {
     }
     let names: Vec<&str> = figures.iter().map(|figure| figure.bench).collect();
     let seconds = if std::env::var_os("BALLAST_FULL").is_some() { "5" } else { "1" };
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let run = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["bench", "--quiet", "--package", "memcg-core", "--bench", "core", "--"])
         .args(["--warm-up-time", "0.5", "--measurement-time", seconds])
         .arg(format!("^(baseline/.*|{})$", names.join("|")))
-        .stdout(Stdio::null())
-        .status();
-    assert!(status.is_ok_and(|status| status.success()), "cargo bench -p memcg-core has failed");
+        .output()
+        .expect("cargo starts");
+    assert!(run.status.success(), "cargo bench -p memcg-core has failed: {}", String::from_utf8_lossy(&run.stderr));
     figures.into_iter().map(outcome).collect()
 }
 
@@ -116,14 +116,19 @@ pub fn record_bytes() -> Outcome {
     const PAGES: usize = 1 << 22;
     let before = resident_bytes();
     let mut frames = FrameTable::new(PAGES);
-    // Every second page first: no run is uniform, each page is in a list of its own accord.
-    for parity in [0, 1] {
-        for page in (parity..PAGES).step_by(2) {
-            frames.set(page, FrameState::Active);
-        }
+    // Neighbours in different states and generations: no block is one entry, each page has its links and its age.
+    for page in 0..PAGES {
+        frames.set(page, FrameState::Active);
+    }
+    frames.advance_generation();
+    for page in (1..PAGES).step_by(2) {
+        frames.set(page, FrameState::Moving);
+        frames.set(page, FrameState::Idle);
+        frames.touch(page);
     }
     let grown = resident_bytes().saturating_sub(before);
-    assert_eq!(frames.count(FrameState::Active), PAGES as u64);
+    assert_eq!(frames.count(FrameState::Idle), PAGES as u64 / 2);
+    assert_eq!(frames.entries(List::Active) + frames.entries(List::Idle), PAGES, "each page is an entry of its own");
     Outcome {
         id: "R20",
         name: "record_bytes",
