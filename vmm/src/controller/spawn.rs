@@ -1,7 +1,7 @@
 //! Starting a worker: this program again, in a process of its own, with what it may use at fixed descriptors.
 //!
 //! Everything that can be refused is refused before the fork: the kernel's age, the devices, the socket's path.
-//! Between fork and exec the child runs [`ChildPlan::apply`], which does system calls only: no allocation, no lock.
+//! Between fork and exec the child runs `ChildPlan::apply`, which does system calls only: no allocation, no lock.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};

@@ -1,6 +1,6 @@
 //! Giving the host's memory back: vectored discards.
 //!
-//! One `process_madvise(DONTNEED)` takes up to [`VECTOR`] ranges. The kernel offers that since 6.13 for the caller's own
+//! One `process_madvise(DONTNEED)` takes up to `VECTOR` ranges. The kernel offers that since 6.13 for the caller's own
 //! memory; where it does not, each range is one `madvise`.
 //!
 //! A part of a huge page can be discarded, and the page tables say that it is gone, but the host has nothing back until

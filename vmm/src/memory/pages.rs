@@ -33,7 +33,7 @@ use crate::worker::protocol::{FaultCounts, Report};
 const DEVICE_RESERVE: u64 = 64;
 
 /// Pages that the reserve needs for `cpus` vCPUs: each may have one fault of its own and 64 in KVM's workers, and devices
-/// have [`DEVICE_RESERVE`].
+/// have `DEVICE_RESERVE`.
 pub fn reserve_target(cpus: u32) -> u64 {
     65 * u64::from(cpus) + DEVICE_RESERVE
 }
