@@ -67,6 +67,8 @@ pub(super) enum Input {
     Died(VmId, Death),
     /// The memory of a dead worker is back.
     Settled(VmId),
+    /// A worker's queue was full and has room again.
+    Room(VmId),
 }
 
 /// The actor's state.
@@ -124,6 +126,9 @@ impl Actor {
                 Some(None) => break,
             }
             self.settle();
+            if self.crowded() {
+                tokio::task::yield_now().await;
+            }
         }
         for vm in self.vms.values().filter(|vm| vm.death.is_none()) {
             vm.process.kill();
@@ -136,7 +141,14 @@ impl Actor {
             Input::Worker(id, message) => self.heard(id, message),
             Input::Died(id, death) => self.worker_died(id, death),
             Input::Settled(id) => self.memory_is_back(id),
+            Input::Room(id) => self.room_again(id),
         }
+    }
+
+    /// Whether a worker's queue is more than half full. The tasks that write to the workers run when this one does
+    /// not: without a break, a burst of requests would fill a queue and look like a worker that does not read.
+    fn crowded(&self) -> bool {
+        self.vms.values().any(|vm| vm.alive() && vm.to_worker.capacity() < vm.to_worker.max_capacity() / 2)
     }
 
     /// Time since the actor began, for the pure core.

@@ -113,6 +113,7 @@ impl Actor {
             grant_due: false,
             balloon_sent: None,
             balloon_due: false,
+            awaits_room: false,
             hold: None,
             change: None,
             seq: 0,

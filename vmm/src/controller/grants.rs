@@ -18,7 +18,7 @@ use memcg_core::units::{Limit, Pages};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::actor::{Actor, answer};
+use super::actor::{Actor, Input, answer};
 use super::events::EventKind;
 use super::view::{OomAction, VmState};
 use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
@@ -158,7 +158,6 @@ impl Actor {
         let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.grant_due && vm.alive()).map(|(id, _)| *id).collect();
         for id in due {
             let vm = &self.vms[&id];
-            // A full queue empties only when the worker reads, and then it reports.
             if vm.greeted && vm.to_worker.capacity() > 0 {
                 self.send_grant(id, vm.refused);
             }
@@ -167,6 +166,27 @@ impl Actor {
         let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.balloon_due && room(vm)).map(|(id, _)| *id).collect();
         for id in due {
             self.aim_balloon(id);
+        }
+        let left = |vm: &Vm| vm.alive() && vm.to_worker.capacity() == 0 && (vm.grant_due || vm.balloon_due);
+        for (id, vm) in self.vms.iter_mut().filter(|(_, vm)| left(vm) && !vm.awaits_room) {
+            vm.awaits_room = true;
+            let (id, to_worker, inbox) = (*id, vm.to_worker.clone(), self.inbox.clone());
+            // What a worker reads may leave it nothing to report, so its reading alone wakes nobody here.
+            tokio::spawn(async move {
+                // Given back at once: it is the actor that uses it.
+                drop(to_worker.reserve().await);
+                if let Some(inbox) = inbox.upgrade() {
+                    // An actor that is gone has nothing to say.
+                    let _ = inbox.send(Input::Room(id)).await;
+                }
+            });
+        }
+    }
+
+    /// A full queue has room again: what is due is sent after this input, as after every other.
+    pub fn room_again(&mut self, id: VmId) {
+        if let Some(vm) = self.vms.get_mut(&id) {
+            vm.awaits_room = false;
         }
     }
 

@@ -163,6 +163,8 @@ pub(super) struct Vm {
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.
     pub balloon_due: bool,
+    /// Somebody waits for room in the full queue, to send what is due.
+    pub awaits_room: bool,
     pub hold: Option<Hold>,
     pub change: Option<Change>,
     pub seq: u32,

@@ -1,8 +1,10 @@
 //! Requests, and the life of a VM.
 
-use super::super::KilledBy;
+use memcg_core::limit_change::Mode;
+
 use super::super::error::Code;
 use super::super::view::VmState;
+use super::super::{KilledBy, MemoryChange};
 use super::*;
 
 #[tokio::test(start_paused = true)]
@@ -189,6 +191,46 @@ async fn a_grant_that_did_not_fit_the_queue_is_sent_later() {
     worker.tell().await;
     worker.next().await;
     assert!(worker.grant.0 >= before + 500, "{:?} after {before}", worker.grant);
+}
+
+/// A worker that reads need not have anything to report: its reading must be enough to send it what did not fit.
+#[tokio::test(start_paused = true)]
+async fn what_did_not_fit_the_queue_is_sent_as_soon_as_there_is_room() {
+    let mut worker = FakeWorker::running(Setup { queue: 1, ..Setup::default() }).await;
+    worker.touch(5000).await;
+    assert!(worker.grant.3, "more is wanted than fits");
+    let (before, missing) = (worker.grant.0, worker.report.want_now);
+    // Fills the queue.
+    assert!(worker.controller.show("vm").await.expect("shown").stale);
+    let max = MemoryChange { patch: LimitPatch::max(pages(8192)), mode: Mode::Reclaim, track: None, wait: None };
+    assert!(worker.controller.change("vm", max).await.expect("changed").in_force);
+    assert!(matches!(worker.next().await, ToWorker::Query { .. }));
+    assert!(matches!(worker.next().await, ToWorker::Grant { refused: false, .. }));
+    assert!(worker.grant.0 >= before + missing, "{:?} after {before}", worker.grant);
+    assert!(matches!(worker.next().await, ToWorker::BalloonTarget { .. }));
+}
+
+/// Many requests at once leave the tasks that write to a worker their turn.
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_requests_is_not_taken_for_a_worker_that_does_not_read() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    let controller = worker.controller.clone();
+    tokio::spawn(async move {
+        while let Some(message) = worker.inbox.recv().await {
+            if let ToWorker::Query { seq } = worker.note(message) {
+                worker.answer(seq).await;
+            }
+        }
+    });
+    let ask = |_| {
+        let controller = controller.clone();
+        tokio::spawn(async move { controller.show("vm").await })
+    };
+    let burst: Vec<_> = (0..200).map(ask).collect();
+    for (number, shown) in burst.into_iter().enumerate() {
+        let view = shown.await.expect("no panic").expect("shown");
+        assert!(!view.stale, "request {number} got old numbers");
+    }
 }
 
 #[tokio::test(start_paused = true)]
