@@ -9,7 +9,7 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign};
 
-pub use size::{SizeArg, SizeError, human, parse_size};
+pub use size::{SizeArg, SizeError, exact, human, parse_size};
 
 /// Bytes in a page: 4 KiB of guest-physical memory, whatever the host uses underneath.
 pub const PAGE_SIZE: u64 = 4096;

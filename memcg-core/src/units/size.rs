@@ -138,6 +138,11 @@ fn shift_of(suffix: &str) -> Option<u32> {
     matches!(rest.as_str(), "" | "i" | "B" | "b" | "iB" | "ib").then_some(shift)
 }
 
+/// `bytes` to be typed in again: like [`human`] where that is exact, otherwise all digits.
+pub fn exact(bytes: u64) -> String {
+    Some(human(bytes)).filter(|text| !text.contains('.')).unwrap_or_else(|| bytes.to_string())
+}
+
 /// `bytes` for people: `192M`, `1.5G`. A whole number of units has no decimal, anything else is rounded to one; so
 /// `1.0G` is a little more or less than `1G`.
 pub fn human(bytes: u64) -> String {

@@ -1,6 +1,6 @@
 //! Sizes, pages, limits.
 
-use memcg_core::units::{Limit, Pages, SizeArg, SizeError, human, parse_size};
+use memcg_core::units::{Limit, Pages, SizeArg, SizeError, exact, human, parse_size};
 use proptest::prelude::*;
 
 const K: u64 = 1 << 10;
@@ -212,5 +212,6 @@ proptest! {
                 prop_assert!(shown.abs_diff(u128::from(bytes) * 10) <= u128::from(unit) / 2, "{}", text);
             }
         }
+        prop_assert_eq!(parse_size(&exact(bytes)), Ok(SizeArg::Bytes(bytes)));
     }
 }

@@ -10,7 +10,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use balloon::QueueKind;
-use memcg_core::units::{Limit, human};
+use memcg_core::units::{Limit, exact};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::options::{BalloonArg, MemoryArg, OomArg, name};
@@ -268,14 +268,11 @@ fn conclude(end: VmEnd, name: &str, memory: &MemoryArg) -> Result<u8, Failure> {
             ),
             status: KILLED,
         }),
-        VmEnd::Failed { message, smallest_max: Some(smallest) } => {
-            let bytes = smallest.bytes();
-            let exact = if human(bytes).contains('.') { bytes.to_string() } else { human(bytes) };
-            Err(Failure::run(format!(
-                "{message}: use --memory size={},max={exact} or more",
-                human(memory.size.bytes())
-            )))
-        }
+        VmEnd::Failed { message, smallest_max: Some(smallest) } => Err(Failure::run(format!(
+            "{message}: use --memory size={},max={} or more",
+            exact(memory.size.bytes()),
+            exact(smallest.bytes())
+        ))),
         VmEnd::Failed { message, smallest_max: None } => Err(Failure::run(message)),
         VmEnd::Died { message } => Err(Failure::run(format!("the worker of the VM {name} {message}"))),
     }

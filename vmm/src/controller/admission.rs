@@ -11,7 +11,7 @@
 use std::cell::Cell;
 
 use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
-use memcg_core::units::{Limit, Pages, human};
+use memcg_core::units::{Limit, Pages, exact, human};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ use super::actor::{Actor, WORKER_PATIENCE};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::view::VmState;
-use super::vm::{Vm, VmEnd, VmId, WorkerProcess};
+use super::vm::{Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
 
@@ -60,9 +60,18 @@ impl Actor {
                 continue;
             };
             let total: Pages = spec.overhead.iter().map(|(_, pages)| *pages).sum();
-            let knob = if refused.counter == Counter::Vmm { "vmm.max" } else { "memory.max" };
+            // What was there before, and all of it: the parts charged so far are in both.
+            let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
+            let least = others + total;
+            let (knob, enough) = if refused.counter == Counter::Vmm {
+                ("vmm.max", format!("to {}", exact(least.bytes())))
+            } else {
+                // What the guest needs to be loaded only its worker knows.
+                ("memory.max", format!("above {}", exact((least + reserve(spec.cpus)).bytes())))
+            };
             let message = format!(
-                "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it, or use fewer vCPUs or less RAM",
+                "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it {enough}, or use fewer vCPUs or \
+                 less RAM",
                 spec.name,
                 human(total.bytes()),
                 self.tree.path(refused.level),

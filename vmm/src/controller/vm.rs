@@ -21,6 +21,11 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 /// Pages that a reserve has for each vCPU and for each VM.
 const RESERVE: (u64, u64) = (65, 64);
 
+/// Pages that the reserve of a VM with `cpus` vCPUs needs at most.
+pub(super) fn reserve(cpus: u32) -> Pages {
+    Pages(RESERVE.0 * u64::from(cpus) + RESERVE.1)
+}
+
 /// Number of a VM in this controller; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VmId(pub u64);
@@ -218,7 +223,7 @@ impl Vm {
 
     /// Pages that a reserve needs at most.
     pub fn largest_reserve(&self) -> Pages {
-        Pages(RESERVE.0 * u64::from(self.cpus) + RESERVE.1)
+        reserve(self.cpus)
     }
 
     /// True while the worker can be talked to.

@@ -60,7 +60,7 @@ enum StartError {
     Bus(#[from] crate::devices::bus::BusError),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("memory.max is too small to load this guest: at least {} KiB are needed", .0 * 4)]
+    #[error("memory.max is too small to load this guest")]
     TooSmall(u64),
 }
 

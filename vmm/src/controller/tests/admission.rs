@@ -1,7 +1,7 @@
 //! Overhead is paid before there is a VM.
 
 use memcg_core::tree::{LimitPatch, Overhead};
-use memcg_core::units::{Limit, Pages};
+use memcg_core::units::{Limit, Pages, SizeArg, parse_size};
 
 use super::super::error::Code;
 use super::super::view::VmState;
@@ -58,6 +58,27 @@ async fn vmm_max_refuses_a_vm_before_it_exists() {
     controller.create(spec("web", limits)).await.expect("the name is free, and it fits exactly");
     let refusal = controller.create(spec("web", limits)).await.expect_err("the name is taken");
     assert_eq!(refusal.code, Code::AlreadyExists);
+}
+
+/// Rounded to a decimal, the limit and what is needed often read the same: the refusal says what to type.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_names_the_limit_that_is_enough() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let vmm = |pages| LimitPatch { vmm_max: Some(pages), ..LimitPatch::default() };
+    for (limit, knob) in [(vmm as fn(Limit) -> LimitPatch, "vmm.max"), (LimitPatch::max, "memory.max")] {
+        for too_small in [0, 1, cost() - 1] {
+            let refusal = controller.create(spec("web", limit(pages(too_small)))).await.expect_err("too small");
+            assert!(refusal.message.contains(knob), "{}", refusal.message);
+            let named = refusal.message.split_once("raise it ").expect("what to do").1;
+            let named = named.split([' ', ',']).nth(1).expect("a limit");
+            let Ok(SizeArg::Bytes(enough)) = parse_size(named) else { panic!("{named}") };
+            let enough = Pages::from_bytes_ceil(enough);
+            // With room for the reserve, which the worker will ask for.
+            assert_eq!(enough.0, cost() + if knob == "vmm.max" { 0 } else { super::RESERVE });
+            let id = controller.create(spec("web", limit(Limit::Pages(enough)))).await.expect("it is enough");
+            controller.withdraw(id).await.expect("it waits for a worker");
+        }
+    }
 }
 
 /// Overhead is a part of usage, is shown as such, takes room from the guest, and goes with the memory of the dead VM.
