@@ -119,6 +119,7 @@ impl Actor {
             reported: false,
             guest_stats: None,
             refused: false,
+            missing: 0,
             grant_due: false,
             balloon_sent: None,
             balloon_due: false,

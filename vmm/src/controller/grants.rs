@@ -69,8 +69,9 @@ impl Actor {
         }
     }
 
-    /// Charges what the VM wants, as far as it fits, and tells its worker. `fresh` when the worker has just asked:
-    /// then it gets an answer in any case, and a refusal counts.
+    /// Charges what the VM wants, as far as it fits, and tells its worker. `fresh` when the worker has just reported:
+    /// then a want gets an answer in any case, and a refusal counts, unless it is of what has been refused before: a
+    /// worker says what it wants with every report, also when somebody has only asked for its numbers.
     fn serve(&mut self, id: VmId, fresh: bool) {
         let vm = self.vms.get_mut(&id).expect("checked");
         if !vm.accounted() || !vm.alive() || vm.cause.is_some() {
@@ -83,10 +84,12 @@ impl Actor {
         let need = vm.need().min(useful);
         let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
         let was_refused = vm.refused;
-        let got = self.charge_need(id, need, if fresh { Mode::Wait } else { Mode::Again });
+        let new = fresh && need > vm.missing;
+        let got = self.charge_need(id, need, if new { Mode::Wait } else { Mode::Again });
         let vm = self.vms.get_mut(&id).expect("checked");
         let refused = got < need;
         vm.refused = refused;
+        vm.missing = need - got;
         let mut ahead = 0;
         if !refused && vm.state != VmState::Paused {
             let vm = &self.vms[&id];

@@ -125,6 +125,7 @@ impl Actor {
         let short = got < reserve_target.0;
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.refused = short;
+        vm.missing = reserve_target.0 - got;
         if vm.accounted() && vm.state != VmState::Paused && !short {
             let stock = self.tree.stock_max(vm.node).0;
             self.charge_ahead(id, stock);

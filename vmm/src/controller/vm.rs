@@ -162,6 +162,8 @@ pub(super) struct Vm {
     pub guest_stats: Option<(GuestStats, Instant)>,
     /// The last want could not be served in full.
     pub refused: bool,
+    /// Pages that were missing then: their refusal has been counted.
+    pub missing: u64,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
     pub grant_due: bool,
     /// The balloon target last sent.

@@ -41,7 +41,7 @@ async fn without_accounting_nothing_is_charged() {
     assert_eq!(worker.try_next().await, None);
 }
 
-/// Semantics: 1, 3.
+/// Semantics: 1, 3, 117, B39.
 #[tokio::test(start_paused = true)]
 async fn usage_never_exceeds_max_and_a_refusal_counts_once() {
     let mut worker = FakeWorker::running(Setup::default()).await;
@@ -65,9 +65,19 @@ async fn usage_never_exceeds_max_and_a_refusal_counts_once() {
     worker.report.reserve -= 5;
     worker.report.guest += 5;
     worker.tell().await;
-    let after = worker.view().await.memory.events.failcnt;
+    let once = worker.view().await.memory.events.failcnt;
+    assert!(once <= failed + 1);
+    for _ in 0..5 {
+        worker.tell().await;
+        let events = worker.view().await.memory.events;
+        assert_eq!(events.failcnt, once, "looking counts nothing, nor does asking again");
+        assert_eq!(events.max, once);
+    }
+    worker.report.debt = 6;
+    worker.report.reserve -= 1;
+    worker.report.guest += 1;
     worker.tell().await;
-    assert!(after >= failed);
+    assert_eq!(worker.view().await.memory.events.failcnt, once + 1, "one more page is missing");
     // Giving back pays the debt without a word from the worker.
     worker.free(50).await;
     let message = worker.next().await;
