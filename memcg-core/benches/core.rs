@@ -156,6 +156,7 @@ fn pages(n: u64) -> Option<Limit> {
 /// The decisions alone, and with what they need to know read from the tree first.
 fn policy(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("policy");
+    group.throughput(Throughput::Elements(VMS));
     let tree = host();
     let facts = |_| Some(Facts { idle: Pages(100), pinned: Pages(10), shares: DEFAULT_SHARES });
     let claimants = || spread::claimants(&tree, tree.root(), facts);

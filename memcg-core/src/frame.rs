@@ -47,7 +47,7 @@
 //! | 15, 16, 17, 85 | one owner sets states, so a page leaves ABSENT once per charge and a claim once per uncharge |
 //! | 21 | a page that is not charged cannot be uncharged: its transition does not exist |
 //! | 28 | becoming part of a huge page, or of a whole block, changes no charge |
-//! | 35, 40, 52, B86 | two lists, one owner, membership follows the state |
+//! | 35, 52, B86 | two lists, one owner, membership follows the state |
 //! | 36, 38, 39, 112, T4 | [`FrameTable::isolate`]: coldest first, busy ones skipped, all that is looked at rotated |
 //! | 37, B31 | a scan's work has a bound of its own |
 //! | 113, B89 | [`FrameTable::scan_target`] is never 0 |

@@ -32,8 +32,8 @@
 //! | 4, B65, B66 | an uncharge below zero is clamped, counted and stops a debug build |
 //! | 17, 106-108, B13 | [`Stock::prepare`] → fill → [`StockReservation::commit`], or drop = refund |
 //! | 18 | a fill that lost its race commits fewer pages than it prepared |
-//! | 46 | [`Stock::prepare_reserve`]: a fault is answered without waiting for whom it could wait |
-//! | 59, 60 | charged ahead of need, drained by [`Stock::recall`]; partial use is possible here |
+//! | 46 | [`Stock::prepare_reserve`]: a fault is answered from the reserve, so it never waits for reclaim, which may need the faulting vCPU |
+//! | 59, 60 | charged ahead of need, drained by [`Stock::recall`]; less than what was wanted may be taken |
 //! | 61, B70 | [`Stock::want`] is for pages ahead of need and never a reason to reclaim; [`Stock::want_now`] may be |
 //! | 64, T11, B50 | a large want is answered once, with what there is: a granule falls back to single pages |
 //! | 67, 68 | [`Stock::adopt`]: what is resident when accounting begins |

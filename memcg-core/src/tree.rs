@@ -14,15 +14,49 @@
 //!  └── vm3
 //! ```
 //!
+//! # A charge
+//!
+//! So many pages of one [`Kind`], to one node, in one [`Mode`]. It is asked of the node and of each node above, and
+//! granted by all of them or by none; then the usage of all of them rises by it, and their peaks. Overhead is asked of
+//! `vmm.max` everywhere before it is asked of `memory.max` anywhere: what no reclaim can make room for must not cause
+//! any. A granted [`Charge`] says which nodes went above their `high` with it, so that somebody can wake their reclaim.
+//! [`Tree::reserve`] is the same in two phases: prepared, then committed or refunded.
+//!
+//! # A refusal
+//!
+//! [`Refused`] names the lowest level without room, the counter and the numbers. It has changed nothing but one count
+//! there, by the mode: `failcnt` for a fault that waits ([`Mode::Wait`]), and counts of their own for work that can be
+//! put off ([`Mode::NoWait`]) and for charging ahead ([`Mode::NoRetry`]). Only the first may lead to reclaim, and to a
+//! victim, and only in the subtree of that level. [`Mode::NoFail`] is never refused; what it leaves above a limit is
+//! reported as overcharge and may only fall.
+//!
+//! # Parts
+//!
+//! | part | what it says |
+//! | --- | --- |
+//! | [`charge`], [`reserve`] | charging in one step and in two |
+//! | [`counter`], [`snapshot`] | the four counters; looking at a node or at all of them |
+//! | [`limits`] | limits, and setting them wholly or not at all |
+//! | [`accounting`] | off at first, then on for good |
+//! | [`lifetime`] | born whole, offline while charged, freed once |
+//! | [`moving`] | a node changes its place with all its charges |
+//! | [`evict`] | memory, store and swap in one step |
+//! | [`events`] | `memory.events` |
+//! | [`check`] | the invariants, to be asked at any time |
+//!
+//! # Rules
+//!
+//! By their numbers in `docs/semantics.md`.
+//!
 //! | semantics row | rule here |
 //! | --- | --- |
 //! | 1, 3, B1 | `pages <= limit.saturating_sub(usage)`; limit 0 refuses the first page |
-//! | 3, 64, H4 | all or nothing: 512 pages with room for 511 are refused whole |
+//! | 3, 64 | all or nothing: 512 pages with room for 511 are refused whole |
 //! | 2, 10, 119 | a new node has usage 0, failcnt 0, no limit; the root exists first, its limit is the host's budget |
 //! | 4, B65 | an uncharge below zero is clamped, counted, and stops a debug build |
 //! | 5, B4, B64 | a snapshot is a copy of one moment: K ≤ U, parent = own + children |
 //! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
-//! | 9, 13, 20, 79, 90-97 | born whole; goes only without children and charges, until then offline: `tree/lifetime.rs` |
+//! | 9, 13, 20, 79, 90-97 | born whole; goes only without children and charges, until then offline: [`lifetime`] |
 //! | 19, 77, T16, T24 | [`Tree::charge_root`]: work without a VM's context is the root's, and counted |
 //! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step |
 //! | 32-34, 89, 100, 134 | [`Tree::move_node`]: everything below the common ancestor, or nothing |
@@ -39,30 +73,41 @@
 //! | 115, B80, B91 | `high` is edge-triggered: `before <= high && after > high`, re-evaluated when it is lowered |
 //! | 120 | peak moves only when the whole charge succeeded |
 
-mod accounting;
-mod charge;
-mod check;
-mod counter;
-mod events;
-mod evict;
-mod lifetime;
-mod limits;
-mod moving;
+pub mod accounting;
+pub mod charge;
+pub mod check;
+pub mod counter;
+pub mod events;
+pub mod evict;
+pub mod lifetime;
+pub mod limits;
+pub mod moving;
 mod node;
-mod reserve;
-mod snapshot;
+pub mod reserve;
+pub mod snapshot;
 
+#[doc(inline)]
 pub use accounting::Accounting;
+#[doc(inline)]
 pub use charge::{Charge, Crossed, Kind, Mode, Refused};
+#[doc(inline)]
 pub use check::Violation;
+#[doc(inline)]
 pub use counter::{Counter, CounterSnapshot, Overhead, OverheadParts};
+#[doc(inline)]
 pub use events::{Event, Events};
+#[doc(inline)]
 pub use evict::EvictError;
+#[doc(inline)]
 pub use lifetime::{AddError, RemoveError};
 pub(crate) use limits::Waits;
+#[doc(inline)]
 pub use limits::{Above, AboveMax, LimitPatch, Limits, SetLimitError};
+#[doc(inline)]
 pub use moving::{MoveError, Moved};
+#[doc(inline)]
 pub use reserve::Reservation;
+#[doc(inline)]
 pub use snapshot::{NodeSnapshot, TreeNode, TreeSnapshot};
 
 use node::Node;

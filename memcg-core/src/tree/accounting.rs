@@ -7,8 +7,8 @@
 //!
 //! A VM without a limit costs nothing (rows 58, 67): its charges and uncharges succeed and leave no trace, so whoever
 //! reports them need not know. One enum, no half state: what is below an On group is On (row 73, B60, B61), and one
-//! step means that no page is uncharged that was not charged (row 94). There is no way back (row 70, T18): a number that
-//! has a gap in the middle says nothing. What is resident is charged at activation, so usage means "everything" from
+//! step means that no page is uncharged that was not charged (row 94). There is no way back (row 70, T18): usage that
+//! left out some time in between would mean nothing. What is resident is charged at activation, so usage means "everything" from
 //! the first moment; that is why a running VM may be activated, where the kernel had to refuse (row 68).
 //!
 //! The root is always On, as the host's budget, and does not pass it on: its children choose.

@@ -73,7 +73,7 @@ fn table(vm: &VmView) -> String {
     line(
         "",
         format!(
-            " guest {}, stock {}, reserve {}, overhead {}, ballooned {}",
+            " guest {}, stock {}, reserve {}, vmm {}, ballooned {}",
             human(stat.guest_bytes),
             human(stat.stock_bytes),
             human(stat.reserve_bytes),

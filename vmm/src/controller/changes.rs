@@ -315,11 +315,16 @@ impl Actor {
         self.roomier = true;
         let counters = self.tree.snapshot(vm.node);
         let name = vm.name.clone();
+        let limits = counters.limits;
         let details = self.account(
             id,
             json!({
                 "generation": counters.generation,
-                "high_bytes": counters.limits.high.as_bytes(),
+                "min_bytes": limits.min.as_bytes(),
+                "low_bytes": limits.low.as_bytes(),
+                "high_bytes": limits.high.as_bytes(),
+                "swap_max_bytes": limits.swap_max.as_bytes(),
+                "vmm_max_bytes": limits.vmm_max.as_bytes(),
                 "overcharge_bytes": counters.overcharge.bytes(),
             }),
         );

@@ -273,7 +273,11 @@ impl Actor {
         let name = self.vms[&id].name.clone();
         self.event(EventKind::VictimSelected, Some(&name), details);
         match action {
-            OomAction::Pause => self.pause(id, PausedBy::Policy, None),
+            OomAction::Pause => {
+                // Whoever looks at its console sees a guest that has stopped.
+                tracing::warn!(vm = name, "held at its limit for too long, now paused: raise its memory.max");
+                self.pause(id, PausedBy::Policy, None);
+            }
             OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Policy)),
         }
     }
