@@ -123,6 +123,7 @@ impl Actor {
             grant_due: false,
             balloon_sent: None,
             balloon_due: false,
+            start_due: false,
             awaits_room: false,
             hold: None,
             change: None,

@@ -170,7 +170,11 @@ impl Actor {
         for id in due {
             self.aim_balloon(id);
         }
-        let left = |vm: &Vm| vm.alive() && vm.to_worker.capacity() == 0 && (vm.grant_due || vm.balloon_due);
+        for vm in self.vms.values_mut().filter(|vm| vm.start_due && room(vm)) {
+            vm.start_due = !vm.send(ToWorker::Start);
+        }
+        let due = |vm: &Vm| vm.grant_due || vm.balloon_due || vm.start_due;
+        let left = |vm: &Vm| vm.alive() && vm.to_worker.capacity() == 0 && due(vm);
         for (id, vm) in self.vms.iter_mut().filter(|(_, vm)| left(vm) && !vm.awaits_room) {
             vm.awaits_room = true;
             let (id, to_worker, inbox) = (*id, vm.to_worker.clone(), self.inbox.clone());

@@ -170,6 +170,8 @@ pub(super) struct Vm {
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.
     pub balloon_due: bool,
+    /// The word to start was dropped because the worker did not read.
+    pub start_due: bool,
     /// Somebody waits for room in the full queue, to send what is due.
     pub awaits_room: bool,
     pub hold: Option<Hold>,

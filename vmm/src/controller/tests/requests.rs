@@ -210,6 +210,22 @@ async fn what_did_not_fit_the_queue_is_sent_as_soon_as_there_is_room() {
     assert!(matches!(worker.next().await, ToWorker::BalloonTarget { .. }));
 }
 
+/// A worker that was slow to read while it loaded is started when it reads.
+#[tokio::test(start_paused = true)]
+async fn a_worker_whose_queue_is_full_when_it_has_loaded_is_started_when_there_is_room() {
+    let mut worker = FakeWorker::add(Setup { queue: 1, ..Setup::default() }).await;
+    let mut ram = [RamSlot::default(); 2];
+    ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
+    // The first grant fills the queue.
+    worker.say(FromWorker::Hello { pid: 4711, ram, reserve_target: RESERVE }).await;
+    worker.say(FromWorker::Loaded { plan: 0 }).await;
+    worker.controller.host().await.expect("alive");
+    assert!(!worker.killed());
+    assert!(matches!(worker.next().await, ToWorker::Grant { .. }));
+    let next = [worker.next().await, worker.next().await];
+    assert!(next.contains(&ToWorker::Start), "{next:?}");
+}
+
 /// Many requests at once leave the tasks that write to a worker their turn.
 #[tokio::test(start_paused = true)]
 async fn a_burst_of_requests_is_not_taken_for_a_worker_that_does_not_read() {
