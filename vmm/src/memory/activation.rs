@@ -30,20 +30,37 @@ use super::ram::{HUGE, Ram};
 use super::uffd::Uffd;
 
 /// `PAGEMAP_SCAN`, `_IOWR('f', 16, struct pm_scan_arg)`.
-const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
+pub const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
 
 /// Regions that one scan returns at most.
 const REGIONS: usize = 512;
 
-/// Registers all of RAM with a userfaultfd from `device`. On an error everything is as before.
+/// What accounting needs of the host, opened while this process may still open something.
+#[derive(Debug)]
+pub struct Tools {
+    /// `/dev/userfaultfd`.
+    device: File,
+    /// `/proc/self/pagemap`, or why there is none: it counts what is resident when accounting begins on a running VM.
+    pagemap: io::Result<File>,
+    discarder: Discarder,
+}
+
+impl Tools {
+    /// The tools, with `device` for `/dev/userfaultfd`.
+    pub fn new(device: File) -> Self {
+        Self { device, pagemap: File::open("/proc/self/pagemap"), discarder: Discarder::default() }
+    }
+}
+
+/// Registers all of RAM with a userfaultfd of `tools`. On an error everything is as before.
 ///
 /// # Errors
 /// When the kernel lacks what is needed.
 ///
 /// # Safety
 /// Some thread reads the events until the process ends, or until the userfaultfd is dropped.
-pub unsafe fn register(ram: &Ram, device: &File) -> io::Result<Uffd> {
-    let uffd = Uffd::from_device(device)?;
+pub unsafe fn register(ram: &Ram, tools: &Tools) -> io::Result<Uffd> {
+    let uffd = Uffd::from_device(&tools.device)?;
     for slot in ram.slots() {
         // SAFETY: the slot is private anonymous memory of this process; the caller vouches for the reader. Dropping the
         // descriptor undoes what was registered.
@@ -61,16 +78,16 @@ pub unsafe fn register(ram: &Ram, device: &File) -> io::Result<Uffd> {
 ///
 /// # Safety
 /// Nobody writes to RAM meanwhile: what was written to a page of zeroes would be lost.
-pub unsafe fn resident(ram: &Ram) -> io::Result<Vec<Run>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+pub unsafe fn resident(ram: &Ram, tools: &Tools) -> io::Result<Vec<Run>> {
+    let pagemap = tools.pagemap.as_ref().map_err(|e| io::Error::new(e.kind(), format!("/proc/self/pagemap: {e}")))?;
     let mut found = Found::default();
     for slot in ram.slots() {
         let (mut at, end) = (slot.hva, slot.hva + slot.bytes);
         while at < end {
-            at = scan(&pagemap, at, end, |region| found.add(ram, &region))?;
+            at = scan(pagemap, at, end, |region| found.add(ram, &region))?;
         }
     }
-    Discarder::default().discard(ram, &found.zeroes)?;
+    tools.discarder.discard(ram, &found.zeroes)?;
     *ram.huge() = found.huge;
     Ok(found.resident)
 }
@@ -160,6 +177,11 @@ mod tests {
         unsafe { (ram.hva(page) as *const u64).read_volatile() }
     }
 
+    /// Tools to count with: nothing here registers anything.
+    fn tools() -> Tools {
+        Tools::new(File::open("/dev/null").unwrap())
+    }
+
     /// Present pages by the kernel's page tables, read another way.
     fn present(ram: &Ram) -> Vec<u64> {
         use std::os::unix::fs::FileExt;
@@ -191,7 +213,7 @@ mod tests {
         }
         assert!(present(&ram).len() > written.len(), "pages of zeroes are mapped");
         // SAFETY: nobody else knows of this memory.
-        let found = unsafe { resident(&ram) }.unwrap();
+        let found = unsafe { resident(&ram, &tools()) }.unwrap();
         assert_eq!(pages(&found), written);
         assert_eq!(present(&ram), written);
         assert!(written.iter().all(|page| read(&ram, *page) == page | 1));
@@ -204,7 +226,7 @@ mod tests {
         ram.keep_to_touches().unwrap();
         (0..512).for_each(|page| write(&ram, page));
         // SAFETY: nobody else knows of this memory.
-        let found = unsafe { resident(&ram) }.unwrap();
+        let found = unsafe { resident(&ram, &tools()) }.unwrap();
         assert_eq!(found, [Run { first: 0, pages: 256 }, Run { first: 256, pages: 256 }]);
     }
 
@@ -219,7 +241,7 @@ mod tests {
         assert_eq!(read(&ram, 1024), 0);
         ram.keep_to_touches().unwrap();
         // SAFETY: nobody else knows of this memory.
-        let found = unsafe { resident(&ram) }.unwrap();
+        let found = unsafe { resident(&ram, &tools()) }.unwrap();
         assert_eq!(present(&ram), pages(&found));
         let count = ram.huge().len();
         if count != 2 {

@@ -8,8 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -24,10 +23,8 @@ const WORTH_BINDING: f64 = 1.5;
 /// Keeps the fault thread where its vCPU is, when that pays.
 #[derive(Debug, Default)]
 pub struct Placement {
-    /// Id of the vCPU thread to follow, 0 as long as it is not known; none when the scheduler decides.
-    tid: Option<Arc<AtomicI32>>,
-    /// `/proc` stat line of that thread.
-    stat: Option<File>,
+    /// `/proc` stat line of the vCPU thread to follow, once it has one; none when the scheduler decides.
+    stat: Option<Arc<OnceLock<File>>>,
     at: Option<usize>,
     faults: usize,
 }
@@ -38,30 +35,25 @@ impl Placement {
         Self::default()
     }
 
-    /// The right one for a VM with `cpus` vCPUs, the first of which has the thread id in `tid`. Measures for a few
-    /// milliseconds.
-    pub fn choose(cpus: u32, tid: Arc<AtomicI32>) -> Self {
-        if cpus == 1 && same_cpu_pays() { Self::with(tid) } else { Self::free() }
+    /// The right one for a VM with `cpus` vCPUs, the first of which has its stat line in `stat`. Measures for a few
+    /// milliseconds, with threads of its own.
+    pub fn choose(cpus: u32, stat: Arc<OnceLock<File>>) -> Self {
+        if cpus == 1 && same_cpu_pays() { Self::with(stat) } else { Self::free() }
     }
 
-    /// Follows the thread of this process whose id is (or will be) in `tid`.
-    pub fn with(tid: Arc<AtomicI32>) -> Self {
-        Self { tid: Some(tid), stat: None, at: None, faults: LOOK_EVERY }
+    /// Follows the thread of this process whose [`stat()`] line is (or will be) in `stat`.
+    pub fn with(stat: Arc<OnceLock<File>>) -> Self {
+        Self { stat: Some(stat), at: None, faults: LOOK_EVERY }
     }
 
     /// Counts faults, and moves the calling thread when its vCPU has moved.
     pub fn follow(&mut self, faults: usize) {
-        let Some(tid) = &self.tid else { return };
+        let Some(stat) = &self.stat else { return };
         self.faults += faults;
         if self.faults < LOOK_EVERY {
             return;
         }
-        let tid = tid.load(Ordering::Acquire);
-        if self.stat.is_none() && tid != 0 {
-            // Once, before the guest's first fault; afterwards nothing is opened or allocated.
-            self.stat = File::open(format!("/proc/self/task/{tid}/stat")).ok();
-        }
-        let Some(cpu) = self.stat.as_ref().and_then(processor) else { return };
+        let Some(cpu) = stat.get().and_then(processor) else { return };
         self.faults = 0;
         if self.at != Some(cpu) {
             let mut set = CpuSet::new();
@@ -71,6 +63,14 @@ impl Placement {
             }
         }
     }
+}
+
+/// Opens the stat line of a thread of this process.
+///
+/// # Errors
+/// When `/proc` does not have it.
+pub fn stat(tid: i32) -> io::Result<File> {
+    File::open(format!("/proc/self/task/{tid}/stat"))
 }
 
 /// The CPU a thread ran on last: field 39 of its `stat` line. Allocates nothing.

@@ -19,15 +19,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use memcg_core::units::Pages as Count;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::activation;
+use super::activation::{self, Tools};
 use super::client::{Desk, Reply, Request};
 use super::pages::{Pages, reserve_target};
 use super::place::Placement;
@@ -48,8 +48,8 @@ const ALL_OUT: u64 = 4;
 pub struct Parts {
     /// Frame table and stock; absent without accounting.
     pub pages: Option<Pages>,
-    /// `/dev/userfaultfd` for when accounting begins, or the sentence that says why it cannot.
-    pub device: Result<File, String>,
+    /// For when accounting begins, or the sentence that says why it cannot.
+    pub tools: Result<Tools, String>,
     /// The controller's socket.
     pub channel: Channel,
     /// Where the other threads' requests arrive.
@@ -62,8 +62,8 @@ pub struct Parts {
     pub outside: Arc<AtomicU64>,
     /// Written to make the device thread ask [`Request::Quiet`].
     pub quiet: EventFd,
-    /// Thread id of the first vCPU, 0 as long as it has none.
-    pub tid: Arc<AtomicI32>,
+    /// Stat line of the first vCPU's thread, once there is one.
+    pub stat: Arc<OnceLock<File>>,
     /// Guest RAM.
     pub ram: Arc<Ram>,
     /// Number of vCPUs.
@@ -83,7 +83,7 @@ struct Activation {
 #[derive(Debug)]
 pub struct FaultThread {
     pages: Option<Pages>,
-    device: Result<File, String>,
+    tools: Result<Tools, String>,
     activation: Option<Activation>,
     /// An answer that the socket had no room for; nothing else is said before it.
     unsent: Option<FromWorker>,
@@ -95,7 +95,6 @@ pub struct FaultThread {
     outside: Arc<AtomicU64>,
     placement: Placement,
     quiet: EventFd,
-    tid: Arc<AtomicI32>,
     ram: Arc<Ram>,
     cpus: u32,
     pause_seq: Option<u32>,
@@ -120,12 +119,13 @@ struct Told {
 impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
-        let Parts { pages, device, channel, desk, gate, balloon, outside, quiet, tid, ram, cpus } = parts;
-        let placement = if pages.is_some() { Placement::choose(cpus, tid.clone()) } else { Placement::free() };
+        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, stat, ram, cpus } = parts;
+        // Now, even if accounting begins later: to measure takes threads, and then none can be made.
+        let placement = if tools.is_ok() { Placement::choose(cpus, stat) } else { Placement::free() };
         let told = Told::default();
         Self {
             pages,
-            device,
+            tools,
             activation: None,
             unsent: None,
             channel,
@@ -135,7 +135,6 @@ impl FaultThread {
             outside,
             placement,
             quiet,
-            tid,
             ram,
             cpus,
             pause_seq: None,
@@ -299,7 +298,7 @@ impl FaultThread {
 
     /// Accounting is to begin: stops everybody who writes to guest memory.
     fn prepare_activation(&mut self, seq: u32, epoch: u32) {
-        let obstacle = match &self.device {
+        let obstacle = match &self.tools {
             _ if self.pages.is_some() => Some("it has begun already".to_owned()),
             Err(obstacle) => Some(obstacle.clone()),
             Ok(_) => None,
@@ -308,8 +307,6 @@ impl FaultThread {
             self.not_activated(seq, message);
             return;
         }
-        // While the guest still runs: it takes a few milliseconds.
-        self.placement = Placement::choose(self.cpus, self.tid.clone());
         self.gate.hold(gate::ACTIVATING);
         self.activation = Some(Activation { seq, epoch, called: false });
         self.call_devices();
@@ -352,14 +349,14 @@ impl FaultThread {
     }
 
     fn adopt(&self, epoch: u32) -> Result<Pages, String> {
-        let device = self.device.as_ref().map_err(Clone::clone)?;
+        let tools = self.tools.as_ref().map_err(Clone::clone)?;
         let failed = |what| move |e: io::Error| format!("{what}: {e}");
         // SAFETY: this thread reads the events from its next round on, until the process ends.
-        let uffd = unsafe { activation::register(&self.ram, device) };
+        let uffd = unsafe { activation::register(&self.ram, tools) };
         let uffd = uffd.map_err(failed("guest memory cannot be registered with userfaultfd"))?;
         // SAFETY: every vCPU is out of the guest and stays there, and the device thread waits for this one; nobody else
         // writes to guest memory.
-        let resident = unsafe { activation::resident(&self.ram) };
+        let resident = unsafe { activation::resident(&self.ram, tools) };
         let resident = resident.map_err(failed("guest memory cannot be counted"))?;
         let mut pages = Pages::new(self.ram.clone(), uffd, self.gate.clone(), self.cpus, self.balloon.clone());
         pages.adopt(epoch, &resident);

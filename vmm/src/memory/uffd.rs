@@ -18,7 +18,7 @@ use memcg_core::units::PAGE_SIZE;
 /// `UFFDIO_MOVE`, `_IOWR(0xAA, 0x05, struct uffdio_move)`; it decides whether this kernel is new enough.
 const UFFDIO_MOVE_BIT: u64 = 1 << sys::_UFFDIO_MOVE;
 /// `USERFAULTFD_IOC_NEW`, `_IO(0xAA, 0x00)`.
-const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xAA00;
+pub const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xAA00;
 /// Largest number of pages one [`Uffd::fill`] writes (256 KiB). Waiters wake when a call ends, so one that has caught up
 /// with a long fill waits for a piece of it, not for all.
 pub const MAX_FILL: u64 = 64;

@@ -1,16 +1,17 @@
 //! Builds the VM in the one order that works, then becomes the device thread.
 //!
 //! ```text
-//!  signals blocked ► RAM mapped and registered ► devices ► KVM: slots, irqchip, eventfds, vCPUs ► vCPU threads (held)
-//!  ► fault thread ► kernel loaded through the accessor, charged like any touch ► `Loaded` ► `Start` opens the gate
+//!  signals blocked ► RAM mapped and registered ► devices ► KVM: slots, irqchip, eventfds, vCPUs
+//!  ► fault thread ► vCPU threads (held) ► kernel loaded through the accessor, charged like any touch ► `Loaded`
+//!  ► `Start` opens the gate
 //! ```
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -30,12 +31,13 @@ use crate::devices::serial::{self, Console, ConsolePump, SerialPort};
 use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
 use crate::machine::kvm::NewVm;
 use crate::machine::{RamLayout, Vcpu, layout};
+use crate::memory::activation::Tools;
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::give::BalloonPages;
 use crate::memory::pages::{Pages, reserve_target};
 use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
-use crate::memory::{GuestMem, Ram, activation};
+use crate::memory::{GuestMem, Ram, activation, place};
 
 /// How long the console may take to accept the guest's last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -145,7 +147,7 @@ struct Built {
     layout: RamLayout,
     ram: Arc<Ram>,
     uffd: Option<Uffd>,
-    device: Result<File, String>,
+    tools: Result<Tools, String>,
     gate: Arc<Gate>,
     desk: Desk,
     client: Arc<Mutex<Client>>,
@@ -165,11 +167,11 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let layout = RamLayout::new(config.size_bytes)?;
     let ranges: Vec<(u64, u64)> = layout.ranges().map(|r| (r.gpa, r.bytes)).collect();
     let ram = Arc::new(Ram::map(&ranges).map_err(os("guest memory cannot be mapped"))?);
-    let device = match &config.obstacle {
-        None => Ok(File::from(handed(fd::UFFD_DEV))),
+    let tools = match &config.obstacle {
+        None => Ok(Tools::new(File::from(handed(fd::UFFD_DEV)))),
         Some(obstacle) => Err(format!("{obstacle}; then start the VM again")),
     };
-    let uffd = config.accounting.then(|| register(&ram, &device)).transpose()?;
+    let uffd = config.accounting.then(|| register(&ram, &tools)).transpose()?;
     let (clients, desk) = clients(1).map_err(os("no eventfd is left"))?;
     let client = clients.into_iter().map(|c| Arc::new(Mutex::new(c))).next().expect("one was asked for");
     let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
@@ -219,7 +221,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         layout,
         ram,
         uffd,
-        device,
+        tools,
         gate,
         desk,
         client,
@@ -236,10 +238,10 @@ fn clone_event(event: &EventFd) -> Result<EventFd, StartError> {
 }
 
 /// Registers all of RAM before anything is written to it.
-fn register(ram: &Ram, device: &Result<File, String>) -> Result<Uffd, StartError> {
-    let device = device.as_ref().map_err(|obstacle| io::Error::other(obstacle.clone()));
+fn register(ram: &Ram, tools: &Result<Tools, String>) -> Result<Uffd, StartError> {
+    let tools = tools.as_ref().map_err(|obstacle| io::Error::other(obstacle.clone()));
     // SAFETY: the fault thread reads the events until the end.
-    let uffd = device.and_then(|device| unsafe { activation::register(ram, device) });
+    let uffd = tools.and_then(|tools| unsafe { activation::register(ram, tools) });
     let uffd = uffd.map_err(os("guest memory cannot be registered with userfaultfd"))?;
     ram.begin_charging();
     Ok(uffd)
@@ -247,26 +249,26 @@ fn register(ram: &Ram, device: &Result<File, String>) -> Result<Uffd, StartError
 
 /// Starts the threads, loads the kernel, and serves the devices until the guest ends.
 fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartError> {
-    let Built { config, layout, ram, uffd, device, gate, desk, client, balloon, outside, vcpus, buses, .. } = vm;
+    let Built { config, layout, ram, uffd, tools, gate, desk, client, balloon, outside, vcpus, buses, .. } = vm;
     let console = vm.console;
     let (end_sender, ends) = sync_channel(1);
     let end_event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(os("no eventfd is left"))?);
     let end = EndSender { sender: end_sender, event: end_event.clone() };
 
     // The fault thread comes first: whatever fails from here on is said through it.
-    let tid = Arc::new(AtomicI32::new(0));
+    let stat = Arc::new(OnceLock::new());
     let pages = uffd.map(|uffd| Pages::new(ram.clone(), uffd, gate.clone(), config.cpus, balloon.clone()));
     let quiet = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"))?;
     let thread = FaultThread::new(Parts {
         pages,
-        device,
+        tools,
         channel,
         desk,
         gate: gate.clone(),
         balloon,
         outside,
         quiet: clone_event(&quiet)?,
-        tid: tid.clone(),
+        stat: stat.clone(),
         ram: ram.clone(),
         cpus: config.cpus,
     });
@@ -296,8 +298,8 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         vcpu.setup(&plan.entry())?;
         let first = vcpu.index() == 0;
         let its = spawn(vcpu, gate.clone(), buses.clone(), end.clone()).map_err(os("no thread for a vCPU"))?;
-        if first {
-            tid.store(its, Ordering::Release);
+        if first && let Ok(file) = place::stat(its) {
+            let _ = stat.set(file);
         }
     }
     plan.load(&GuestMem::new(ram, Some(client.clone()), true)).map_err(|e| match e {
@@ -306,13 +308,15 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         }
         e => e.into(),
     })?;
-    ask(&client, Request::Loaded(plan.pages()));
-
     let mut events = EventManager::<Arc<Mutex<dyn MutEventSubscriber>>>::new().map_err(event_loop)?;
     events.add_subscriber(console.clone());
     events.add_subscriber(vm.balloon_device);
     events.add_subscriber(Arc::new(Mutex::new(Bell(end_event))));
     events.add_subscriber(Arc::new(Mutex::new(Quiet(quiet, client.clone()))));
+    let loaded = plan.pages();
+    drop(plan);
+    drop((kernel, initrd));
+    ask(&client, Request::Loaded(loaded));
     loop {
         events.run().map_err(event_loop)?;
         let Ok(end) = ends.try_recv() else { continue };

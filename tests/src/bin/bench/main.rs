@@ -366,9 +366,9 @@ fn bare(around: bool, work: &str) -> u64 {
     let vcpu = vm.create_vcpus().expect("a vCPU").pop();
     let mut vcpu = vcpu.expect("one vCPU");
     vcpu.setup(&plan.entry()).expect("registers");
-    let tid = Arc::new(std::sync::atomic::AtomicI32::new(0));
+    let stat = Arc::new(std::sync::OnceLock::new());
     let follow = ballast::memory::place::same_cpu_pays();
-    let its = tid.clone();
+    let its = stat.clone();
     std::thread::spawn(move || {
         let mut placement = match follow {
             true => ballast::memory::place::Placement::with(its),
@@ -394,7 +394,8 @@ fn bare(around: bool, work: &str) -> u64 {
         }
     });
     // SAFETY: gettid has no conditions.
-    tid.store(unsafe { libc::gettid() }, std::sync::atomic::Ordering::Release);
+    let tid = unsafe { libc::gettid() };
+    let _ = stat.set(ballast::memory::place::stat(tid).expect("/proc"));
     while marks.lock().expect("no panic").0.len() < 2 {
         match vcpu.run_once(&buses) {
             Step::Continue | Step::Interrupted => {}
