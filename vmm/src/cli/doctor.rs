@@ -6,6 +6,7 @@ use memcg_core::units::human;
 
 use super::{DONE, ERROR};
 use crate::controller::host::{self, Problem};
+use crate::worker::sandbox;
 
 /// Below this much available memory a VM is not worth starting.
 const LITTLE_MEMORY: u64 = 64 << 20;
@@ -16,6 +17,7 @@ pub fn doctor() -> u8 {
         ("kernel", host::check_kernel().map(|release| format!("Linux {release}"))),
         ("kvm", host::open_kvm().map(|_| "/dev/kvm can be used".to_owned())),
         ("userfaultfd", host::open_userfaultfd().map(|_| "/dev/userfaultfd has what limits need".to_owned())),
+        ("seccomp", seccomp()),
         ("memory", memory()),
     ];
     let (mut status, mut out) = (DONE, String::new());
@@ -24,6 +26,14 @@ pub fn doctor() -> u8 {
         "ok    linux guests this KVM runs them (VMX or SVM)\n"
     } else {
         "note  linux guests this KVM is neither VMX nor SVM: only freestanding guests run on it\n"
+    };
+    // No failure either: seccomp alone keeps a worker from opening anything.
+    let landlock = match sandbox::landlock_version() {
+        Ok(version) => format!("ok    landlock     version {version}\n"),
+        Err(error) => format!(
+            "note  landlock     this kernel does not offer it ({error}): workers are shut in by seccomp alone; add landlock \
+             to lsm= on the kernel's command line\n"
+        ),
     };
     for (what, result) in checks {
         match result {
@@ -34,10 +44,19 @@ pub fn doctor() -> u8 {
             }
         }
     }
+    out.push_str(&landlock);
     out.push_str(linux);
     // A closed pipe is the reader's choice.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes());
     status
+}
+
+fn seccomp() -> Result<String, Problem> {
+    let found = sandbox::check_seccomp().map_err(|error| Problem {
+        what: format!("workers cannot be shut in ({error})"),
+        fix: "run a kernel with CONFIG_SECCOMP_FILTER=y (any distribution's)".to_owned(),
+    });
+    found.map(|()| "workers can be shut in".to_owned())
 }
 
 fn memory() -> Result<String, Problem> {

@@ -319,6 +319,9 @@ impl std::fmt::Display for Death {
         match self {
             Self::Exited(status) => write!(f, "exited with status {status}"),
             Self::Signal(libc::SIGKILL) => write!(f, "was killed by the host (signal 9)"),
+            Self::Signal(libc::SIGSYS) => {
+                write!(f, "was ended by its sandbox (signal 31; the host's log has the call)")
+            }
             Self::Signal(signal) => write!(f, "was ended by signal {signal}"),
             Self::Unknown => write!(f, "ended in an unknown way"),
         }

@@ -36,6 +36,7 @@ use crate::devices::balloon::BalloonHandle;
 use crate::worker::channel::{Channel, Received};
 use crate::worker::gate::{self, Gate, monotonic_ns};
 use crate::worker::protocol::{FromWorker, GuestStats, Report, ToWorker};
+use crate::worker::sandbox::{self, Thread};
 
 const FAULTS: u64 = 0;
 const CHANNEL: u64 = 1;
@@ -156,6 +157,7 @@ impl FaultThread {
         add(self.channel.listener(), LISTENER)?;
         add(borrow(self.desk.bell.as_raw_fd()), BELL)?;
         add(borrow(self.gate.all_out_event().as_raw_fd()), ALL_OUT)?;
+        sandbox::enter(Thread::Fault).map_err(io::Error::other)?;
         loop {
             if !watched && let Some(pages) = &self.pages {
                 add(pages.uffd().as_fd(), FAULTS)?;

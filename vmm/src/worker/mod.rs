@@ -7,12 +7,13 @@
 //! ```
 //!
 //! The process is started by the controller with everything it may use at fixed descriptors ([`config::fd`]); it opens
-//! nothing afterwards. It ends by `exit_group` only: closing KVM's descriptors in a live process can hang for ever.
+//! nothing for the guest by name. Once all is set up its threads enter the [`sandbox`]. It ends by `exit_group` only: closing KVM's descriptors in a live process can hang for ever.
 
 pub mod channel;
 pub mod config;
 pub mod gate;
 pub mod protocol;
+pub mod sandbox;
 pub mod start;
 pub mod vcpu;
 

@@ -1,10 +1,11 @@
 //! Builds the VM in the one order that works, then becomes the device thread.
 //!
 //! ```text
-//!  signals blocked ► RAM mapped and registered ► devices ► KVM: slots, irqchip, eventfds, vCPUs
+//!  capabilities dropped ► signals blocked ► RAM mapped and registered ► devices ► KVM: slots, irqchip, eventfds, vCPUs
 //!  ► fault thread ► vCPU threads (held) ► kernel loaded through the accessor, charged like any touch ► `Loaded`
 //!  ► `Start` opens the gate
 //! ```
+//! Each thread enters its [`sandbox`] before it does anything for the guest; this one, the last, before `Loaded`.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,7 @@ use super::channel::Channel;
 use super::config::{WorkerConfig, fd};
 use super::gate::{Gate, PAUSED};
 use super::protocol::FromWorker;
+use super::sandbox::{self, SandboxError, Thread};
 use super::vcpu::{End, EndSender, prepare_signals, spawn};
 use crate::devices::balloon::{BalloonConfig, BalloonDevice, BalloonHandle, BalloonWindow};
 use crate::devices::bus::{BusDevice, Buses, Effect};
@@ -58,6 +60,10 @@ enum StartError {
     Vm(#[from] crate::machine::VmError),
     #[error("a vCPU cannot be set up")]
     Vcpu(#[from] crate::machine::vcpu::VcpuError),
+    #[error("a vCPU cannot be started")]
+    Spawn(#[from] super::vcpu::SpawnError),
+    #[error("the worker cannot be shut into its sandbox")]
+    Sandbox(#[from] SandboxError),
     #[error("a device cannot be put on its bus")]
     Bus(#[from] crate::devices::bus::BusError),
     #[error(transparent)]
@@ -161,6 +167,7 @@ struct Built {
 
 /// Everything that needs no guest memory.
 fn build(channel: &Channel) -> Result<Built, StartError> {
+    sandbox::drop_capabilities()?;
     prepare_signals().map_err(os("signals cannot be blocked"))?;
     channel.prepare().map_err(os("the controller's socket cannot be used"))?;
     let config: WorkerConfig = serde_json::from_reader(File::from(handed(fd::CONFIG)))?;
@@ -297,7 +304,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     for mut vcpu in vcpus {
         vcpu.setup(&plan.entry())?;
         let first = vcpu.index() == 0;
-        let its = spawn(vcpu, gate.clone(), buses.clone(), end.clone()).map_err(os("no thread for a vCPU"))?;
+        let its = spawn(vcpu, gate.clone(), buses.clone(), end.clone())?;
         if first && let Ok(file) = place::stat(its) {
             let _ = stat.set(file);
         }
@@ -316,6 +323,8 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     let loaded = plan.pages();
     drop(plan);
     drop((kernel, initrd));
+    // The last thread goes in before the controller can open the gate.
+    sandbox::enter(Thread::Device)?;
     ask(&client, Request::Loaded(loaded));
     loop {
         events.run().map_err(event_loop)?;

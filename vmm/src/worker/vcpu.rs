@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::gate::{Gate, kick_signal};
 use super::protocol::ExitReason;
+use super::sandbox::{self, SandboxError, Thread};
 use crate::devices::bus::Buses;
 use crate::machine::vcpu::{Step, Vcpu};
 
@@ -39,11 +40,22 @@ pub struct EndSender {
     pub event: Arc<EventFd>,
 }
 
-/// Starts the thread of one vCPU and returns its kernel thread id. It waits at the gate first.
+/// Why a vCPU has no thread.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The host gives none.
+    #[error("no thread for a vCPU")]
+    Thread(#[from] io::Error),
+    /// It is not in its sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+}
+
+/// Starts the thread of one vCPU and returns its kernel thread id. It is in its sandbox, and waits at the gate first.
 ///
 /// # Errors
-/// When the host gives no thread.
-pub fn spawn(mut vcpu: Vcpu, gate: Arc<Gate>, buses: Arc<Buses>, end: EndSender) -> io::Result<i32> {
+/// When the host gives no thread, or no sandbox.
+pub fn spawn(mut vcpu: Vcpu, gate: Arc<Gate>, buses: Arc<Buses>, end: EndSender) -> Result<i32, SpawnError> {
     let (tid_sender, tid) = sync_channel(1);
     let index = vcpu.index() as usize;
     std::thread::Builder::new().name(format!("vcpu{index}")).stack_size(256 << 10).spawn(move || {
@@ -51,7 +63,8 @@ pub fn spawn(mut vcpu: Vcpu, gate: Arc<Gate>, buses: Arc<Buses>, end: EndSender)
         unblock_kick();
         gate.register(index);
         // SAFETY: gettid has no conditions.
-        let _ = tid_sender.send(unsafe { libc::gettid() });
+        let tid = unsafe { libc::gettid() };
+        let _ = tid_sender.send(sandbox::enter(Thread::Vcpu).map(|()| tid));
         let ended = run(&mut vcpu, &gate, &buses);
         if end.sender.try_send(ended).is_ok() {
             let _ = end.event.write(1);
@@ -61,7 +74,7 @@ pub fn spawn(mut vcpu: Vcpu, gate: Arc<Gate>, buses: Arc<Buses>, end: EndSender)
             std::thread::park();
         }
     })?;
-    tid.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
+    Ok(tid.recv().map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))??)
 }
 
 fn run(vcpu: &mut Vcpu, gate: &Gate, buses: &Buses) -> End {
