@@ -9,12 +9,12 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use memcg_core::limit_change::Mode;
 use memcg_core::tree::LimitPatch;
-use memcg_core::units::{Limit, SizeArg};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Contents, Name, Shared};
 use crate::controller::MemoryChange;
+use crate::controller::config::{present, to_limit};
 use crate::controller::error::{Code, Refusal};
 use crate::controller::view::VmView;
 
@@ -54,34 +54,20 @@ pub struct MemoryPatch {
     pub track: Option<bool>,
 }
 
-/// Tells `null` from absent.
-#[expect(clippy::option_option, reason = "absent, null and a number are three things")]
-fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
-    Option::deserialize(from).map(Some)
-}
-
 impl MemoryPatch {
     /// The same in pages.
     ///
     /// # Errors
     /// When a limit is not a multiple of the page size; the refusal names it.
     fn limits(&self) -> Result<LimitPatch, Refusal> {
-        let limit = |key: &str, value: Option<Option<u64>>| match value {
-            None => Ok(None),
-            Some(None) => Ok(Some(Limit::Max)),
-            Some(Some(bytes)) => SizeArg::Bytes(bytes)
-                .to_limit()
-                .map(Some)
-                .map_err(|error| Refusal::new(Code::InvalidLimit, format!("{key}: {error}"))),
-        };
         Ok(LimitPatch {
-            min: limit("min_bytes", self.min_bytes)?,
-            low: limit("low_bytes", self.low_bytes)?,
-            high: limit("high_bytes", self.high_bytes)?,
-            max: limit("max_bytes", self.max_bytes)?,
-            swap_max: limit("swap_max_bytes", self.swap_max_bytes)?,
+            min: to_limit("min_bytes", self.min_bytes)?,
+            low: to_limit("low_bytes", self.low_bytes)?,
+            high: to_limit("high_bytes", self.high_bytes)?,
+            max: to_limit("max_bytes", self.max_bytes)?,
+            swap_max: to_limit("swap_max_bytes", self.swap_max_bytes)?,
             store_max: None,
-            vmm_max: limit("vmm_max_bytes", self.vmm_max_bytes)?,
+            vmm_max: to_limit("vmm_max_bytes", self.vmm_max_bytes)?,
             if_generation: None,
         })
     }

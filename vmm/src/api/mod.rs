@@ -6,6 +6,9 @@
 mod events;
 mod memory;
 pub mod server;
+mod vms;
+
+use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
@@ -21,6 +24,7 @@ use utoipa_axum::routes;
 
 use crate::controller::Controller;
 use crate::controller::error::{Code, Refusal};
+use crate::controller::start::Service;
 use crate::controller::view::{HostView, VmView};
 
 pub use memory::MemoryPatch;
@@ -32,6 +36,8 @@ const MAX_BODY: usize = 64 * 1024;
 #[derive(Clone)]
 struct Shared {
     controller: Controller,
+    /// Makes VMs; absent in `run`, which has made its own.
+    service: Option<Arc<Service>>,
     /// Becomes true when followers of events have to come to an end.
     stopping: watch::Receiver<bool>,
 }
@@ -84,7 +90,8 @@ fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(host))
         .routes(routes!(list))
-        .routes(routes!(show))
+        .routes(routes!(show, vms::put, vms::delete))
+        .routes(routes!(vms::console))
         .routes(routes!(memory::patch))
         .routes(routes!(pause))
         .routes(routes!(resume))
@@ -98,8 +105,9 @@ pub fn document() -> String {
     described().into_openapi().to_pretty_json().unwrap_or_default()
 }
 
-/// The routes, served by `controller`; followers of events end when `stopping` becomes true.
-pub fn router(controller: Controller, stopping: watch::Receiver<bool>) -> Router {
+/// The routes, served by `controller`, with `service` also those that make VMs; followers of events end when `stopping`
+/// becomes true.
+pub fn router(controller: Controller, service: Option<Arc<Service>>, stopping: watch::Receiver<bool>) -> Router {
     let (router, _) = described().split_for_parts();
     let document = document();
     let openapi = move || async move { ([("content-type", "application/json")], document.clone()) };
@@ -112,7 +120,7 @@ pub fn router(controller: Controller, stopping: watch::Receiver<bool>) -> Router
             Refusal::new(Code::MethodNotAllowed, format!("{} has no method {method}", uri.path()))
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(Shared { controller, stopping })
+        .with_state(Shared { controller, service, stopping })
 }
 
 /// The host and the controller.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::Mode;
@@ -13,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::controller::Controller;
 use crate::controller::spawn::{SpawnError, check_socket_path};
+use crate::controller::start::Service;
 
 /// How long requests that are being answered may take when the server ends.
 const GRACE: Duration = Duration::from_secs(1);
@@ -107,18 +109,18 @@ pub struct Server {
     file: SocketFile,
 }
 
-/// Serves the interface of `controller` on a socket.
+/// Serves the interface of `controller` on a socket; with `service` it makes VMs, too.
 ///
 /// # Errors
 /// When the socket cannot be watched.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn serve(bound: Bound, controller: Controller) -> io::Result<Server> {
+pub fn serve(bound: Bound, controller: Controller, service: Option<Arc<Service>>) -> io::Result<Server> {
     let Bound { listener, file } = bound;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let (stopping, stopped) = watch::channel(false);
-    let router = super::router(controller, stopped.clone());
+    let router = super::router(controller, service, stopped.clone());
     let task = tokio::spawn(async move {
         let mut stopped = stopped;
         let shutdown = async move {

@@ -13,12 +13,16 @@
 mod client;
 mod console;
 mod doctor;
+mod fleet;
 mod options;
 mod run;
+mod serve;
 mod show;
+mod signals;
 mod socket;
 mod usage;
 mod verbs;
+mod vm_args;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,9 +30,12 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+pub use fleet::{CreateArgs, PsArgs};
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
+pub use serve::ServeArgs;
 pub use verbs::{EventsArgs, SetArgs};
+pub use vm_args::VmArgs;
 
 /// Done.
 pub const DONE: u8 = 0;
@@ -64,6 +71,14 @@ pub struct Cli {
 pub enum Verb {
     /// Run one VM in the foreground, its console on the terminal (Ctrl-] leaves and ends it)
     Run(Box<RunArgs>),
+    /// Run a controller for many VMs, which `create` makes, until a signal comes
+    Serve(ServeArgs),
+    /// Make and start a VM in `serve`
+    Create(Box<CreateArgs>),
+    /// List the VMs
+    Ps(PsArgs),
+    /// End a VM of `serve` and forget it
+    Rm(NameArg),
     /// Show a VM
     Show {
         /// Name of the VM
@@ -92,7 +107,7 @@ pub enum Verb {
 /// Where the controller listens.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SocketArg {
-    /// Socket of the controller, or a directory with NAME.sock [default: in $XDG_RUNTIME_DIR/ballast or /run/ballast]
+    /// Socket of the controller, or a directory with ballast.sock or NAME.sock [default: in $XDG_RUNTIME_DIR/ballast or /run/ballast]
     #[arg(long, value_name = "PATH", env = "BALLAST_SOCKET")]
     pub socket: Option<PathBuf>,
 }
@@ -134,7 +149,7 @@ impl Failure {
 }
 
 /// An error with everything that caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -179,6 +194,10 @@ pub fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.verb {
             Verb::Run(args) => run::run(*args, &cli.log).await,
+            Verb::Serve(args) => serve::serve(args, &cli.log).await,
+            Verb::Create(args) => fleet::create(*args).await,
+            Verb::Ps(args) => fleet::ps(args).await,
+            Verb::Rm(args) => fleet::rm(&args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
             Verb::Pause(args) => verbs::act(&args, "pause").await,

@@ -3,13 +3,13 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use memcg_core::tree::{LimitPatch, Limits, Tree};
+use memcg_core::tree::Tree;
 use memcg_core::units::{Limit, Pages, SizeArg, SizeError, parse_size};
 
 use crate::controller::OomPolicy;
+use crate::controller::config::{BalloonConfig, Memory, MemoryConfig};
 use crate::controller::host::scaled;
 use crate::controller::view::{OomAction, OomPreference};
-use crate::machine::layout::RamLayout;
 
 /// Longest duration that is believed.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
@@ -81,12 +81,10 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 /// `--memory`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryArg {
-    /// Guest RAM.
-    pub size: Pages,
-    /// Its limits.
-    pub limits: LimitPatch,
-    /// Whether memory is charged.
-    pub accounting: bool,
+    /// As it was written.
+    pub config: MemoryConfig,
+    /// What it means.
+    pub memory: Memory,
 }
 
 impl FromStr for MemoryArg {
@@ -94,53 +92,42 @@ impl FromStr for MemoryArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let keys = ["size", "max", "high", "low", "min", "swap", "vmm", "track"];
-        let (mut size, mut track, mut limits) = (None, None, LimitPatch::default());
+        let (mut size, mut config) = (None, MemoryConfig::default());
         each_pair(text, &keys, |key, value| {
-            match key {
+            let place = match key {
                 "size" => {
                     size = Some(ram(value)?);
+                    return Ok(());
                 }
-                "track" => track = Some(on_off(value)?),
-                "max" => limits.max = Some(limit(value)?),
-                "high" => limits.high = Some(limit(value)?),
-                "low" => limits.low = Some(limit(value)?),
-                "min" => limits.min = Some(limit(value)?),
-                "swap" => limits.swap_max = Some(limit(value)?),
-                _ => limits.vmm_max = Some(limit(value)?),
-            }
+                "track" => {
+                    config.track = Some(on_off(value)?);
+                    return Ok(());
+                }
+                "max" => &mut config.max_bytes,
+                "high" => &mut config.high_bytes,
+                "low" => &mut config.low_bytes,
+                "min" => &mut config.min_bytes,
+                "swap" => &mut config.swap_max_bytes,
+                _ => &mut config.vmm_max_bytes,
+            };
+            *place = Some(limit(value)?.as_bytes());
             Ok(())
         })?;
-        let size = size.ok_or("size is missing: write for example size=1G")?;
-        RamLayout::new(size.bytes()).map_err(|error| format!("size: {error}"))?;
-        limits.apply(Limits::default()).check().map_err(|error| error.to_string())?;
-        let limited = limits.limits_something();
-        if limited && track == Some(false) {
-            return Err("track=off contradicts a limit: without accounting there are none".to_owned());
-        }
-        Ok(Self { size, limits, accounting: limited || track == Some(true) })
+        config.size_bytes = size.ok_or("size is missing: write for example size=1G")?.bytes();
+        let memory = config.check().map_err(|refusal| refusal.message)?;
+        Ok(Self { config, memory })
     }
 }
 
 /// `--balloon`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BalloonArg {
-    /// The guest may take pages back when it is out of memory.
-    pub deflate_on_oom: bool,
-    /// Seconds between two readings of statistics, 0 for never.
-    pub stats_interval_s: u32,
-}
-
-impl Default for BalloonArg {
-    fn default() -> Self {
-        Self { deflate_on_oom: false, stats_interval_s: 1 }
-    }
-}
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonArg(pub BalloonConfig);
 
 impl FromStr for BalloonArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut arg = Self::default();
+        let mut arg = BalloonConfig::default();
         each_pair(text, &["free_page_reporting", "deflate_on_oom", "stats_interval"], |key, value| {
             match key {
                 "deflate_on_oom" => arg.deflate_on_oom = on_off(value)?,
@@ -159,7 +146,7 @@ impl FromStr for BalloonArg {
             }
             Ok(())
         })?;
-        Ok(arg)
+        Ok(Self(arg))
     }
 }
 
@@ -221,14 +208,14 @@ mod tests {
     #[test]
     fn memory_is_read() {
         let arg = memory("size=1G,max=512M,min=64M").unwrap();
-        assert_eq!(arg.size, Pages::from_mib(1024));
-        assert_eq!(arg.limits.max, Some(Limit::Pages(Pages::from_mib(512))));
-        assert_eq!(arg.limits.high, None);
-        assert!(arg.accounting);
-        assert!(!memory("size=1G").unwrap().accounting);
-        assert!(!memory("size=1G,max=max").unwrap().accounting);
-        assert!(memory("size=1G,track=on").unwrap().accounting);
-        assert!(memory("size=1G,min=1M").unwrap().accounting);
+        assert_eq!(arg.memory.size, Pages::from_mib(1024));
+        assert_eq!(arg.memory.limits.max, Some(Limit::Pages(Pages::from_mib(512))));
+        assert_eq!(arg.memory.limits.high, None);
+        assert!(arg.memory.accounting);
+        assert!(!memory("size=1G").unwrap().memory.accounting);
+        assert!(!memory("size=1G,max=max").unwrap().memory.accounting);
+        assert!(memory("size=1G,track=on").unwrap().memory.accounting);
+        assert!(memory("size=1G,min=1M").unwrap().memory.accounting);
         // A limit above the size is no contradiction: overhead counts too.
         assert!(memory("size=1G,max=2G").is_ok());
     }
@@ -279,7 +266,7 @@ mod tests {
         assert_eq!(policy.deadline, scaled(Duration::from_secs(2)));
         assert!("action=stop".parse::<OomArg>().is_err());
         let balloon: BalloonArg = "deflate_on_oom=on,stats_interval=0s".parse().unwrap();
-        assert_eq!(balloon, BalloonArg { deflate_on_oom: true, stats_interval_s: 0 });
+        assert_eq!(balloon, BalloonArg(BalloonConfig { deflate_on_oom: true, stats_interval_s: 0 }));
         assert!("stats_interval=500ms".parse::<BalloonArg>().is_err());
         assert!("free_page_reporting=on".parse::<BalloonArg>().is_err());
     }

@@ -35,16 +35,21 @@ fn limit(bytes: Option<u64>) -> String {
     bytes.map_or("max".to_owned(), human)
 }
 
-/// The table.
-fn table(vm: &VmView) -> String {
-    let mut out = String::new();
-    let state = match vm.state {
+/// The state in words.
+pub fn state(vm: &VmView) -> &'static str {
+    match vm.state {
         VmState::Starting => "starting",
-        VmState::Running if vm.held.now => "held at its limit",
+        VmState::Running if vm.held.now => "held",
         VmState::Running => "running",
         VmState::Paused => "paused",
         VmState::Ended => "ended",
-    };
+    }
+}
+
+/// The table.
+fn table(vm: &VmView) -> String {
+    let mut out = String::new();
+    let state = state(vm);
     let mut line = |label: &str, text: String| {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "{label:10}{text}");
@@ -53,7 +58,13 @@ fn table(vm: &VmView) -> String {
     let plural = if vm.cpus == 1 { "" } else { "s" };
     line(
         &vm.name,
-        format!(" {state}, pid {}, {} vCPU{plural}, {} of RAM{stale}", vm.pid, vm.cpus, human(vm.size_bytes)),
+        format!(
+            " {state}{}, pid {}, {} vCPU{plural}, {} of RAM{stale}",
+            vm.end.as_ref().map_or(String::new(), |end| format!(" ({end})")),
+            vm.pid,
+            vm.cpus,
+            human(vm.size_bytes)
+        ),
     );
     if !vm.accounting {
         line("  memory", " not tracked: no limit was ever set, and track is off".to_owned());

@@ -19,6 +19,52 @@ fn socket_name(name: &str) -> String {
     format!("{name}.sock")
 }
 
+/// The socket of `serve` in a directory.
+const SERVICE: &str = "ballast.sock";
+
+/// Where `serve` listens.
+pub fn to_serve(arg: &SocketArg) -> PathBuf {
+    match &arg.socket {
+        Some(path) if path.is_dir() => path.join(SERVICE),
+        Some(path) => path.clone(),
+        None => directories().remove(0).join(SERVICE),
+    }
+}
+
+/// Where `serve` can be reached.
+///
+/// # Errors
+/// When there is no such socket.
+pub fn to_reach_service(arg: &SocketArg) -> Result<PathBuf, Failure> {
+    let candidates = match &arg.socket {
+        Some(path) if path.is_dir() => vec![path.join(SERVICE)],
+        Some(path) => vec![path.clone()],
+        None => directories().iter().map(|dir| dir.join(SERVICE)).collect(),
+    };
+    let found = first_of(&candidates)?;
+    found.ok_or_else(|| {
+        let tried = listed(&candidates);
+        Failure::error(format!("there is no {tried}: start `ballast serve`, or say with --socket where it listens"))
+    })
+}
+
+/// The first socket at which somebody answers, else the first that is there.
+fn first_of(candidates: &[PathBuf]) -> Result<Option<PathBuf>, Failure> {
+    let there: Vec<_> = candidates.iter().filter(|path| path.exists()).collect();
+    let found = match there.as_slice() {
+        [] => return Ok(None),
+        [only] => only,
+        [first, ..] => there.iter().find(|path| UnixStream::connect(path).is_ok()).unwrap_or(first),
+    };
+    check_socket(found)?;
+    Ok(Some(found.to_path_buf()))
+}
+
+fn listed(candidates: &[PathBuf]) -> String {
+    let tried: Vec<_> = candidates.iter().rev().map(|path| path.display().to_string()).collect();
+    tried.join(" and no ")
+}
+
 /// Where `run` listens for a VM of this name.
 pub fn to_listen(arg: &SocketArg, name: &str) -> PathBuf {
     match &arg.socket {
@@ -39,22 +85,24 @@ pub fn vm_directory(socket: &Path) -> PathBuf {
 /// When there is no such socket.
 pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
     let candidates = match &arg.socket {
-        Some(path) if path.is_dir() => vec![path.join(socket_name(name))],
+        Some(path) if path.is_dir() => in_each(std::slice::from_ref(path), name),
         Some(path) => vec![path.clone()],
-        None => directories().iter().map(|dir| dir.join(socket_name(name))).collect(),
+        None => in_each(&directories(), name),
     };
-    let found = candidates.iter().find(|path| path.exists());
-    if let Some(path) = found {
-        check_socket(path)?;
-    }
-    found.cloned().ok_or_else(|| {
-        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+    first_of(&candidates)?.ok_or_else(|| {
+        let tried = listed(&candidates);
         Failure::error(format!(
             "no VM named {name:?} is running: there is no {}; `ballast run --name {name} …` starts one, --socket says \
              where else to look",
-            tried.join(" and no ")
+            tried
         ))
     })
+}
+
+/// A VM's own socket in each directory, and after those `serve`'s: a VM may be in either.
+fn in_each(directories: &[PathBuf], name: &str) -> Vec<PathBuf> {
+    let own = directories.iter().map(|dir| dir.join(socket_name(name)));
+    own.chain(directories.iter().map(|dir| dir.join(SERVICE))).collect()
 }
 
 /// Refuses what is no socket before anybody connects: the system would say that nobody listens there.
@@ -90,6 +138,18 @@ pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
             let names: Vec<_> = alive.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
             Err(Failure::error(format!("several VMs are running, name one: {}", names.join(", "))))
         }
+    }
+}
+
+/// All controllers that run.
+///
+/// # Errors
+/// When the file that was named is no socket.
+pub fn all(arg: &SocketArg) -> Result<Vec<PathBuf>, Failure> {
+    match &arg.socket {
+        Some(path) if path.is_dir() => Ok(sockets_in(path)),
+        Some(path) => check_socket(path).map(|()| vec![path.clone()]),
+        None => Ok(directories().iter().flat_map(|dir| sockets_in(dir)).collect()),
     }
 }
 
@@ -140,5 +200,20 @@ mod tests {
         assert_eq!(the_only(&arg).unwrap(), dir.path().join("a.sock"));
         let _b = std::os::unix::net::UnixListener::bind(dir.path().join("b.sock")).unwrap();
         assert!(the_only(&arg).unwrap_err().message.contains("a, b"));
+    }
+
+    #[test]
+    fn a_vm_is_looked_for_in_its_own_controller_and_then_in_serve() {
+        let dir = tempfile::tempdir().unwrap();
+        let arg = SocketArg { socket: Some(dir.path().to_owned()) };
+        assert_eq!(to_serve(&arg), dir.path().join("ballast.sock"));
+        assert!(to_reach_service(&arg).unwrap_err().message.contains("start `ballast serve`"));
+        let _serve = std::os::unix::net::UnixListener::bind(dir.path().join("ballast.sock")).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join("web.sock")).unwrap());
+        assert_eq!(to_reach(&arg, "web").unwrap(), dir.path().join("ballast.sock"), "nobody listens at the other");
+        assert_eq!(to_reach_service(&arg).unwrap(), dir.path().join("ballast.sock"));
+        let _own = std::os::unix::net::UnixListener::bind(dir.path().join("db.sock")).unwrap();
+        assert_eq!(to_reach(&arg, "db").unwrap(), dir.path().join("db.sock"));
+        assert_eq!(all(&arg).unwrap(), [dir.path().join("ballast.sock"), dir.path().join("db.sock")]);
     }
 }

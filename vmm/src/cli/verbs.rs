@@ -158,7 +158,12 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
             && let Some(end) = pending.iter().position(|byte| *byte == b'\n')
         {
             let line: Vec<_> = pending.drain(..=end).collect();
-            let text = if args.json { line } else { event_line(&client::decode(&line)?).into_bytes() };
+            let event: Event = client::decode(&line)?;
+            // A controller with many VMs tells of all.
+            if event.vm.is_some() && args.name.is_some() && event.vm != args.name {
+                continue;
+            }
+            let text = if args.json { line } else { event_line(&event).into_bytes() };
             let mut out = std::io::stdout().lock();
             if out.write_all(&text).and_then(|()| out.flush()).is_err() {
                 // Whoever reads has enough.

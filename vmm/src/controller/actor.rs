@@ -15,6 +15,7 @@
 //! | `show.rs` | what the interface sees |
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::tree::{NodeId, Tree};
@@ -27,6 +28,8 @@ use super::VmSpec;
 use super::activation::Accounting;
 use super::admission::Created;
 use super::changes::{Change, Changed, MemoryChange};
+use super::config::VmConfig;
+use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::events::{Event, EventKind, EventLog};
 use super::host;
@@ -57,6 +60,10 @@ pub(super) enum Request {
     Pause(String, Reply<VmView>),
     Resume(String, Reply<VmView>),
     Kill(String, Reply<VmView>),
+    Same(String, Arc<VmConfig>, Reply<Option<VmId>>),
+    Started(VmId, Reply<VmView>),
+    Remove(String, Reply<()>),
+    Console(String, Reply<String>),
     Events(u64, Reply<Vec<Event>>),
 }
 
@@ -71,11 +78,19 @@ pub(super) enum Input {
     Room(VmId),
 }
 
+/// A VM that has ended and whose memory is back.
+pub(super) struct Past {
+    pub view: VmView,
+    pub console: Option<ConsoleLog>,
+}
+
 /// The actor's state.
 pub(super) struct Actor {
     pub tree: Tree,
     pub root: NodeId,
     pub vms: BTreeMap<VmId, Vm>,
+    /// VMs that have left nothing but their last view, by name, until they are removed or there is another of the name.
+    pub past: BTreeMap<String, Past>,
     /// VMs that were created and have no process yet.
     pub created: BTreeMap<VmId, Created>,
     /// Number of the next VM; never used twice.
@@ -98,6 +113,7 @@ impl Actor {
             tree,
             root,
             vms: BTreeMap::new(),
+            past: BTreeMap::new(),
             created: BTreeMap::new(),
             next_id: 1,
             events: EventLog::default(),
@@ -132,6 +148,7 @@ impl Actor {
         }
         for vm in self.vms.values().filter(|vm| vm.death.is_none()) {
             vm.process.kill();
+            vm.process.tidy();
         }
     }
 
@@ -163,7 +180,7 @@ impl Actor {
 
     /// The VM of this name that runs, else the one that ended last.
     fn find(&self, name: &str) -> Result<VmId, Refusal> {
-        let named = || self.vms.iter().filter(|(_, vm)| vm.name == name);
+        let named = || self.vms.iter().filter(|(_, vm)| vm.name == name && !vm.forgotten);
         named()
             .find(|(_, vm)| vm.state != VmState::Ended)
             .or_else(|| named().next_back())
@@ -173,11 +190,10 @@ impl Actor {
 
     /// Like [`Self::find`] for requests that need a worker.
     fn find_alive(&self, name: &str) -> Result<VmId, Refusal> {
-        let id = self.find(name)?;
-        if self.vms[&id].alive() {
-            Ok(id)
-        } else {
-            Err(Refusal::new(Code::WrongState, format!("the VM {name:?} has ended")))
+        match self.find(name) {
+            Ok(id) if self.vms[&id].alive() => Ok(id),
+            Err(refusal) if !self.past.contains_key(name) => Err(refusal),
+            _ => Err(Refusal::new(Code::WrongState, format!("the VM {name:?} has ended"))),
         }
     }
 
@@ -188,12 +204,13 @@ impl Actor {
             Request::Withdraw(id, reply) => answer(reply, self.withdraw(id)),
             Request::Host(reply) => answer(reply, Ok(self.host_view())),
             Request::List(reply) => {
-                let list = self.vms.keys().map(|id| self.vm_view(*id, false)).collect();
+                let shown = self.vms.iter().filter(|(_, vm)| !vm.forgotten).map(|(id, _)| self.vm_view(*id, false));
+                let list = self.past.values().map(|past| past.view.clone()).chain(shown).collect();
                 answer(reply, Ok(list));
             }
             Request::Show(name, reply) => match self.find(&name) {
                 Ok(id) => self.show(id, reply),
-                Err(refusal) => answer(reply, Err(refusal)),
+                Err(refusal) => answer(reply, self.past_view(&name).ok_or(refusal)),
             },
             Request::Change(name, change, reply) => match self.find_alive(&name) {
                 Ok(id) => self.change(id, change, reply),
@@ -209,10 +226,72 @@ impl Actor {
             },
             Request::Kill(name, reply) => match self.find(&name) {
                 Ok(id) => self.kill_on_request(id, reply),
-                Err(refusal) => answer(reply, Err(refusal)),
+                Err(refusal) => answer(reply, self.past_view(&name).ok_or(refusal)),
             },
+            Request::Same(name, config, reply) => answer(reply, self.same(&name, &config)),
+            Request::Started(id, reply) => self.started(id, reply),
+            Request::Remove(name, reply) => self.remove(&name, reply),
+            Request::Console(name, reply) => answer(reply, self.console(&name)),
             Request::Events(since, reply) => answer(reply, Ok(self.events.after(since))),
         }
+    }
+
+    fn past_view(&self, name: &str) -> Option<VmView> {
+        self.past.get(name).map(|past| past.view.clone())
+    }
+
+    /// The VM of this name that runs and was asked for with the same words.
+    fn same(&self, name: &str, config: &VmConfig) -> Result<Option<VmId>, Refusal> {
+        match self.vms.iter().find(|(_, vm)| vm.name == name && vm.state != VmState::Ended) {
+            None => Ok(None),
+            Some((id, vm)) if vm.config.as_deref() == Some(config) => Ok(Some(*id)),
+            Some(_) => Err(Refusal::new(
+                Code::AlreadyExists,
+                format!(
+                    "a VM named {name:?} runs that was made otherwise: choose another name, or `ballast rm {name}`"
+                ),
+            )),
+        }
+    }
+
+    /// Answers when the guest runs, or will not.
+    fn started(&mut self, id: VmId, reply: Reply<VmView>) {
+        match self.vms.get_mut(&id) {
+            Some(vm) if vm.state == VmState::Starting => vm.starters.push(reply),
+            Some(vm) if vm.state != VmState::Ended => answer(reply, Ok(self.vm_view(id, false))),
+            vm => {
+                let epitaph = vm.and_then(|vm| vm.epitaph.as_deref()).unwrap_or("it has ended");
+                answer(reply, Err(Refusal::new(Code::StartFailed, format!("the VM did not start: {epitaph}"))));
+            }
+        }
+    }
+
+    /// Forgets a VM, once its worker is gone.
+    fn remove(&mut self, name: &str, reply: Reply<()>) {
+        match self.find(name) {
+            Ok(id) if self.vms[&id].state != VmState::Ended => {
+                self.vms.get_mut(&id).expect("found").removers.push(reply);
+                self.kill(id, VmEnd::Killed(KilledBy::Request));
+            }
+            Err(refusal) if !self.past.contains_key(name) => answer(reply, Err(refusal)),
+            _ => {
+                self.forget(name);
+                self.event(EventKind::Removed, Some(name), json!({}));
+                answer(reply, Ok(()));
+            }
+        }
+    }
+
+    /// What a VM has printed.
+    fn console(&self, name: &str) -> Result<String, Refusal> {
+        let console = match self.find(name) {
+            Ok(id) => &self.vms[&id].console,
+            Err(refusal) => &self.past.get(name).ok_or(refusal)?.console,
+        };
+        let elsewhere = || {
+            Refusal::new(Code::WrongState, format!("the console of the VM {name:?} is where `ballast run` was started"))
+        };
+        console.as_ref().map(ConsoleLog::text).ok_or_else(elsewhere)
     }
 
     /// Answers with fresh numbers when the worker gives them in time, else with the last known.

@@ -130,6 +130,12 @@ impl Actor {
             seq: 0,
             waiting: Vec::new(),
             killers: Vec::new(),
+            removers: Vec::new(),
+            starters: Vec::new(),
+            config: spec.config,
+            console: spec.console,
+            epitaph: None,
+            forgotten: false,
             cause: None,
             death: None,
             link_closed: false,
@@ -137,6 +143,7 @@ impl Actor {
             ended: Some(ended),
             warned: Cell::default(),
         };
+        self.forget(&vm.name);
         self.event(EventKind::Created, Some(&vm.name), details);
         self.vms.insert(id, vm);
         Ok(end)

@@ -35,6 +35,8 @@ pub enum Code {
     ResumeRefused,
     /// A VM of this name exists.
     AlreadyExists,
+    /// The VM could not be started, or ended before its guest ran.
+    StartFailed,
     /// The worker does not answer.
     Busy,
     /// The controller is going away.
@@ -57,7 +59,8 @@ impl Code {
             | Self::NotAccounted
             | Self::WrongState
             | Self::ResumeRefused
-            | Self::AlreadyExists => 409,
+            | Self::AlreadyExists
+            | Self::StartFailed => 409,
             Self::Busy | Self::Stopping => 503,
         }
     }

@@ -47,6 +47,8 @@ pub enum EventKind {
     Killed,
     /// The worker ended without being asked to, or was ended because it lied.
     WorkerDied,
+    /// A VM that has ended was removed: nothing shows it any more.
+    Removed,
     /// Events before this one are no longer known; the number is in `dropped`.
     Dropped,
 }

@@ -16,7 +16,7 @@ use memcg_core::units::Pages;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::actor::{Actor, Input, WORKER_PATIENCE, answer};
+use super::actor::{Actor, Input, Past, WORKER_PATIENCE, answer};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::host;
@@ -144,6 +144,9 @@ impl Actor {
         let name = vm.name.clone();
         let details = self.account(id, json!({ "loaded_bytes": Pages(plan).bytes() }));
         self.event(EventKind::Started, Some(&name), details);
+        for reply in std::mem::take(&mut self.vms.get_mut(&id).expect("checked").starters) {
+            answer(reply, Ok(self.vm_view(id, false)));
+        }
         self.aim_balloon(id);
     }
 
@@ -195,16 +198,24 @@ impl Actor {
         vm.refused = false;
         vm.grant_due = false;
         let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
+        let epitaph = cause.to_string();
         let (kind, extra) = describe(&cause);
         let mut details = details;
         if let (Some(map), serde_json::Value::Object(extra)) = (details.as_object_mut(), extra) {
             map.extend(extra);
         }
         let gone = Refusal::new(Code::WrongState, format!("the VM {:?} has ended", vm.name));
+        vm.process.tidy();
         if let Some(ended) = vm.ended.take() {
             // Nobody may be waiting (a VM that outlives its starter).
             let _ = ended.send(cause);
         }
+        let early = Refusal::new(Code::StartFailed, format!("the VM {:?} did not start: {epitaph}", vm.name));
+        vm.epitaph = Some(epitaph);
+        for starter in std::mem::take(&mut vm.starters) {
+            answer(starter, Err(early.clone()));
+        }
+        let removers = std::mem::take(&mut vm.removers);
         let killers = std::mem::take(&mut vm.killers);
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
@@ -223,6 +234,13 @@ impl Actor {
                 Awaited::Recall(requested) => Self::abandon_request(*requested, &gone),
             }
         }
+        if !removers.is_empty() {
+            self.forget(&name);
+            self.event(EventKind::Removed, Some(&name), json!({}));
+        }
+        for reply in removers {
+            answer(reply, Ok(()));
+        }
         if let Some(inbox) = self.inbox.upgrade() {
             tokio::spawn(async move {
                 host::memory_settled().await;
@@ -232,14 +250,28 @@ impl Actor {
         }
     }
 
-    /// The host has a dead VM's memory back.
+    /// The host has a dead VM's memory back: its node goes, and what is left is its last view.
     pub fn memory_is_back(&mut self, id: VmId) {
-        let Some(vm) = self.vms.get_mut(&id) else {
+        let Some(vm) = self.vms.get(&id) else {
             return;
         };
         self.tree.uncharge_all(vm.node);
-        vm.returned_total = vm.granted_total;
+        let view = self.vm_view(id, false);
+        if let Some(vm) = self.vms.remove(&id)
+            && !vm.forgotten
+        {
+            self.past.insert(vm.name, Past { view, console: vm.console });
+        }
+        self.tree.reap();
         self.roomier = true;
+    }
+
+    /// Shows a VM that has ended no more.
+    pub fn forget(&mut self, name: &str) {
+        self.past.remove(name);
+        for vm in self.vms.values_mut().filter(|vm| vm.name == name && vm.state == VmState::Ended) {
+            vm.forgotten = true;
+        }
     }
 }
 

@@ -7,6 +7,8 @@ mod activation;
 mod actor;
 mod admission;
 mod changes;
+pub mod config;
+pub mod console;
 pub mod error;
 pub mod events;
 mod grants;
@@ -16,12 +18,14 @@ pub mod link;
 pub mod overhead;
 mod show;
 pub mod spawn;
+pub mod start;
 #[cfg(test)]
 mod tests;
 pub mod view;
 mod vm;
 
 use std::io;
+use std::sync::Arc;
 
 use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages};
@@ -30,6 +34,8 @@ use tokio::task::JoinHandle;
 
 use actor::{Actor, Input, Request};
 pub use changes::{Changed, DEADLINE, MemoryChange};
+use config::VmConfig;
+use console::ConsoleLog;
 use error::{Code, Refusal};
 use events::Event;
 pub use grants::EPOCH;
@@ -67,6 +73,10 @@ pub struct VmSpec {
     pub oom: OomPolicy,
     /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.
     pub overhead: Vec<(Overhead, Pages)>,
+    /// As it was asked for, so that the same request is known again.
+    pub config: Option<Arc<VmConfig>>,
+    /// What it prints, where that is kept.
+    pub console: Option<ConsoleLog>,
 }
 
 impl WorkerProcess for WorkerHandle {
@@ -76,6 +86,10 @@ impl WorkerProcess for WorkerHandle {
 
     fn kill(&self) {
         WorkerHandle::kill(self);
+    }
+
+    fn tidy(&self) {
+        WorkerHandle::tidy(self);
     }
 }
 
@@ -137,6 +151,7 @@ impl Controller {
         let adopted = adopt.await;
         if adopted.is_err() {
             kill.kill();
+            kill.tidy();
         }
         adopted
     }
@@ -220,6 +235,38 @@ impl Controller {
     /// See [`Code`].
     pub async fn kill(&self, name: &str) -> Result<VmView, Refusal> {
         self.ask(|reply| Request::Kill(name.to_owned(), reply)).await
+    }
+
+    /// The VM of this name that runs, if it was asked for with the same words.
+    ///
+    /// # Errors
+    /// When one runs that was not.
+    pub async fn same(&self, name: &str, config: Arc<VmConfig>) -> Result<Option<VmId>, Refusal> {
+        self.ask(|reply| Request::Same(name.to_owned(), config, reply)).await
+    }
+
+    /// Completes when the guest runs.
+    ///
+    /// # Errors
+    /// When it ended before that; the refusal says how.
+    pub async fn started(&self, id: VmId) -> Result<VmView, Refusal> {
+        self.ask(|reply| Request::Started(id, reply)).await
+    }
+
+    /// Ends a VM if it runs, and forgets it when its worker is gone.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub async fn remove(&self, name: &str) -> Result<(), Refusal> {
+        self.ask(|reply| Request::Remove(name.to_owned(), reply)).await
+    }
+
+    /// What the guest has printed, as far as it is kept.
+    ///
+    /// # Errors
+    /// When there is no VM of this name, or its console is somewhere else.
+    pub async fn console(&self, name: &str) -> Result<String, Refusal> {
+        self.ask(|reply| Request::Console(name.to_owned(), reply)).await
     }
 
     /// The events after number `since`.

@@ -24,6 +24,7 @@ impl Actor {
             size_bytes: vm.size.bytes(),
             cpus: vm.cpus,
             accounting: vm.accounted(),
+            end: vm.epitaph.clone(),
             stale,
             memory: self.memory_view(vm),
             vmm: self.vmm_view(vm),

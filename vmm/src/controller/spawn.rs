@@ -169,7 +169,7 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
     }
     let child = spawn_child(&config.name, log, plan).map_err(system("the worker process cannot be started"))?;
     drop(far_console);
-    let (handle, watch) = supervise(child).map_err(system("the worker process cannot be watched"))?;
+    let (handle, watch) = supervise(child, directory).map_err(system("the worker process cannot be watched"))?;
     match link::connect(&path, handle.pid()) {
         Ok(link) => Ok(Launched { handle, watch, link, console }),
         Err(error) => {
@@ -181,7 +181,10 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
 
 /// Makes `directory` for this user alone. One that exists, because a killed process has left it, must be so already:
 /// somebody else's is not changed.
-fn make_directory(directory: &Path) -> Result<(), SpawnError> {
+///
+/// # Errors
+/// When it cannot be made, or something else is there.
+pub fn make_directory(directory: &Path) -> Result<(), SpawnError> {
     let failed = |e| system(format!("the directory {} cannot be made", directory.display()))(e);
     if let Some(parent) = directory.parent() {
         DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
@@ -333,6 +336,7 @@ impl std::fmt::Display for Death {
 pub struct WorkerHandle {
     pid: i32,
     pidfd: Arc<OwnedFd>,
+    directory: Arc<Path>,
 }
 
 impl WorkerHandle {
@@ -346,6 +350,11 @@ impl WorkerHandle {
         if let Err(error) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
             tracing::debug!(%error, pid = self.pid, "the worker is gone already");
         }
+    }
+
+    /// Removes what [`launch`] has made for it on disk.
+    pub fn tidy(&self) {
+        tidy(&self.directory);
     }
 }
 
@@ -373,13 +382,13 @@ impl DeathWatch {
     }
 }
 
-fn supervise(mut child: Child) -> io::Result<(WorkerHandle, DeathWatch)> {
+fn supervise(mut child: Child, directory: &Path) -> io::Result<(WorkerHandle, DeathWatch)> {
     let pid = child.id().cast_signed();
     let watch = || -> io::Result<_> {
         let id = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         // Not reaped yet, so the number is still this child's.
         let pidfd = Arc::new(rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?);
-        let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd) };
+        let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into() };
         // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
         let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         Ok((handle, watched))

@@ -36,6 +36,9 @@ pub struct VmView {
     pub cpus: u32,
     /// False as long as nothing is charged: no limit was ever set, and `track` is off.
     pub accounting: bool,
+    /// How it ended, when it has.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub end: Option<String>,
     /// True when the worker did not answer in time and these are its last known numbers.
     pub stale: bool,
     /// The counter of everything.

@@ -1,15 +1,19 @@
 //! One VM as the controller knows it.
 
 use std::cell::Cell;
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::tree::{NodeId, Overhead};
-use memcg_core::units::Pages;
+use memcg_core::units::{Pages, exact};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::activation::Accounting;
 use super::changes::{Change, Requested};
+use super::config::VmConfig;
+use super::console::ConsoleLog;
 use super::error::Refusal;
 use super::spawn::Death;
 use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
@@ -36,6 +40,8 @@ pub trait WorkerProcess: Send {
     fn pid(&self) -> i32;
     /// Ends it at once; harmless when it has ended.
     fn kill(&self);
+    /// Removes what it had on disk; it has ended.
+    fn tidy(&self) {}
 }
 
 /// What is done with a VM that stays held.
@@ -90,6 +96,25 @@ pub enum VmEnd {
         /// How, as the end of a sentence that begins with "the worker".
         message: String,
     },
+}
+
+impl fmt::Display for VmEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Guest(ExitReason::PowerOff) => write!(f, "the guest powered itself off"),
+            Self::Guest(ExitReason::Reset) => write!(f, "the guest asked for a reset"),
+            Self::Guest(ExitReason::Status(status)) => write!(f, "the guest ended with status {status}"),
+            Self::Guest(ExitReason::TripleFault) => write!(f, "the guest stopped with a triple fault"),
+            Self::Guest(ExitReason::Error) => write!(f, "the VM failed"),
+            Self::Killed(KilledBy::Request) => write!(f, "it was killed on request"),
+            Self::Killed(KilledBy::Policy) => write!(f, "it was killed: it was held at its limit for too long"),
+            Self::Failed { message, smallest_max: None } => write!(f, "{message}"),
+            Self::Failed { message, smallest_max: Some(smallest) } => {
+                write!(f, "{message}: a memory.max of {} or more is needed", exact(smallest.bytes()))
+            }
+            Self::Died { message } => write!(f, "the worker {message}"),
+        }
+    }
 }
 
 /// Answers a request.
@@ -180,6 +205,18 @@ pub(super) struct Vm {
     pub waiting: Vec<Waiting>,
     /// Answers to `kill`, given when the process is gone.
     pub killers: Vec<Reply<VmView>>,
+    /// Answers to `remove`, given when the process is gone.
+    pub removers: Vec<Reply<()>>,
+    /// Answers to those who wait for the guest to run.
+    pub starters: Vec<Reply<VmView>>,
+    /// As it was asked for.
+    pub config: Option<Arc<VmConfig>>,
+    /// What it prints, where that is kept.
+    pub console: Option<ConsoleLog>,
+    /// How it ended, for people.
+    pub epitaph: Option<String>,
+    /// It has ended and is shown no more; only its charges are still there.
+    pub forgotten: bool,
     /// Why it is ending, once that is known.
     pub cause: Option<VmEnd>,
     /// How the process ended, while its last words may still be on the way.

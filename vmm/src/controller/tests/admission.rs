@@ -12,7 +12,8 @@ use crate::controller::error::Refusal;
 fn spec(name: &str, limits: LimitPatch) -> VmSpec {
     let overhead = overhead::of(Pages(SIZE), 1, 3);
     let oom = OomPolicy::default();
-    VmSpec { name: name.to_owned(), size: Pages(SIZE), cpus: 1, accounting: true, limits, oom, overhead }
+    let (name, size) = (name.to_owned(), Pages(SIZE));
+    VmSpec { name, size, cpus: 1, accounting: true, limits, oom, overhead, config: None, console: None }
 }
 
 /// What each VM of [`spec`] costs beside its pages.

@@ -3,6 +3,7 @@
 
 mod activation;
 mod admission;
+mod fleet;
 mod grants;
 mod limits;
 mod requests;
@@ -16,6 +17,8 @@ use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot};
 
+use super::config::VmConfig;
+use super::console::ConsoleLog;
 use super::error::Refusal;
 use super::events::{Event, EventKind};
 use super::link::FromLink;
@@ -63,13 +66,14 @@ struct Setup {
     accounting: bool,
     oom: OomPolicy,
     overhead: Vec<(Overhead, Pages)>,
+    config: Option<Arc<VmConfig>>,
     queue: usize,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
-        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, overhead: Vec::new(), queue: 64 }
+        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, overhead: Vec::new(), config: None, queue: 64 }
     }
 }
 
@@ -95,6 +99,8 @@ impl FakeWorker {
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,
             overhead: setup.overhead,
+            console: setup.config.is_some().then(ConsoleLog::default),
+            config: setup.config,
         };
         let id = controller.create(spec).await?;
         let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;

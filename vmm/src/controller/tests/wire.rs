@@ -94,7 +94,7 @@ impl Site {
         let path = dir.path().join("vm.sock");
         let worker = FakeWorker::running(setup).await;
         let bound = server::bind(&path).expect("bound");
-        let server = server::serve(bound, worker.controller.clone()).expect("served");
+        let server = server::serve(bound, worker.controller.clone(), None).expect("served");
         Self { _dir: dir, path, server, worker }
     }
 

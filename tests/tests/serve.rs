@@ -1,0 +1,351 @@
+//! `ballast serve`: many VMs of the real program under one controller.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use ballast_tests::{ballast, http, missing_on_host, number, payload, wait_until};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// True, with the reason printed, when this host cannot run guests.
+fn skipped(test: &str) -> bool {
+    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
+}
+
+/// The program with words that reach a controller in `place`.
+fn program(words: &[&str], place: &Path) -> Command {
+    let mut command = Command::new(ballast());
+    command.args(words).env("BALLAST_SOCKET", place).env_remove("BALLAST_LOG").stdin(Stdio::null());
+    command
+}
+
+/// A `ballast serve` with a directory of its own. Killed when dropped, and its workers with it.
+struct Serve {
+    child: Child,
+    place: tempfile::TempDir,
+}
+
+impl Serve {
+    fn start(words: &[&str]) -> Self {
+        let place = tempfile::Builder::new().prefix("bs").tempdir().expect("a temporary directory");
+        let child = program(&["serve"], place.path()).args(words).spawn().expect("ballast starts");
+        let serve = Self { child, place };
+        wait_until("serve answers", 10, || http(&serve.socket(), "GET", "/host", None).ok());
+        serve
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.place.path().join("ballast.sock")
+    }
+
+    /// A verb against this controller.
+    fn verb(&self, words: &[&str]) -> Output {
+        program(words, self.place.path()).output().expect("the program runs")
+    }
+
+    /// A request: status and JSON.
+    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let (status, body) = self.raw(method, path, body.map(Value::to_string).as_deref());
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    fn raw(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+        http(&self.socket(), method, path, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    fn show(&self, name: &str) -> Value {
+        let (status, view) = self.ask("GET", &format!("/vms/{name}"), None);
+        assert_eq!(status, 200, "{view}");
+        view
+    }
+
+    fn wait_state(&self, name: &str, state: &str) -> Value {
+        wait_until(&format!("{name} is {state}"), 10, || Some(self.show(name)).filter(|vm| vm["state"] == state))
+    }
+
+    /// Makes a VM that must run then.
+    fn create(&self, name: &str) -> Value {
+        let (status, view) = self.ask("PUT", &format!("/vms/{name}"), Some(&shell()));
+        assert_eq!(status, 201, "{view}");
+        assert_eq!(view["state"], "running");
+        view
+    }
+
+    fn signal(&self, signal: i32) {
+        kill(self.child.id(), signal);
+    }
+
+    fn names(&self) -> Vec<String> {
+        let (_, list) = self.ask("GET", "/vms", None);
+        let names = list.as_array().expect("a list").iter().map(|vm| vm["name"].as_str().expect("a name").to_owned());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    /// What is in its directory.
+    fn left(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(self.place.path()).expect("readable").flatten().map(|entry| entry.path()).collect()
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn kill(pid: u32, signal: i32) {
+    // SAFETY: kill takes numbers; the process is one that this test has caused.
+    unsafe { libc::kill(pid as i32, signal) };
+}
+
+fn pid(view: &Value) -> u32 {
+    u32::try_from(number(view, "pid")).expect("a process id")
+}
+
+fn is_alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+/// A guest of 64 MiB that waits for words nobody types.
+fn shell() -> Value {
+    json!({
+        "kernel": payload(), "cmdline": "shell", "debug_port": true,
+        "memory": { "size_bytes": 64 * MIB, "max_bytes": 48 * MIB },
+    })
+}
+
+/// Semantics: 81, 98.
+#[test]
+fn three_vms_share_a_budget_and_one_that_is_killed_takes_no_other_with_it() {
+    if skipped("serve-fleet") {
+        return;
+    }
+    let mut serve = Serve::start(&["--budget", "24M"]);
+    let views: Vec<_> = ["a", "b", "c"].map(|name| serve.create(name)).into();
+    for name in ["a", "b", "c"] {
+        wait_until("it has printed", 10, || {
+            let (status, text) = serve.raw("GET", &format!("/vms/{name}/console"), None);
+            (status == 200 && text.contains("READY")).then_some(())
+        });
+    }
+    let (_, host) = serve.ask("GET", "/host", None);
+    assert_eq!((number(&host, "vms"), number(&host, "budget_bytes")), (3, 24 * MIB));
+    assert!(number(&host, "current_bytes") <= 24 * MIB, "{host}");
+    let sum: u64 = ["a", "b", "c"].map(|name| number(&serve.show(name), "memory.current_bytes")).iter().sum();
+    assert!(sum <= 24 * MIB, "{sum}");
+
+    // What 8 GiB cost beside their pages is more than the whole budget.
+    let mut large = shell();
+    large["memory"] = json!({ "size_bytes": 8192 * MIB });
+    let (status, refusal) = serve.ask("PUT", "/vms/d", Some(&large));
+    assert_eq!((status, &refusal["code"]), (409, &json!("overhead_refused")), "{refusal}");
+    assert!(refusal["message"].as_str().is_some_and(|text| text.contains("memory.max of / is 24M")), "{refusal}");
+    assert_eq!(serve.ask("GET", "/vms/d", None).0, 404, "nothing is left of it");
+    // Where there is a budget nobody is outside of it.
+    large["memory"] = json!({ "size_bytes": 64 * MIB, "track": false });
+    assert_eq!(serve.ask("PUT", "/vms/d", Some(&large)).1["code"], "invalid_limit");
+    large["memory"] = json!({ "size_bytes": 64 * MIB });
+    assert_eq!(serve.ask("PUT", "/vms/d", Some(&large)).1["accounting"], true);
+    assert_eq!(serve.ask("DELETE", "/vms/d", None).0, 204);
+
+    kill(pid(&views[1]), libc::SIGKILL);
+    let ended = serve.wait_state("b", "ended");
+    assert_eq!(ended["end"], "the worker was killed by the host (signal 9)");
+    for name in ["a", "c"] {
+        assert_eq!(serve.ask("POST", &format!("/vms/{name}/pause"), None).1["state"], "paused");
+        assert_eq!(serve.ask("POST", &format!("/vms/{name}/resume"), None).1["state"], "running");
+    }
+    wait_until("its memory is back", 10, || (number(&serve.show("b"), "memory.current_bytes") == 0).then_some(()));
+    assert_eq!(serve.names(), ["a", "b", "c"], "it is shown until somebody removes it");
+    let again = serve.create("b");
+    assert_ne!(pid(&again), pid(&views[1]));
+
+    serve.signal(libc::SIGTERM);
+    assert_eq!(wait_until("serve ends", 10, || serve.child.try_wait().expect("our child")).code(), Some(0));
+    for view in [&views[0], &views[2], &again] {
+        assert!(!is_alive(pid(view)), "{view}");
+    }
+    assert_eq!(serve.left(), [] as [PathBuf; 0], "no socket, no directory");
+}
+
+#[test]
+fn the_same_vm_is_made_once_and_another_of_its_name_is_refused() {
+    if skipped("serve-twice") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let first = serve.create("web");
+    let (status, again) = serve.ask("PUT", "/vms/web", Some(&shell()));
+    assert_eq!((status, pid(&again)), (200, pid(&first)));
+    let mut other = shell();
+    other["cpus"] = json!(2);
+    let (status, refusal) = serve.ask("PUT", "/vms/web", Some(&other));
+    assert_eq!((status, &refusal["code"]), (409, &json!("already_exists")), "{refusal}");
+    assert_eq!(pid(&serve.show("web")), pid(&first), "it goes on");
+
+    assert_eq!(serve.ask("DELETE", "/vms/web", None).0, 204);
+    assert!(!is_alive(pid(&first)));
+    assert_eq!(serve.ask("DELETE", "/vms/web", None).0, 404);
+    assert_eq!(serve.names(), [] as [String; 0]);
+    let (status, view) = serve.ask("PUT", "/vms/web", Some(&other));
+    assert_eq!((status, number(&view, "cpus")), (201, 2), "{view}");
+}
+
+/// A guest that ended by itself leaves its end and its last words behind.
+#[test]
+fn a_guest_that_ends_is_shown_with_how_it_ended() {
+    if skipped("serve-ends") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let mut short = shell();
+    short["cmdline"] = json!("exit 7");
+    let (status, view) = serve.ask("PUT", "/vms/short", Some(&short));
+    assert_eq!(status, 201, "{view}");
+    assert_eq!(serve.wait_state("short", "ended")["end"], "the guest ended with status 7");
+    assert_eq!(serve.ask("POST", "/vms/short/pause", None).1["code"], "wrong_state");
+
+    short["memory"]["max_bytes"] = json!(2 * MIB);
+    let (status, refusal) = serve.ask("PUT", "/vms/small", Some(&short));
+    assert_eq!((status, &refusal["code"]), (409, &json!("start_failed")), "{refusal}");
+    assert!(refusal["message"].as_str().is_some_and(|text| text.contains("or more is needed")), "{refusal}");
+    assert_eq!(serve.show("small")["state"], "ended");
+    assert_eq!(serve.ask("DELETE", "/vms/small", None).0, 204);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_makes_nothing() {
+    if skipped("serve-negative") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let memory = json!({ "size_bytes": 64 * MIB });
+    let with = |key: &str, value: Value| {
+        let mut body = shell();
+        body[key] = value;
+        body.to_string()
+    };
+    let table = [
+        (String::new(), 400, "bad_request"),
+        ("[]".to_owned(), 400, "bad_request"),
+        ("null".to_owned(), 400, "bad_request"),
+        ("{}".to_owned(), 400, "bad_request"),
+        (json!({ "kernel": payload() }).to_string(), 400, "bad_request"),
+        (json!({ "kernel": "payload.bin", "memory": memory }).to_string(), 400, "bad_request"),
+        (json!({ "kernel": "/none", "memory": memory }).to_string(), 400, "bad_request"),
+        (json!({ "kernel": "/", "memory": memory }).to_string(), 400, "bad_request"),
+        (with("initrd", json!("/none")), 400, "bad_request"),
+        (with("cpus", json!(0)), 400, "bad_request"),
+        (with("cpus", json!(65)), 400, "bad_request"),
+        (with("cpus", json!("1")), 400, "bad_request"),
+        (with("frob", json!(1)), 400, "bad_request"),
+        (with("oom", json!({ "action": "shoot" })), 400, "bad_request"),
+        (with("balloon", json!({ "size_bytes": 1 })), 400, "bad_request"),
+        (with("memory", json!({ "size_bytes": 1 })), 400, "invalid_limit"),
+        (with("memory", json!({ "size_bytes": 64 * MIB, "max_bytes": 1 })), 400, "invalid_limit"),
+        (with("memory", json!({ "size_bytes": 64 * MIB, "max_bytes": 4096, "track": false })), 400, "invalid_limit"),
+        (with("memory", json!({ "size_bytes": 64 * MIB, "min_bytes": MIB, "max_bytes": 4096 })), 400, "invalid_limit"),
+        (with("cmdline", json!("x".repeat(100_000))), 413, "too_large"),
+    ];
+    for (body, status, code) in table {
+        let of: String = body.chars().take(80).collect();
+        let (got, refusal) = serve.raw("PUT", "/vms/web", Some(&body));
+        let refusal: Value = serde_json::from_str(&refusal).unwrap_or_else(|error| panic!("{of}: {error}: {refusal}"));
+        assert_eq!((got, &refusal["code"]), (status, &json!(code)), "{of}: {refusal}");
+    }
+    for name in ["..%2fetc", "-web", "a%20b", "%2e%2e"] {
+        let (status, refusal) = serve.ask("PUT", &format!("/vms/{name}"), Some(&shell()));
+        assert_eq!((status, &refusal["code"]), (400, &json!("bad_request")), "{name}: {refusal}");
+    }
+    for (method, path, status) in [
+        ("GET", "/vms/web", 404),
+        ("DELETE", "/vms/web", 404),
+        ("GET", "/vms/web/console", 404),
+        ("POST", "/vms", 405),
+        ("DELETE", "/vms", 405),
+        ("PUT", "/vms/web/console", 405),
+    ] {
+        assert_eq!(serve.ask(method, path, None).0, status, "{method} {path}");
+    }
+    assert_eq!(serve.names(), [] as [String; 0]);
+    let state: Vec<_> = std::fs::read_dir(serve.place.path().join("ballast.d")).expect("readable").flatten().collect();
+    assert!(state.is_empty(), "{state:?}");
+}
+
+/// Every verb finds `serve` as it finds a `run`.
+#[test]
+fn verbs_work_on_the_vms_of_serve() {
+    if skipped("serve-verbs") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    let kernel = payload();
+    let kernel = kernel.to_str().expect("text");
+    let create = |name: &str, memory: &str| {
+        let words = ["create", name, "--memory", memory, "--cmdline", "shell", "--debug-port", "--kernel", kernel];
+        serve.verb(&words)
+    };
+    let ok = |output: Output| {
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{err}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    assert_eq!(ok(serve.verb(&["ps"])).lines().count(), 1, "a header");
+    for name in ["web", "db"] {
+        ok(create(name, "size=64M,max=48M"));
+    }
+    ok(create("web", "size=64M,max=48M"));
+    let refused = create("web", "size=64M,max=40M");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("runs that was made otherwise"));
+
+    ok(serve.verb(&["set", "web", "memory.max=44M"]));
+    ok(serve.verb(&["pause", "web"]));
+    let table = ok(serve.verb(&["ps"]));
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["NAME", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"]);
+    assert_eq!((&lines[1][..2], lines[1][3]), (&["db", "running"][..], "48M"), "{table}");
+    assert_eq!((&lines[2][..2], lines[2][3]), (&["web", "paused"][..], "44M"), "{table}");
+    let list: Value = serde_json::from_str(&ok(serve.verb(&["ps", "--json"]))).expect("JSON");
+    assert_eq!(list.as_array().map(Vec::len), Some(2));
+    ok(serve.verb(&["resume", "web"]));
+    assert!(ok(serve.verb(&["show", "web"])).contains("running"));
+    let events = ok(serve.verb(&["events", "web"]));
+    assert!(events.contains("limit_changed") && !events.contains("db"), "{events}");
+    ok(serve.verb(&["kill", "web"]));
+    assert!(ok(serve.verb(&["show", "web"])).contains("ended (it was killed on request)"));
+    ok(serve.verb(&["rm", "web"]));
+    assert_eq!(serve.verb(&["rm", "web"]).status.code(), Some(1));
+    assert_eq!(serve.names(), ["db"]);
+
+    let second = serve.verb(&["serve"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("is in use"), "{second:?}");
+    serve.signal(libc::SIGINT);
+    assert_eq!(wait_until("serve ends", 10, || serve.child.try_wait().expect("our child")).code(), Some(0));
+    let nobody = serve.verb(&["create", "web", "--memory", "size=64M", "--kernel", kernel]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("start `ballast serve`"), "{nobody:?}");
+}
+
+/// A controller that is killed leaves nothing that keeps the next one from starting, and its workers die with it.
+#[test]
+fn a_killed_serve_takes_its_workers_with_it_and_can_be_started_again() {
+    if skipped("serve-killed") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    let view = serve.create("web");
+    serve.signal(libc::SIGKILL);
+    serve.child.wait().expect("our child");
+    wait_until("the worker is gone", 10, || (!is_alive(pid(&view))).then_some(()));
+    serve.child = program(&["serve"], serve.place.path()).spawn().expect("ballast starts");
+    wait_until("serve answers", 10, || http(&serve.socket(), "GET", "/host", None).ok());
+    assert_eq!(serve.names(), [] as [String; 0]);
+    assert!(!serve.place.path().join("ballast.d/web").exists(), "what was left is tidied");
+    serve.create("web");
+}

@@ -1,0 +1,110 @@
+//! `create`, `ps` and `rm`: the VMs of `ballast serve`.
+
+use std::fmt::Write;
+
+use hyper::Method;
+use memcg_core::units::human;
+
+use super::options::name;
+use super::vm_args::VmArgs;
+use super::{DONE, Failure, NameArg, SocketArg, client, show, socket};
+use crate::controller::view::VmView;
+
+/// `ballast create`.
+#[derive(Debug, clap::Args)]
+pub struct CreateArgs {
+    /// Name of the VM
+    #[arg(value_parser = name)]
+    name: String,
+    #[command(flatten)]
+    vm: VmArgs,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Makes a VM in `serve` and waits until its guest runs.
+pub async fn create(args: CreateArgs) -> Result<u8, Failure> {
+    let config = args.vm.absolute_config()?;
+    let socket = socket::to_reach_service(&args.socket)?;
+    let body = serde_json::to_string(&config).map_err(|error| Failure::error(error.to_string()))?;
+    client::request(&socket, Method::PUT, &format!("/vms/{}", args.name), body).await?;
+    Ok(DONE)
+}
+
+/// Ends a VM and forgets it.
+pub async fn rm(args: &NameArg) -> Result<u8, Failure> {
+    let vm = name(&args.name).map_err(Failure::usage)?;
+    let socket = socket::to_reach(&args.socket, &vm)?;
+    client::request(&socket, Method::DELETE, &format!("/vms/{vm}"), String::new()).await?;
+    Ok(DONE)
+}
+
+/// `ballast ps`.
+#[derive(Debug, clap::Args)]
+pub struct PsArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Lists the VMs of `serve` and of every `run`.
+pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
+    let mut vms: Vec<VmView> = Vec::new();
+    for socket in socket::all(&args.socket)? {
+        let (_, body) = client::request(&socket, Method::GET, "/vms", String::new()).await?;
+        vms.extend(client::decode::<Vec<VmView>>(&body)?);
+    }
+    vms.sort_by(|a, b| a.name.cmp(&b.name));
+    let text = if args.json {
+        let text = serde_json::to_string_pretty(&vms).map_err(|error| Failure::error(error.to_string()))?;
+        format!("{text}\n")
+    } else {
+        table(&vms)
+    };
+    // A closed pipe is the reader's choice.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    Ok(DONE)
+}
+
+/// One line for each VM, in columns as wide as what is in them.
+fn table(vms: &[VmView]) -> String {
+    let header = ["NAME", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"].map(str::to_owned);
+    let rows = vms.iter().map(|vm| {
+        let charged = |bytes: u64| if vm.accounting { human(bytes) } else { "-".to_owned() };
+        [
+            vm.name.clone(),
+            show::state(vm).to_owned(),
+            charged(vm.memory.current_bytes),
+            vm.memory.max_bytes.map_or("max".to_owned(), human),
+            charged(vm.vmm.current_bytes),
+            human(vm.balloon.actual_bytes),
+            format!("{:.1} s", vm.held.total_us as f64 / 1e6),
+        ]
+    });
+    let rows: Vec<_> = [header].into_iter().chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
+    let mut out = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (column, text) in row.iter().enumerate() {
+            let width = width(column);
+            // Writing to a string cannot fail. Names and states begin where their column does, numbers end there.
+            let _ = if column < 2 { write!(line, "{text:width$}  ") } else { write!(line, "{text:>width$}  ") };
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_list_has_a_header() {
+        assert_eq!(table(&[]), "NAME  STATE  CURRENT  MAX  VMM  BALLOON  HELD\n");
+    }
+}

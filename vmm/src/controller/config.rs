@@ -1,0 +1,315 @@
+//! A VM as it is asked for: one description, whether it comes as the flags of `ballast run`, or as JSON over HTTP.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use balloon::QueueKind;
+use memcg_core::tree::{LimitPatch, Limits};
+use memcg_core::units::{Limit, Pages, SizeArg};
+use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
+
+use super::error::{Code, Refusal};
+use super::view::{OomAction, OomPreference};
+use super::{OomPolicy, VmSpec, host, overhead};
+use crate::machine::layout::RamLayout;
+use crate::worker::config::WorkerConfig;
+
+/// Most vCPUs that a VM can have.
+pub const MAX_CPUS: u32 = 64;
+
+/// Longest time that a VM may be held: a day, before [`host::scaled`].
+const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A VM as it is asked for. What is absent has the default of `ballast run`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Kernel: bzImage, ELF with a PVH note, or a flat payload. An absolute path: the controller opens it.
+    #[schema(value_type = String)]
+    pub kernel: PathBuf,
+    /// Initial ramdisk, an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Number of vCPUs, 1 to 64.
+    #[serde(default = "one")]
+    pub cpus: u32,
+    /// RAM and limits.
+    pub memory: MemoryConfig,
+    /// The balloon.
+    #[serde(default)]
+    pub balloon: BalloonConfig,
+    /// What is done when the VM is held at its limit too long.
+    #[serde(default)]
+    pub oom: OomConfig,
+    /// The ports of freestanding payloads are offered: exit, wait and print.
+    #[serde(default)]
+    pub debug_port: bool,
+}
+
+/// RAM and limits. A limit that is absent has its default; `null` means no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Guest RAM, a multiple of 4096.
+    pub size_bytes: u64,
+    /// Never reclaimed below this.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub min_bytes: Option<Option<u64>>,
+    /// Reclaimed below this only in need.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub low_bytes: Option<Option<u64>>,
+    /// Reclaim starts here.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub high_bytes: Option<Option<u64>>,
+    /// No charge is granted above this.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub max_bytes: Option<Option<u64>>,
+    /// No eviction above this.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub swap_max_bytes: Option<Option<u64>>,
+    /// Overhead above this is refused.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub vmm_max_bytes: Option<Option<u64>>,
+    /// Whether memory is charged. By default it is with a limit, or where the controller has a budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track: Option<bool>,
+}
+
+/// The balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalloonConfig {
+    /// The guest may take pages back when it is out of memory.
+    pub deflate_on_oom: bool,
+    /// Seconds between two readings of the guest's statistics, 0 for never.
+    pub stats_interval_s: u32,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self { deflate_on_oom: false, stats_interval_s: 1 }
+    }
+}
+
+/// What is done when a VM is held at its limit too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OomConfig {
+    /// The action.
+    pub action: OomAction,
+    /// How long it may be held; 5 seconds by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// Among several candidates, lower goes first.
+    pub priority: i32,
+    /// Whether it is a candidate when memory is short elsewhere.
+    pub preference: OomPreference,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Tells `null` from absent.
+#[expect(clippy::option_option, reason = "absent, null and a number are three things")]
+pub(crate) fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+/// A limit in pages; `null` is no limit.
+///
+/// # Errors
+/// When it is not a multiple of the page size, or larger than any; the refusal names it.
+#[expect(clippy::option_option, reason = "absent, null and a number are three things")]
+pub(crate) fn to_limit(key: &str, value: Option<Option<u64>>) -> Result<Option<Limit>, Refusal> {
+    match value {
+        None => Ok(None),
+        Some(None) => Ok(Some(Limit::Max)),
+        Some(Some(bytes)) => SizeArg::Bytes(bytes)
+            .to_limit()
+            .map(Some)
+            .map_err(|error| Refusal::new(Code::InvalidLimit, format!("{key}: {error}"))),
+    }
+}
+
+/// What [`MemoryConfig::check`] has found to make sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Guest RAM.
+    pub size: Pages,
+    /// The limits.
+    pub limits: LimitPatch,
+    /// Whether memory is charged.
+    pub accounting: bool,
+}
+
+impl MemoryConfig {
+    /// The same in pages.
+    ///
+    /// # Errors
+    /// An impossible size, limits that contradict each other, or `track` off with a limit.
+    pub fn check(&self) -> Result<Memory, Refusal> {
+        let wrong = |message: String| Refusal::new(Code::InvalidLimit, message);
+        let size = SizeArg::Bytes(self.size_bytes).to_pages().map_err(|error| wrong(format!("size: {error}")))?;
+        RamLayout::new(size.bytes()).map_err(|error| wrong(format!("size: {error}")))?;
+        let limits = LimitPatch {
+            min: to_limit("min_bytes", self.min_bytes)?,
+            low: to_limit("low_bytes", self.low_bytes)?,
+            high: to_limit("high_bytes", self.high_bytes)?,
+            max: to_limit("max_bytes", self.max_bytes)?,
+            swap_max: to_limit("swap_max_bytes", self.swap_max_bytes)?,
+            store_max: None,
+            vmm_max: to_limit("vmm_max_bytes", self.vmm_max_bytes)?,
+            if_generation: None,
+        };
+        limits.apply(Limits::default()).check().map_err(|error| wrong(error.to_string()))?;
+        let limited = limits.limits_something();
+        if limited && self.track == Some(false) {
+            return Err(wrong("track=off contradicts a limit: without accounting there are none".to_owned()));
+        }
+        Ok(Memory { size, limits, accounting: limited || self.track == Some(true) })
+    }
+}
+
+impl From<OomPolicy> for OomConfig {
+    fn from(policy: OomPolicy) -> Self {
+        let deadline_ms = Some(u64::try_from(policy.deadline.as_millis()).unwrap_or(u64::MAX));
+        Self { action: policy.action, deadline_ms, priority: policy.priority, preference: policy.preference }
+    }
+}
+
+impl From<OomConfig> for OomPolicy {
+    fn from(config: OomConfig) -> Self {
+        let deadline = config.deadline_ms.map_or(Self::default().deadline, Duration::from_millis);
+        Self { action: config.action, deadline, priority: config.priority, preference: config.preference }
+    }
+}
+
+/// A VM that makes sense, with its files open.
+#[derive(Debug)]
+pub struct Plan {
+    /// For the actor.
+    pub spec: VmSpec,
+    /// For the worker.
+    pub worker: WorkerConfig,
+    /// The kernel.
+    pub kernel: File,
+    /// The initial ramdisk.
+    pub initrd: Option<File>,
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked before anything is made, and opens the files.
+    ///
+    /// # Errors
+    /// What makes no sense, or the file that cannot be opened.
+    pub fn plan(&self, name: &str) -> Result<Plan, Refusal> {
+        let wrong = |message: String| Refusal::new(Code::BadRequest, message);
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(wrong(format!("cpus: {} is not possible: write a number from 1 to {MAX_CPUS}", self.cpus)));
+        }
+        if self.cmdline.contains('\0') {
+            return Err(wrong("cmdline: it has a NUL character in it".to_owned()));
+        }
+        let oom = OomPolicy::from(self.oom);
+        if oom.deadline > host::scaled(MAX_DEADLINE) {
+            return Err(wrong("oom: deadline_ms is longer than a day".to_owned()));
+        }
+        let Memory { size, limits, accounting } = self.memory.check()?;
+        let kernel = open("kernel", &self.kernel)?;
+        let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+        let worker = WorkerConfig {
+            name: name.to_owned(),
+            size_bytes: size.bytes(),
+            cpus: self.cpus,
+            cmdline: self.cmdline.clone(),
+            initrd: initrd.is_some(),
+            accounting,
+            obstacle: None,
+            debug_port: self.debug_port,
+            stats_interval_s: self.balloon.stats_interval_s,
+            deflate_on_oom: self.balloon.deflate_on_oom,
+            die_with_parent: true,
+        };
+        let spec = VmSpec {
+            name: name.to_owned(),
+            size,
+            cpus: self.cpus,
+            accounting,
+            limits,
+            oom,
+            overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32),
+            config: None,
+            console: None,
+        };
+        Ok(Plan { spec, worker, kernel, initrd })
+    }
+}
+
+/// Opens a file that the guest gets.
+fn open(option: &str, path: &Path) -> Result<File, Refusal> {
+    let what = if option == "initrd" { "initial ramdisk" } else { option };
+    let wrong =
+        |why: String| Refusal::new(Code::BadRequest, format!("the {what} {} {why} with --{option}", path.display()));
+    let failed = |error| wrong(format!("cannot be opened ({error}): give another file"));
+    // Opening a pipe would otherwise wait for somebody to write to it.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() { Ok(file) } else { Err(wrong("is not a file: give one".to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(json: &str) -> VmConfig {
+        serde_json::from_str(json).expect("understood")
+    }
+
+    #[test]
+    fn what_is_absent_has_the_default_and_null_is_no_limit() {
+        let config = config(r#"{"kernel": "/k", "memory": {"size_bytes": 67108864, "max_bytes": null}}"#);
+        assert_eq!((config.cpus, config.balloon, config.debug_port), (1, BalloonConfig::default(), false));
+        let memory = config.memory.check().expect("sensible");
+        assert_eq!((memory.limits.max, memory.limits.high, memory.accounting), (Some(Limit::Max), None, false));
+        assert_eq!(OomPolicy::from(config.oom), OomPolicy::default());
+        let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_before_a_file_is_opened() {
+        for (json, part) in [
+            (r#"{"kernel": "/k", "cpus": 0, "memory": {"size_bytes": 67108864}}"#, "from 1 to 64"),
+            (r#"{"kernel": "/k", "memory": {"size_bytes": 4096}}"#, "at least 2 MiB"),
+            (r#"{"kernel": "/k", "memory": {"size_bytes": 67108865}}"#, "not a multiple"),
+            (r#"{"kernel": "/k", "memory": {"size_bytes": 67108864, "max_bytes": 1}}"#, "max_bytes: "),
+            (r#"{"kernel": "/k", "memory": {"size_bytes": 67108864, "max_bytes": 4096, "track": false}}"#, "track=off"),
+            (r#"{"kernel": "/k", "memory": {"size_bytes": 67108864}, "cmdline": "a\u0000b"}"#, "NUL"),
+            (
+                r#"{"kernel": "/k", "memory": {"size_bytes": 67108864}, "oom": {"deadline_ms": 99999999999999}}"#,
+                "longer than a day",
+            ),
+            (r#"{"kernel": "/none/k", "memory": {"size_bytes": 67108864}}"#, "the kernel /none/k cannot be opened"),
+            (r#"{"kernel": "/", "memory": {"size_bytes": 67108864}}"#, "is not a file: give one with --kernel"),
+        ] {
+            let refusal = config(json).plan("web").expect_err(json);
+            assert!(refusal.message.contains(part), "{json}: {refusal}");
+        }
+        for json in [r#"{"kernel": "/k"}"#, r#"{"kernel": "/k", "memory": {"size_bytes": 1}, "frob": 1}"#] {
+            assert!(serde_json::from_str::<VmConfig>(json).is_err(), "{json}");
+        }
+    }
+}
