@@ -311,6 +311,14 @@ fn verbs_work_on_the_vms_of_serve() {
     assert_eq!((&lines[2][..2], lines[2][3]), (&["web", "paused"][..], "44M"), "{table}");
     let list: Value = serde_json::from_str(&ok(serve.verb(&["ps", "--json"]))).expect("JSON");
     assert_eq!(list.as_array().map(Vec::len), Some(2));
+    // Somebody else in the directory who hangs up is named, and hides nobody.
+    let odd = std::os::unix::net::UnixListener::bind(serve.place.path().join("odd.sock")).expect("a socket");
+    let hanging_up = std::thread::spawn(move || odd.incoming().take(2).for_each(drop));
+    let all = serve.verb(&["ps"]);
+    hanging_up.join().expect("it was asked");
+    assert_eq!((all.status.code(), String::from_utf8_lossy(&all.stdout).lines().count()), (Some(1), 3));
+    assert!(String::from_utf8_lossy(&all.stderr).contains("odd.sock does not answer"), "{all:?}");
+    std::fs::remove_file(serve.place.path().join("odd.sock")).expect("removed");
     ok(serve.verb(&["resume", "web"]));
     assert!(ok(serve.verb(&["show", "web"])).contains("running"));
     let events = ok(serve.verb(&["events", "web"]));

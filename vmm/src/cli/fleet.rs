@@ -1,13 +1,14 @@
 //! `create`, `ps` and `rm`: the VMs of `ballast serve`.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::name;
 use super::vm_args::VmArgs;
-use super::{DONE, Failure, NameArg, SocketArg, client, show, socket};
+use super::{DONE, Failure, NameArg, SocketArg, client, show, socket, usage};
 use crate::controller::view::VmView;
 
 /// `ballast create`.
@@ -52,9 +53,16 @@ pub struct PsArgs {
 /// Lists the VMs of `serve` and of every `run`.
 pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
     let mut vms: Vec<VmView> = Vec::new();
+    let mut status = DONE;
     for socket in socket::all(&args.socket)? {
-        let (_, body) = client::request(&socket, Method::GET, "/vms", String::new()).await?;
-        vms.extend(client::decode::<Vec<VmView>>(&body)?);
+        match list(&socket).await {
+            Ok(list) => vms.extend(list),
+            // One that does not answer, or has just ended, does not hide the others.
+            Err(failure) => {
+                eprintln!("ballast: {}", usage::printable(&failure.message));
+                status = failure.status;
+            }
+        }
     }
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     let text = if args.json {
@@ -65,7 +73,13 @@ pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
     };
     // A closed pipe is the reader's choice.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-    Ok(DONE)
+    Ok(status)
+}
+
+/// The VMs of one controller.
+async fn list(socket: &Path) -> Result<Vec<VmView>, Failure> {
+    let (_, body) = client::request(socket, Method::GET, "/vms", String::new()).await?;
+    client::decode(&body)
 }
 
 /// One line for each VM, in columns as wide as what is in them.
