@@ -3,25 +3,7 @@
 use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, Overhead, Tree};
 use memcg_core::units::{Limit, Pages};
 
-use crate::nodes::{group, vm};
-
-/// A tree `/ → group → vm, sibling` and `/ → uncle`.
-struct Family {
-    tree: Tree,
-    group: NodeId,
-    vm: NodeId,
-    sibling: NodeId,
-    uncle: NodeId,
-}
-
-fn family() -> Family {
-    let mut tree = Tree::new(Limit::Max);
-    let root = tree.root();
-    let group = group(&mut tree, root, "group");
-    let (vm, sibling) = (vm(&mut tree, group, "vm"), crate::nodes::vm(&mut tree, group, "sibling"));
-    let uncle = crate::nodes::vm(&mut tree, root, "uncle");
-    Family { tree, group, vm, sibling, uncle }
-}
+use crate::nodes::{Family, family};
 
 impl Family {
     fn max(&mut self, id: NodeId, pages: u64) {

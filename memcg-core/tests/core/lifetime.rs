@@ -5,25 +5,7 @@ use memcg_core::tree::{
 };
 use memcg_core::units::{Limit, Pages};
 
-use crate::nodes;
-
-/// `/ → group → vm, sibling` and `/ → uncle`.
-struct Family {
-    tree: Tree,
-    group: NodeId,
-    vm: NodeId,
-    sibling: NodeId,
-    uncle: NodeId,
-}
-
-fn family() -> Family {
-    let mut tree = Tree::new(Limit::Max);
-    let root = tree.root();
-    let group = nodes::group(&mut tree, root, "group");
-    let [vm, sibling] = ["vm", "sibling"].map(|name| nodes::vm(&mut tree, group, name));
-    let uncle = nodes::vm(&mut tree, root, "uncle");
-    Family { tree, group, vm, sibling, uncle }
-}
+use crate::nodes::{self, Family, family};
 
 impl Family {
     fn charge(&mut self, id: NodeId, pages: u64) {
