@@ -118,7 +118,6 @@ impl Actor {
             report: Report::default(),
             reported: false,
             guest_stats: None,
-            refused: false,
             missing: 0,
             grant_due: false,
             balloon_sent: None,

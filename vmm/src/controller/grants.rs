@@ -83,12 +83,11 @@ impl Actor {
         let useful = most.saturating_sub(vm.outstanding()).0;
         let need = vm.need().min(useful);
         let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
-        let was_refused = vm.refused;
+        let was_refused = vm.refused();
         let new = fresh && need > vm.missing;
         let got = self.charge_need(id, need, if new { Mode::Wait } else { Mode::Again });
         let vm = self.vms.get_mut(&id).expect("checked");
         let refused = got < need;
-        vm.refused = refused;
         vm.missing = need - got;
         let mut ahead = 0;
         if !refused && vm.state != VmState::Paused {
@@ -162,7 +161,7 @@ impl Actor {
         for id in due {
             let vm = &self.vms[&id];
             if vm.greeted && vm.to_worker.capacity() > 0 {
-                self.send_grant(id, vm.refused);
+                self.send_grant(id, vm.refused());
             }
         }
         let room = |vm: &Vm| vm.alive() && vm.to_worker.capacity() > 0;
@@ -202,7 +201,7 @@ impl Actor {
         if !std::mem::take(&mut self.roomier) {
             return;
         }
-        let refused: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.refused).map(|(id, _)| *id).collect();
+        let refused: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.refused()).map(|(id, _)| *id).collect();
         for id in refused {
             self.serve(id, false);
         }

@@ -124,7 +124,6 @@ impl Actor {
         let got = self.charge_need(id, reserve_target.0, Mode::Wait);
         let short = got < reserve_target.0;
         let vm = self.vms.get_mut(&id).expect("checked");
-        vm.refused = short;
         vm.missing = reserve_target.0 - got;
         if vm.accounted() && vm.state != VmState::Paused && !short {
             let stock = self.tree.stock_max(vm.node).0;
@@ -195,7 +194,7 @@ impl Actor {
         vm.patience = None;
         // Its name is free again; its charges stay until the host has the memory.
         self.tree.set_returning(vm.node).expect("a VM has no members");
-        vm.refused = false;
+        vm.missing = 0;
         vm.grant_due = false;
         let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
         let epitaph = cause.to_string();

@@ -185,9 +185,7 @@ pub(super) struct Vm {
     pub report: Report,
     pub reported: bool,
     pub guest_stats: Option<(GuestStats, Instant)>,
-    /// The last want could not be served in full.
-    pub refused: bool,
-    /// Pages that were missing then: their refusal has been counted.
+    /// Pages of the last want that could not be served: their refusal has been counted.
     pub missing: u64,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
     pub grant_due: bool,
@@ -233,6 +231,11 @@ impl Vm {
     /// Pages charged for this VM: resident, in stock, in reserve, or on their way to the worker.
     pub fn outstanding(&self) -> Pages {
         Pages(self.granted_total - self.returned_total)
+    }
+
+    /// The last want could not be served in full.
+    pub fn refused(&self) -> bool {
+        self.missing > 0
     }
 
     /// Pages granted that the worker had not seen when it last reported.
