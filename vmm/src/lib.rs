@@ -1,6 +1,7 @@
 //! `ballast`: KVM guests under memory limits that hold.
 
 pub mod api;
+mod chain;
 pub mod cli;
 pub mod controller;
 pub mod devices;

@@ -9,7 +9,8 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 
-use super::{Failure, NOT_REACHED, chain};
+use super::{Failure, NOT_REACHED};
+use crate::chain::chain;
 use crate::controller::error::{Code, Refusal};
 
 /// Sends a request and returns the answer with its body still to come.

@@ -148,18 +148,6 @@ impl Failure {
     }
 }
 
-/// An error with everything that caused it, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
-
 /// Sends the log to stderr. `level` is one of those of `--log`; anything else counts as `warn`.
 pub fn init_log(level: &str) {
     let level = level.parse().unwrap_or(tracing_subscriber::filter::LevelFilter::WARN);

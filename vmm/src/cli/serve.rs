@@ -9,8 +9,9 @@ use rustix::fs::FlockOperation;
 
 use super::options::limit;
 use super::signals::Signals;
-use super::{DONE, Failure, SocketArg, chain, socket};
+use super::{DONE, Failure, SocketArg, socket};
 use crate::api::server;
+use crate::chain::chain;
 use crate::controller::start::Service;
 use crate::controller::{Controller, host, spawn};
 

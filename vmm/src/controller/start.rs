@@ -17,6 +17,7 @@ use super::error::{Code, Refusal};
 use super::spawn::{self, Launch, SpawnError};
 use super::view::{VmState, VmView};
 use super::{Controller, VmEnd, VmId};
+use crate::chain::chain;
 
 /// Why a VM could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +112,7 @@ impl Service {
         plan.spec.console = Some(console.clone());
         let started = start(controller, plan, self.state.join(name), &self.log).await.map_err(|error| match error {
             StartError::Refused(refusal) => refusal,
-            StartError::Spawn(error) => Refusal::new(Code::StartFailed, crate::cli::chain(&error)),
+            StartError::Spawn(error) => Refusal::new(Code::StartFailed, chain(&error)),
         })?;
         drop(open);
         if let Err(error) = console.follow(started.console) {

@@ -25,6 +25,7 @@ use super::gate::{Gate, PAUSED};
 use super::protocol::FromWorker;
 use super::sandbox::{self, SandboxError, Thread};
 use super::vcpu::{End, EndSender, prepare_signals, spawn};
+use crate::chain::chain;
 use crate::devices::balloon::{BalloonConfig, BalloonDevice, BalloonHandle, BalloonWindow};
 use crate::devices::bus::{BusDevice, Buses, Effect};
 use crate::devices::debug_port::{self, DebugPort};
@@ -118,12 +119,7 @@ pub fn main() -> ! {
 
 /// The error with its causes, as one sentence of at most 512 bytes.
 fn sentence(error: &StartError) -> String {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        message = format!("{message}: {error}");
-        cause = error.source();
-    }
+    let mut message = chain(error);
     message.truncate(message.floor_char_boundary(512));
     message
 }
