@@ -65,6 +65,21 @@ impl<S: Send + Sync> FromRequest<S> for Contents {
     }
 }
 
+impl Contents {
+    /// The body as a JSON object; `example` is one. The type of the content is not asked for: curl says it is a form.
+    ///
+    /// # Errors
+    /// What is not an object, and what is not one of these.
+    fn object<T: serde::de::DeserializeOwned>(&self, example: &str) -> Result<T, Refusal> {
+        let wrong = |message: String| Refusal::new(Code::BadRequest, message);
+        // A list would do for a structure, and of optional fields change nothing.
+        if self.0.trim_ascii_start().first() != Some(&b'{') {
+            return Err(wrong(format!("the body must be a JSON object such as {example}")));
+        }
+        serde_json::from_slice(&self.0).map_err(|error| wrong(format!("the body: {error}")))
+    }
+}
+
 /// The name of a VM in a path. It is not checked here: a name that no VM can have is one that no VM has.
 struct Name(String);
 

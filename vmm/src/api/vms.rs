@@ -30,19 +30,9 @@ impl Shared {
         (status = 400, body = Refusal), (status = 405, description = "not in serve", body = Refusal),
         (status = 409, body = Refusal), (status = 503, body = Refusal)),
 )]
-pub(super) async fn put(
-    State(shared): State<Shared>,
-    Name(name): Name,
-    Contents(body): Contents,
-) -> Result<Response, Refusal> {
+pub(super) async fn put(State(shared): State<Shared>, Name(name): Name, body: Contents) -> Result<Response, Refusal> {
     let service = shared.service()?;
-    let wrong = |message: String| Refusal::new(Code::BadRequest, message);
-    // A list would do for a structure.
-    if body.trim_ascii_start().first() != Some(&b'{') {
-        let example = "{\"kernel\": \"/path\", \"memory\": {\"size_bytes\": 268435456}}";
-        return Err(wrong(format!("the body must be a JSON object such as {example}")));
-    }
-    let config: VmConfig = serde_json::from_slice(&body).map_err(|error| wrong(format!("the body: {error}")))?;
+    let config: VmConfig = body.object("{\"kernel\": \"/path\", \"memory\": {\"size_bytes\": 268435456}}")?;
     let (new, view) = service.put(&shared.controller, &name, config).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(view)).into_response())

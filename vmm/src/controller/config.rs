@@ -23,6 +23,72 @@ pub const MAX_CPUS: u32 = 64;
 /// Longest time that a VM may be held: a day, before [`host::scaled`].
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Defines a structure of the interface that has the six limits among its keys, in bytes, and their way into pages. They
+/// are listed once, here: serde cannot flatten a structure into one that refuses unknown keys.
+macro_rules! with_limits {
+    (
+        $(#[$outer:meta])*
+        pub struct $name:ident {
+            $($(#[$head:meta])* pub $before:ident: $before_type:ty,)*
+            ..limits,
+            $($(#[$tail:meta])* pub $after:ident: $after_type:ty,)*
+        }
+    ) => {
+        $(#[$outer])*
+        pub struct $name {
+            $($(#[$head])* pub $before: $before_type,)*
+            /// Never reclaimed below this.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub min_bytes: Option<Option<u64>>,
+            /// Reclaimed below this only in need.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub low_bytes: Option<Option<u64>>,
+            /// Reclaim starts here.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub high_bytes: Option<Option<u64>>,
+            /// No charge is granted above this.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub max_bytes: Option<Option<u64>>,
+            /// No eviction above this.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub swap_max_bytes: Option<Option<u64>>,
+            /// Overhead above this is refused.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub vmm_max_bytes: Option<Option<u64>>,
+            $($(#[$tail])* pub $after: $after_type,)*
+        }
+
+        impl $name {
+            /// The limits in pages.
+            ///
+            /// # Errors
+            /// When one is not a multiple of the page size; the refusal names it.
+            pub(crate) fn limits(
+                &self,
+            ) -> Result<memcg_core::tree::LimitPatch, crate::controller::error::Refusal> {
+                use crate::controller::config::to_limit;
+                Ok(memcg_core::tree::LimitPatch {
+                    min: to_limit("min_bytes", self.min_bytes)?,
+                    low: to_limit("low_bytes", self.low_bytes)?,
+                    high: to_limit("high_bytes", self.high_bytes)?,
+                    max: to_limit("max_bytes", self.max_bytes)?,
+                    swap_max: to_limit("swap_max_bytes", self.swap_max_bytes)?,
+                    store_max: None,
+                    vmm_max: to_limit("vmm_max_bytes", self.vmm_max_bytes)?,
+                    if_generation: None,
+                })
+            }
+        }
+    };
+}
+pub(crate) use with_limits;
+
 /// A VM as it is asked for. What is absent has the default of `ballast run`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -53,39 +119,18 @@ pub struct VmConfig {
     pub debug_port: bool,
 }
 
-/// RAM and limits. A limit that is absent has its default; `null` means no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Guest RAM, a multiple of 4096.
-    pub size_bytes: u64,
-    /// Never reclaimed below this.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub min_bytes: Option<Option<u64>>,
-    /// Reclaimed below this only in need.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub low_bytes: Option<Option<u64>>,
-    /// Reclaim starts here.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub high_bytes: Option<Option<u64>>,
-    /// No charge is granted above this.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub max_bytes: Option<Option<u64>>,
-    /// No eviction above this.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub swap_max_bytes: Option<Option<u64>>,
-    /// Overhead above this is refused.
-    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<u64>)]
-    pub vmm_max_bytes: Option<Option<u64>>,
-    /// Whether memory is charged. By default it is with a limit, or where the controller has a budget.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub track: Option<bool>,
+with_limits! {
+    /// RAM and limits. A limit that is absent has its default; `null` means no limit.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+    #[serde(deny_unknown_fields)]
+    pub struct MemoryConfig {
+        /// Guest RAM, a multiple of 4096.
+        pub size_bytes: u64,
+        ..limits,
+        /// Whether memory is charged. By default it is with a limit, or where the controller has a budget.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub track: Option<bool>,
+    }
 }
 
 /// The balloon.
@@ -165,16 +210,7 @@ impl MemoryConfig {
         let wrong = |message: String| Refusal::new(Code::InvalidLimit, message);
         let size = SizeArg::Bytes(self.size_bytes).to_pages().map_err(|error| wrong(format!("size: {error}")))?;
         RamLayout::new(size.bytes()).map_err(|error| wrong(format!("size: {error}")))?;
-        let limits = LimitPatch {
-            min: to_limit("min_bytes", self.min_bytes)?,
-            low: to_limit("low_bytes", self.low_bytes)?,
-            high: to_limit("high_bytes", self.high_bytes)?,
-            max: to_limit("max_bytes", self.max_bytes)?,
-            swap_max: to_limit("swap_max_bytes", self.swap_max_bytes)?,
-            store_max: None,
-            vmm_max: to_limit("vmm_max_bytes", self.vmm_max_bytes)?,
-            if_generation: None,
-        };
+        let limits = self.limits()?;
         limits.apply(Limits::default()).check().map_err(|error| wrong(error.to_string()))?;
         let limited = limits.limits_something();
         if limited && self.track == Some(false) {
