@@ -15,28 +15,26 @@
 //! | `show.rs` | what the interface sees |
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::tree::{NodeId, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::json;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::VmSpec;
 use super::activation::Accounting;
 use super::admission::Created;
-use super::changes::{Change, Changed, MemoryChange};
+use super::changes::Change;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
-use super::events::{Event, EventKind, EventLog};
+use super::events::{EventKind, EventLog};
 use super::host;
 use super::link::FromLink;
 use super::spawn::Death;
-use super::view::{HostView, VmState, VmView};
-use super::vm::{Awaited, KilledBy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting, WorkerProcess};
+use super::view::{VmState, VmView};
+use super::vm::{Awaited, KilledBy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting};
 use crate::worker::protocol::ToWorker;
 
 /// How long a request for a view waits for the worker's numbers.
@@ -48,26 +46,11 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a worker may take to say hello, and to end after its last words.
 pub(super) const WORKER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What the actor is asked.
-pub(super) enum Request {
-    Create(Box<VmSpec>, Reply<VmId>),
-    Attach(VmId, Box<dyn WorkerProcess>, mpsc::Sender<ToWorker>, Reply<oneshot::Receiver<VmEnd>>),
-    Withdraw(VmId, Reply<()>),
-    Host(Reply<HostView>),
-    List(Reply<Vec<VmView>>),
-    Show(String, Reply<VmView>),
-    Change(String, MemoryChange, Reply<Changed>),
-    Pause(String, Reply<VmView>),
-    Resume(String, Reply<VmView>),
-    Kill(String, Reply<VmView>),
-    Same(String, Arc<VmConfig>, Reply<Option<VmId>>),
-    Started(VmId, Reply<VmView>),
-    Remove(String, Reply<()>),
-    Console(String, Reply<String>),
-    Events(u64, Reply<Vec<Event>>),
-}
+/// What the actor is asked: something to be done with its state. It answers by itself, at once or later.
+pub(super) type Request = Box<dyn FnOnce(&mut Actor) + Send>;
 
 /// What the actor receives.
+#[expect(clippy::large_enum_variant, reason = "nearly all are messages, and a box would be an allocation for each")]
 pub(super) enum Input {
     Request(Request),
     Worker(VmId, FromLink),
@@ -154,7 +137,7 @@ impl Actor {
 
     fn handle(&mut self, input: Input) {
         match input {
-            Input::Request(request) => self.request(request),
+            Input::Request(request) => request(self),
             Input::Worker(id, message) => self.heard(id, message),
             Input::Died(id, death) => self.worker_died(id, death),
             Input::Settled(id) => self.memory_is_back(id),
@@ -179,7 +162,7 @@ impl Actor {
     }
 
     /// The VM of this name that runs, else the one that ended last.
-    fn find(&self, name: &str) -> Result<VmId, Refusal> {
+    pub fn find(&self, name: &str) -> Result<VmId, Refusal> {
         let named = || self.vms.iter().filter(|(_, vm)| vm.name == name && !vm.forgotten);
         named()
             .find(|(_, vm)| vm.state != VmState::Ended)
@@ -189,7 +172,7 @@ impl Actor {
     }
 
     /// Like [`Self::find`] for requests that need a worker.
-    fn find_alive(&self, name: &str) -> Result<VmId, Refusal> {
+    pub fn find_alive(&self, name: &str) -> Result<VmId, Refusal> {
         match self.find(name) {
             Ok(id) if self.vms[&id].alive() => Ok(id),
             Err(refusal) if !self.past.contains_key(name) => Err(refusal),
@@ -197,43 +180,10 @@ impl Actor {
         }
     }
 
-    fn request(&mut self, request: Request) {
-        match request {
-            Request::Create(spec, reply) => answer(reply, self.create(*spec)),
-            Request::Attach(id, process, to_worker, reply) => answer(reply, self.attach(id, process, to_worker)),
-            Request::Withdraw(id, reply) => answer(reply, self.withdraw(id)),
-            Request::Host(reply) => answer(reply, Ok(self.host_view())),
-            Request::List(reply) => {
-                let shown = self.vms.iter().filter(|(_, vm)| !vm.forgotten).map(|(id, _)| self.vm_view(*id, false));
-                let list = self.past.values().map(|past| past.view.clone()).chain(shown).collect();
-                answer(reply, Ok(list));
-            }
-            Request::Show(name, reply) => match self.find(&name) {
-                Ok(id) => self.show(id, reply),
-                Err(refusal) => answer(reply, self.past_view(&name).ok_or(refusal)),
-            },
-            Request::Change(name, change, reply) => match self.find_alive(&name) {
-                Ok(id) => self.change(id, change, reply),
-                Err(refusal) => answer(reply, Err(refusal)),
-            },
-            Request::Pause(name, reply) => match self.find_alive(&name) {
-                Ok(id) => self.pause(id, PausedBy::User, Some(reply)),
-                Err(refusal) => answer(reply, Err(refusal)),
-            },
-            Request::Resume(name, reply) => match self.find_alive(&name) {
-                Ok(id) => self.resume_on_request(id, reply),
-                Err(refusal) => answer(reply, Err(refusal)),
-            },
-            Request::Kill(name, reply) => match self.find(&name) {
-                Ok(id) => self.kill_on_request(id, reply),
-                Err(refusal) => answer(reply, self.past_view(&name).ok_or(refusal)),
-            },
-            Request::Same(name, config, reply) => answer(reply, self.same(&name, &config)),
-            Request::Started(id, reply) => self.started(id, reply),
-            Request::Remove(name, reply) => self.remove(&name, reply),
-            Request::Console(name, reply) => answer(reply, self.console(&name)),
-            Request::Events(since, reply) => answer(reply, Ok(self.events.after(since))),
-        }
+    /// All VMs: those that have left nothing but their last view, then those that are there.
+    pub fn list(&self) -> Vec<VmView> {
+        let shown = self.vms.iter().filter(|(_, vm)| !vm.forgotten).map(|(id, _)| self.vm_view(*id, false));
+        self.past.values().map(|past| past.view.clone()).chain(shown).collect()
     }
 
     fn past_view(&self, name: &str) -> Option<VmView> {
@@ -241,7 +191,7 @@ impl Actor {
     }
 
     /// The VM of this name that runs and was asked for with the same words.
-    fn same(&self, name: &str, config: &VmConfig) -> Result<Option<VmId>, Refusal> {
+    pub fn same(&self, name: &str, config: &VmConfig) -> Result<Option<VmId>, Refusal> {
         match self.vms.iter().find(|(_, vm)| vm.name == name && vm.state != VmState::Ended) {
             None => Ok(None),
             Some((id, vm)) if vm.config.as_deref() == Some(config) => Ok(Some(*id)),
@@ -255,7 +205,7 @@ impl Actor {
     }
 
     /// Answers when the guest runs, or will not.
-    fn started(&mut self, id: VmId, reply: Reply<VmView>) {
+    pub fn started(&mut self, id: VmId, reply: Reply<VmView>) {
         match self.vms.get_mut(&id) {
             Some(vm) if vm.state == VmState::Starting => vm.starters.push(reply),
             Some(vm) if vm.state != VmState::Ended => answer(reply, Ok(self.vm_view(id, false))),
@@ -267,7 +217,7 @@ impl Actor {
     }
 
     /// Forgets a VM, once its worker is gone.
-    fn remove(&mut self, name: &str, reply: Reply<()>) {
+    pub fn remove(&mut self, name: &str, reply: Reply<()>) {
         match self.find(name) {
             Ok(id) if self.vms[&id].state != VmState::Ended => {
                 self.vms.get_mut(&id).expect("found").removers.push(reply);
@@ -283,7 +233,7 @@ impl Actor {
     }
 
     /// What a VM has printed.
-    fn console(&self, name: &str) -> Result<String, Refusal> {
+    pub fn console(&self, name: &str) -> Result<String, Refusal> {
         let console = match self.find(name) {
             Ok(id) => &self.vms[&id].console,
             Err(refusal) => &self.past.get(name).ok_or(refusal)?.console,
@@ -295,7 +245,11 @@ impl Actor {
     }
 
     /// Answers with fresh numbers when the worker gives them in time, else with the last known.
-    fn show(&mut self, id: VmId, reply: Reply<VmView>) {
+    pub fn show(&mut self, name: &str, reply: Reply<VmView>) {
+        let id = match self.find(name) {
+            Ok(id) => id,
+            Err(refusal) => return answer(reply, self.past_view(name).ok_or(refusal)),
+        };
         let vm = self.vms.get_mut(&id).expect("found");
         if vm.alive() && vm.reported {
             let seq = vm.next_seq();
@@ -362,7 +316,20 @@ impl Actor {
         vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
     }
 
-    fn resume_on_request(&mut self, id: VmId, reply: Reply<VmView>) {
+    /// Stops the vCPUs for somebody at the interface.
+    pub fn pause_on_request(&mut self, name: &str, reply: Reply<VmView>) {
+        match self.find_alive(name) {
+            Ok(id) => self.pause(id, PausedBy::User, Some(reply)),
+            Err(refusal) => answer(reply, Err(refusal)),
+        }
+    }
+
+    /// Lets the vCPUs go on for somebody at the interface.
+    pub fn resume_on_request(&mut self, name: &str, reply: Reply<VmView>) {
+        let id = match self.find_alive(name) {
+            Ok(id) => id,
+            Err(refusal) => return answer(reply, Err(refusal)),
+        };
         let vm = &self.vms[&id];
         if vm.state != VmState::Paused {
             answer(reply, Ok(self.vm_view(id, false)));
@@ -417,7 +384,12 @@ impl Actor {
         self.event(EventKind::Resumed, Some(&name), details);
     }
 
-    fn kill_on_request(&mut self, id: VmId, reply: Reply<VmView>) {
+    /// Ends a VM for somebody at the interface.
+    pub fn kill_on_request(&mut self, name: &str, reply: Reply<VmView>) {
+        let id = match self.find(name) {
+            Ok(id) => id,
+            Err(refusal) => return answer(reply, self.past_view(name).ok_or(refusal)),
+        };
         let vm = self.vms.get_mut(&id).expect("found");
         if vm.state == VmState::Ended {
             answer(reply, Ok(self.vm_view(id, false)));

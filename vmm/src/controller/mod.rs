@@ -32,7 +32,7 @@ use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use actor::{Actor, Input, Request};
+use actor::{Actor, Input, answer};
 pub use changes::{Changed, DEADLINE, MemoryChange};
 use config::VmConfig;
 use console::ConsoleLog;
@@ -112,7 +112,7 @@ impl Controller {
     /// # Errors
     /// When the name is taken, the limits contradict each other, or the overhead does not fit. Nothing has changed then.
     pub async fn create(&self, spec: VmSpec) -> Result<VmId, Refusal> {
-        self.ask(|reply| Request::Create(Box::new(spec), reply)).await
+        self.ask(|actor, reply| answer(reply, actor.create(spec))).await
     }
 
     /// Gives up a VM that was created and could not be started.
@@ -120,7 +120,7 @@ impl Controller {
     /// # Errors
     /// When there is none of this number that waits for its worker.
     pub async fn withdraw(&self, id: VmId) -> Result<(), Refusal> {
-        self.ask(|reply| Request::Withdraw(id, reply)).await
+        self.ask(move |actor, reply| answer(reply, actor.withdraw(id))).await
     }
 
     /// Takes the started worker of a created VM in. The receiver tells how the VM ended.
@@ -166,7 +166,7 @@ impl Controller {
         process: Box<dyn WorkerProcess>,
         to_worker: mpsc::Sender<ToWorker>,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        self.ask(|reply| Request::Attach(id, process, to_worker, reply)).await
+        self.ask(move |actor, reply| answer(reply, actor.attach(id, process, to_worker))).await
     }
 
     /// Hands over what a worker sent.
@@ -186,7 +186,7 @@ impl Controller {
     /// # Errors
     /// When the controller is going away; so for all the following.
     pub async fn host(&self) -> Result<HostView, Refusal> {
-        self.ask(Request::Host).await
+        self.ask(|actor, reply| answer(reply, Ok(actor.host_view()))).await
     }
 
     /// All VMs, with their last known numbers.
@@ -194,7 +194,7 @@ impl Controller {
     /// # Errors
     /// See [`Self::host`].
     pub async fn list(&self) -> Result<Vec<VmView>, Refusal> {
-        self.ask(Request::List).await
+        self.ask(|actor, reply| answer(reply, Ok(actor.list()))).await
     }
 
     /// One VM with fresh numbers.
@@ -202,7 +202,8 @@ impl Controller {
     /// # Errors
     /// When there is none of this name.
     pub async fn show(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Show(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| actor.show(&name, reply)).await
     }
 
     /// Changes limits. Completes when they are in force, when they will not be, or when the client's time is over.
@@ -210,7 +211,12 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn change(&self, name: &str, change: MemoryChange) -> Result<Changed, Refusal> {
-        self.ask(|reply| Request::Change(name.to_owned(), change, reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| match actor.find_alive(&name) {
+            Ok(id) => actor.change(id, change, reply),
+            Err(refusal) => answer(reply, Err(refusal)),
+        })
+        .await
     }
 
     /// Stops the vCPUs and completes when they stand still.
@@ -218,7 +224,8 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn pause(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Pause(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| actor.pause_on_request(&name, reply)).await
     }
 
     /// Lets the vCPUs go on.
@@ -226,7 +233,8 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn resume(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Resume(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| actor.resume_on_request(&name, reply)).await
     }
 
     /// Ends a VM and completes when its worker is gone.
@@ -234,7 +242,8 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn kill(&self, name: &str) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Kill(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| actor.kill_on_request(&name, reply)).await
     }
 
     /// The VM of this name that runs, if it was asked for with the same words.
@@ -242,7 +251,8 @@ impl Controller {
     /// # Errors
     /// When one runs that was not.
     pub async fn same(&self, name: &str, config: Arc<VmConfig>) -> Result<Option<VmId>, Refusal> {
-        self.ask(|reply| Request::Same(name.to_owned(), config, reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| answer(reply, actor.same(&name, &config))).await
     }
 
     /// Completes when the guest runs.
@@ -250,7 +260,7 @@ impl Controller {
     /// # Errors
     /// When it ended before that; the refusal says how.
     pub async fn started(&self, id: VmId) -> Result<VmView, Refusal> {
-        self.ask(|reply| Request::Started(id, reply)).await
+        self.ask(move |actor, reply| actor.started(id, reply)).await
     }
 
     /// Ends a VM if it runs, and forgets it when its worker is gone.
@@ -258,7 +268,8 @@ impl Controller {
     /// # Errors
     /// When there is none of this name.
     pub async fn remove(&self, name: &str) -> Result<(), Refusal> {
-        self.ask(|reply| Request::Remove(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| actor.remove(&name, reply)).await
     }
 
     /// What the guest has printed, as far as it is kept.
@@ -266,7 +277,8 @@ impl Controller {
     /// # Errors
     /// When there is no VM of this name, or its console is somewhere else.
     pub async fn console(&self, name: &str) -> Result<String, Refusal> {
-        self.ask(|reply| Request::Console(name.to_owned(), reply)).await
+        let name = name.to_owned();
+        self.ask(move |actor, reply| answer(reply, actor.console(&name))).await
     }
 
     /// The events after number `since`.
@@ -274,7 +286,7 @@ impl Controller {
     /// # Errors
     /// See [`Self::host`].
     pub async fn events(&self, since: u64) -> Result<Vec<Event>, Refusal> {
-        self.ask(|reply| Request::Events(since, reply)).await
+        self.ask(move |actor, reply| answer(reply, Ok(actor.events.after(since)))).await
     }
 
     /// The number of the newest event, to be watched.
@@ -282,10 +294,15 @@ impl Controller {
         self.news.clone()
     }
 
-    async fn ask<T>(&self, request: impl FnOnce(vm::Reply<T>) -> Request) -> Result<T, Refusal> {
+    /// Has `request` done by the actor, and waits for its answer.
+    async fn ask<T: Send + 'static>(
+        &self,
+        request: impl FnOnce(&mut Actor, vm::Reply<T>) + Send + 'static,
+    ) -> Result<T, Refusal> {
         let (reply, result) = oneshot::channel();
         let stopping = || Refusal::new(Code::Stopping, "the controller is going away");
-        self.inbox.send(Input::Request(request(reply))).await.map_err(|_| stopping())?;
+        let request = Box::new(move |actor: &mut Actor| request(actor, reply));
+        self.inbox.send(Input::Request(request)).await.map_err(|_| stopping())?;
         result.await.map_err(|_| stopping())?
     }
 }
