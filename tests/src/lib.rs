@@ -7,6 +7,7 @@
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
 
 pub mod semantics;
+pub mod serve;
 
 use std::ffi::{CStr, CString};
 use std::io::{BufRead, BufReader, Read, Write};

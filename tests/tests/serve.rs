@@ -1,9 +1,10 @@
 //! `ballast serve`: many VMs of the real program under one controller.
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::Output;
 
-use ballast_tests::{ballast, http, missing_on_host, number, payload, wait_until};
+use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
+use ballast_tests::{missing_on_host, number, payload, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -11,111 +12,6 @@ const MIB: u64 = 1 << 20;
 /// True, with the reason printed, when this host cannot run guests.
 fn skipped(test: &str) -> bool {
     missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
-
-/// The program with words that reach a controller in `place`.
-fn program(words: &[&str], place: &Path) -> Command {
-    let mut command = Command::new(ballast());
-    command.args(words).env("BALLAST_SOCKET", place).env_remove("BALLAST_LOG").stdin(Stdio::null());
-    command
-}
-
-/// A `ballast serve` with a directory of its own. Killed when dropped, and its workers with it.
-struct Serve {
-    child: Child,
-    place: tempfile::TempDir,
-}
-
-impl Serve {
-    fn start(words: &[&str]) -> Self {
-        let place = tempfile::Builder::new().prefix("bs").tempdir().expect("a temporary directory");
-        let child = program(&["serve"], place.path()).args(words).spawn().expect("ballast starts");
-        let serve = Self { child, place };
-        wait_until("serve answers", 10, || http(&serve.socket(), "GET", "/host", None).ok());
-        serve
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.place.path().join("ballast.sock")
-    }
-
-    /// A verb against this controller.
-    fn verb(&self, words: &[&str]) -> Output {
-        program(words, self.place.path()).output().expect("the program runs")
-    }
-
-    /// A request: status and JSON.
-    fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
-        let (status, body) = self.raw(method, path, body.map(Value::to_string).as_deref());
-        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
-    }
-
-    fn raw(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
-        http(&self.socket(), method, path, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
-    }
-
-    fn show(&self, name: &str) -> Value {
-        let (status, view) = self.ask("GET", &format!("/vms/{name}"), None);
-        assert_eq!(status, 200, "{view}");
-        view
-    }
-
-    fn wait_state(&self, name: &str, state: &str) -> Value {
-        wait_until(&format!("{name} is {state}"), 10, || Some(self.show(name)).filter(|vm| vm["state"] == state))
-    }
-
-    /// Makes a VM that must run then.
-    fn create(&self, name: &str) -> Value {
-        let (status, view) = self.ask("PUT", &format!("/vms/{name}"), Some(&shell()));
-        assert_eq!(status, 201, "{view}");
-        assert_eq!(view["state"], "running");
-        view
-    }
-
-    fn signal(&self, signal: i32) {
-        kill(self.child.id(), signal);
-    }
-
-    fn names(&self) -> Vec<String> {
-        let (_, list) = self.ask("GET", "/vms", None);
-        let names = list.as_array().expect("a list").iter().map(|vm| vm["name"].as_str().expect("a name").to_owned());
-        let mut names: Vec<_> = names.collect();
-        names.sort();
-        names
-    }
-
-    /// What is in its directory.
-    fn left(&self) -> Vec<PathBuf> {
-        std::fs::read_dir(self.place.path()).expect("readable").flatten().map(|entry| entry.path()).collect()
-    }
-}
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn kill(pid: u32, signal: i32) {
-    // SAFETY: kill takes numbers; the process is one that this test has caused.
-    unsafe { libc::kill(pid as i32, signal) };
-}
-
-fn pid(view: &Value) -> u32 {
-    u32::try_from(number(view, "pid")).expect("a process id")
-}
-
-fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
-}
-
-/// A guest of 64 MiB that waits for words nobody types.
-fn shell() -> Value {
-    json!({
-        "kernel": payload(), "cmdline": "shell", "debug_port": true,
-        "memory": { "size_bytes": 64 * MIB, "max_bytes": 48 * MIB },
-    })
 }
 
 /// Semantics: 81, 98.
@@ -165,7 +61,7 @@ fn three_vms_share_a_budget_and_one_that_is_killed_takes_no_other_with_it() {
     assert_ne!(pid(&again), pid(&views[1]));
 
     serve.signal(libc::SIGTERM);
-    assert_eq!(wait_until("serve ends", 10, || serve.child.try_wait().expect("our child")).code(), Some(0));
+    assert_eq!(serve.wait(10).code(), Some(0));
     for view in [&views[0], &views[2], &again] {
         assert!(!is_alive(pid(view)), "{view}");
     }
@@ -271,7 +167,7 @@ fn what_makes_no_sense_is_refused_and_makes_nothing() {
         assert_eq!(serve.ask(method, path, None).0, status, "{method} {path}");
     }
     assert_eq!(serve.names(), [] as [String; 0]);
-    let state: Vec<_> = std::fs::read_dir(serve.place.path().join("ballast.d")).expect("readable").flatten().collect();
+    let state: Vec<_> = std::fs::read_dir(serve.place().join("ballast.d")).expect("readable").flatten().collect();
     assert!(state.is_empty(), "{state:?}");
 }
 
@@ -312,13 +208,13 @@ fn verbs_work_on_the_vms_of_serve() {
     let list: Value = serde_json::from_str(&ok(serve.verb(&["ps", "--json"]))).expect("JSON");
     assert_eq!(list.as_array().map(Vec::len), Some(2));
     // Somebody else in the directory who hangs up is named, and hides nobody.
-    let odd = std::os::unix::net::UnixListener::bind(serve.place.path().join("odd.sock")).expect("a socket");
+    let odd = std::os::unix::net::UnixListener::bind(serve.place().join("odd.sock")).expect("a socket");
     let hanging_up = std::thread::spawn(move || odd.incoming().take(2).for_each(drop));
     let all = serve.verb(&["ps"]);
     hanging_up.join().expect("it was asked");
     assert_eq!((all.status.code(), String::from_utf8_lossy(&all.stdout).lines().count()), (Some(1), 3));
     assert!(String::from_utf8_lossy(&all.stderr).contains("odd.sock does not answer"), "{all:?}");
-    std::fs::remove_file(serve.place.path().join("odd.sock")).expect("removed");
+    std::fs::remove_file(serve.place().join("odd.sock")).expect("removed");
     ok(serve.verb(&["resume", "web"]));
     assert!(ok(serve.verb(&["show", "web"])).contains("running"));
     let events = ok(serve.verb(&["events", "web"]));
@@ -333,7 +229,7 @@ fn verbs_work_on_the_vms_of_serve() {
     assert_eq!(second.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&second.stderr).contains("is in use"), "{second:?}");
     serve.signal(libc::SIGINT);
-    assert_eq!(wait_until("serve ends", 10, || serve.child.try_wait().expect("our child")).code(), Some(0));
+    assert_eq!(serve.wait(10).code(), Some(0));
     let nobody = serve.verb(&["create", "web", "--memory", "size=64M", "--kernel", kernel]);
     assert_eq!(nobody.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("start `ballast serve`"), "{nobody:?}");
@@ -348,11 +244,10 @@ fn a_killed_serve_takes_its_workers_with_it_and_can_be_started_again() {
     let mut serve = Serve::start(&[]);
     let view = serve.create("web");
     serve.signal(libc::SIGKILL);
-    serve.child.wait().expect("our child");
+    serve.wait(10);
     wait_until("the worker is gone", 10, || (!is_alive(pid(&view))).then_some(()));
-    serve.child = program(&["serve"], serve.place.path()).spawn().expect("ballast starts");
-    wait_until("serve answers", 10, || http(&serve.socket(), "GET", "/host", None).ok());
+    serve.again();
     assert_eq!(serve.names(), [] as [String; 0]);
-    assert!(!serve.place.path().join("ballast.d/web").exists(), "what was left is tidied");
+    assert!(!serve.place().join("ballast.d/web").exists(), "what was left is tidied");
     serve.create("web");
 }

@@ -1,0 +1,224 @@
+//! A `ballast serve` of its own for a test: started in a temporary directory, asked over HTTP or by verbs, killed, started
+//! again, and cleared away at the end.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde_json::{Value, json};
+
+use crate::{ballast, http, number, payload, wait_until};
+
+/// A `ballast serve` with a directory of its own. When dropped, it and its workers are killed.
+#[derive(Debug)]
+pub struct Serve {
+    child: Child,
+    place: tempfile::TempDir,
+    words: Vec<String>,
+}
+
+impl Serve {
+    /// Starts one with these options and waits until it answers.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn start(words: &[&str]) -> Self {
+        let place = tempfile::Builder::new().prefix("bs").tempdir().expect("a temporary directory");
+        let words: Vec<_> = words.iter().map(|&word| word.to_owned()).collect();
+        let child = launch(&words, place.path());
+        let serve = Self { child, place, words };
+        serve.wait_ready();
+        serve
+    }
+
+    /// Starts it once more in the same place, with the same options, after it has ended.
+    ///
+    /// # Panics
+    /// When it has not ended, or does not answer.
+    pub fn again(&mut self) {
+        assert!(self.child.try_wait().expect("our child").is_some(), "the last one has ended");
+        self.child = launch(&self.words, self.place.path());
+        self.wait_ready();
+    }
+
+    fn wait_ready(&self) {
+        wait_until("serve answers", 20, || http(&self.socket(), "GET", "/host", None).ok());
+    }
+
+    /// Process id of the controller.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The directory that holds its socket and its state.
+    pub fn place(&self) -> &Path {
+        self.place.path()
+    }
+
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.place.path().join("ballast.sock")
+    }
+
+    /// The directory of its state: the journal, and one directory a VM.
+    pub fn state(&self) -> PathBuf {
+        self.place.path().join("ballast.d")
+    }
+
+    /// A verb against this controller.
+    ///
+    /// # Panics
+    /// When the program cannot be started.
+    pub fn verb(&self, words: &[&str]) -> Output {
+        program(words, self.place.path()).output().expect("the program runs")
+    }
+
+    /// A request: status and JSON, `null` when the answer is not JSON.
+    ///
+    /// # Panics
+    /// When nobody answers.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let (status, body) = self.raw(method, path, body.map(Value::to_string).as_deref());
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    /// A request: status and text.
+    ///
+    /// # Panics
+    /// When nobody answers.
+    pub fn raw(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String) {
+        http(&self.socket(), method, path, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// The VM as `GET /vms/{name}` shows it.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn show(&self, name: &str) -> Value {
+        let (status, view) = self.ask("GET", &format!("/vms/{name}"), None);
+        assert_eq!(status, 200, "{view}");
+        view
+    }
+
+    /// Waits until a VM is in `state`.
+    ///
+    /// # Panics
+    /// When it is not in time.
+    pub fn wait_state(&self, name: &str, state: &str) -> Value {
+        wait_until(&format!("{name} is {state}"), 10, || Some(self.show(name)).filter(|vm| vm["state"] == state))
+    }
+
+    /// Makes a VM that must run then: [`shell`].
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn create(&self, name: &str) -> Value {
+        self.create_with(name, &shell())
+    }
+
+    /// Makes a VM that must run then.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn create_with(&self, name: &str, config: &Value) -> Value {
+        let (status, view) = self.ask("PUT", &format!("/vms/{name}"), Some(config));
+        assert_eq!(status, 201, "{view}");
+        assert_eq!(view["state"], "running");
+        view
+    }
+
+    /// Sends a signal to the controller.
+    pub fn signal(&self, signal: i32) {
+        kill(self.child.id(), signal);
+    }
+
+    /// Waits for the end of the controller.
+    ///
+    /// # Panics
+    /// When it does not end within `seconds`.
+    pub fn wait(&mut self, seconds: u64) -> ExitStatus {
+        wait_until("serve ends", seconds, || self.child.try_wait().expect("our child"))
+    }
+
+    /// Names of all VMs, in order.
+    ///
+    /// # Panics
+    /// When the answer is not a list of VMs.
+    pub fn names(&self) -> Vec<String> {
+        let (_, list) = self.ask("GET", "/vms", None);
+        let names = list.as_array().expect("a list").iter().map(|vm| vm["name"].as_str().expect("a name").to_owned());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    /// What is in its directory.
+    ///
+    /// # Panics
+    /// When that cannot be read.
+    pub fn left(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(self.place.path()).expect("readable").flatten().map(|entry| entry.path()).collect()
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Workers may outlive their controller.
+        for vm in std::fs::read_dir(self.state()).into_iter().flatten().flatten() {
+            if let Some(pid) = listener(&vm.path().join("worker")) {
+                kill(pid, libc::SIGKILL);
+            }
+        }
+    }
+}
+
+fn launch(words: &[String], place: &Path) -> Child {
+    program(&["serve"], place).args(words).spawn().expect("ballast starts")
+}
+
+/// The program with words that reach a controller in `place`.
+pub fn program(words: &[&str], place: &Path) -> Command {
+    let mut command = Command::new(ballast());
+    command.args(words).env("BALLAST_SOCKET", place).env_remove("BALLAST_LOG").stdin(Stdio::null());
+    command
+}
+
+/// The process that listens at a worker's socket.
+fn listener(path: &Path) -> Option<u32> {
+    let address = SocketAddrUnix::new(path).ok()?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).ok()?;
+    rustix::net::connect(&socket, &address).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(socket.as_fd()).ok()?;
+    u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+}
+
+/// Sends a signal to a process that this test has caused.
+pub fn kill(pid: u32, signal: i32) {
+    // SAFETY: kill takes numbers; the process is one that this test has caused.
+    unsafe { libc::kill(pid as i32, signal) };
+}
+
+/// Process id of the worker of a VM that is shown.
+///
+/// # Panics
+/// When none is in the view.
+pub fn pid(view: &Value) -> u32 {
+    u32::try_from(number(view, "pid")).expect("a process id")
+}
+
+/// True while a process is there and is no zombie.
+pub fn is_alive(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+/// A guest of 64 MiB that waits for words nobody types.
+pub fn shell() -> Value {
+    json!({
+        "kernel": payload(), "cmdline": "shell", "debug_port": true,
+        "memory": { "size_bytes": 64 << 20, "max_bytes": 48 << 20 },
+    })
+}
