@@ -12,6 +12,7 @@
 //! | `grants.rs` | reports, wants, grants, holds |
 //! | `activation.rs` | accounting that begins on a running VM |
 //! | `changes.rs` | changes of limits |
+//! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `show.rs` | what the interface sees |
 
 use std::collections::BTreeMap;
@@ -23,9 +24,7 @@ use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::activation::Accounting;
 use super::admission::Created;
-use super::changes::Change;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
@@ -34,7 +33,8 @@ use super::host;
 use super::link::FromLink;
 use super::spawn::Death;
 use super::view::{VmState, VmView};
-use super::vm::{Awaited, KilledBy, PausedBy, Reply, Vm, VmEnd, VmId, Waiting};
+use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
+use super::vms::Vms;
 use crate::worker::protocol::ToWorker;
 
 /// How long a request for a view waits for the worker's numbers.
@@ -71,7 +71,7 @@ pub(super) struct Past {
 pub(super) struct Actor {
     pub tree: Tree,
     pub root: NodeId,
-    pub vms: BTreeMap<VmId, Vm>,
+    pub vms: Vms,
     /// VMs that have left nothing but their last view, by name, until they are removed or there is another of the name.
     pub past: BTreeMap<String, Past>,
     /// VMs that were created and have no process yet.
@@ -95,7 +95,7 @@ impl Actor {
         Self {
             tree,
             root,
-            vms: BTreeMap::new(),
+            vms: Vms::default(),
             past: BTreeMap::new(),
             created: BTreeMap::new(),
             next_id: 1,
@@ -110,7 +110,7 @@ impl Actor {
     /// Runs until nobody can send inputs any more, then ends every worker.
     pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         loop {
-            let input = match self.next_deadline() {
+            let input = match self.vms.next_deadline() {
                 Some(at) => tokio::select! {
                     // Deadlines first: a flood of messages must not put them off.
                     biased;
@@ -125,11 +125,13 @@ impl Actor {
                 Some(None) => break,
             }
             self.settle();
-            if self.crowded() {
+            // The tasks that write to the workers run when this one does not: without a break, a burst of requests would
+            // fill a queue and look like a worker that does not read.
+            if self.vms.crowded() {
                 tokio::task::yield_now().await;
             }
         }
-        for vm in self.vms.values().filter(|vm| vm.death.is_none()) {
+        for (_, vm) in self.vms.iter().filter(|(_, vm)| vm.death.is_none()) {
             vm.process.kill();
             vm.process.tidy();
         }
@@ -145,12 +147,6 @@ impl Actor {
         }
     }
 
-    /// Whether a worker's queue is more than half full. The tasks that write to the workers run when this one does
-    /// not: without a break, a burst of requests would fill a queue and look like a worker that does not read.
-    fn crowded(&self) -> bool {
-        self.vms.values().any(|vm| vm.alive() && vm.to_worker.capacity() < vm.to_worker.max_capacity() / 2)
-    }
-
     /// Time since the actor began, for the pure core.
     pub fn elapsed(&self) -> Duration {
         Instant::now().saturating_duration_since(self.start)
@@ -163,11 +159,11 @@ impl Actor {
 
     /// The VM of this name that runs, else the one that ended last.
     pub fn find(&self, name: &str) -> Result<VmId, Refusal> {
-        let named = || self.vms.iter().filter(|(_, vm)| vm.name == name && !vm.forgotten);
-        named()
-            .find(|(_, vm)| vm.state != VmState::Ended)
-            .or_else(|| named().next_back())
-            .map(|(id, _)| *id)
+        let ended = || self.vms.named(name).rfind(|(_, vm)| !vm.forgotten);
+        self.vms
+            .running(name)
+            .or_else(ended)
+            .map(|(id, _)| id)
             .ok_or_else(|| Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here")))
     }
 
@@ -182,7 +178,7 @@ impl Actor {
 
     /// All VMs: those that have left nothing but their last view, then those that are there.
     pub fn list(&self) -> Vec<VmView> {
-        let shown = self.vms.iter().filter(|(_, vm)| !vm.forgotten).map(|(id, _)| self.vm_view(*id, false));
+        let shown = self.vms.iter().filter(|(_, vm)| !vm.forgotten).map(|(id, _)| self.vm_view(id, false));
         self.past.values().map(|past| past.view.clone()).chain(shown).collect()
     }
 
@@ -192,9 +188,9 @@ impl Actor {
 
     /// The VM of this name that runs and was asked for with the same words.
     pub fn same(&self, name: &str, config: &VmConfig) -> Result<Option<VmId>, Refusal> {
-        match self.vms.iter().find(|(_, vm)| vm.name == name && vm.state != VmState::Ended) {
+        match self.vms.running(name) {
             None => Ok(None),
-            Some((id, vm)) if vm.config.as_deref() == Some(config) => Ok(Some(*id)),
+            Some((id, vm)) if vm.config.as_deref() == Some(config) => Ok(Some(id)),
             Some(_) => Err(Refusal::new(
                 Code::AlreadyExists,
                 format!(
@@ -406,16 +402,10 @@ impl Actor {
         vm.process.kill();
     }
 
-    /// The earliest thing that has to be done without being told.
-    fn next_deadline(&self) -> Option<Instant> {
-        self.vms.values().filter_map(Vm::next_deadline).min()
-    }
-
     /// Does what is due.
     fn on_time(&mut self) {
         let now = Instant::now();
-        let ids: Vec<_> = self.vms.keys().copied().collect();
-        for id in ids {
+        for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
             self.overdue_change(id, now);
@@ -437,24 +427,13 @@ impl Actor {
         }
     }
 
-    /// After every input: whatever has become possible happens now.
+    /// After every input: whatever has become possible happens now. What this costs does not depend on the number of VMs,
+    /// only on how many of them wait for something.
     fn settle(&mut self) {
         self.advance_changes();
         self.serve_refused();
         self.send_due();
-    }
-}
-
-impl Vm {
-    fn next_deadline(&self) -> Option<Instant> {
-        let answers = self.waiting.iter().map(|w| w.until);
-        let hold = self.hold.filter(|hold| !hold.acted && self.state == VmState::Running).map(|hold| hold.deadline);
-        let change = self.change.as_ref().and_then(Change::next_deadline);
-        let activation = match &self.accounting {
-            Accounting::Beginning(beginning) => beginning.next_deadline(),
-            Accounting::Off | Accounting::On => None,
-        };
-        answers.chain(hold).chain(change).chain(activation).chain(self.patience).min()
+        debug_assert!(self.vms.in_order(), "a VM was changed behind the back of its index");
     }
 }
 

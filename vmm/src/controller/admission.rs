@@ -8,8 +8,6 @@
 //! Overhead is charged before the thing exists (semantics rows 98, 114): what cannot be paid for is not started, and
 //! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can.
 
-use std::cell::Cell;
-
 use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
 use memcg_core::units::{Limit, Pages, exact, human};
 use serde_json::json;
@@ -140,7 +138,7 @@ impl Actor {
             link_closed: false,
             patience: Some(Instant::now() + host::scaled(WORKER_PATIENCE)),
             ended: Some(ended),
-            warned: Cell::default(),
+            warned: None,
         };
         self.forget(&vm.name);
         self.event(EventKind::Created, Some(&vm.name), details);

@@ -181,8 +181,7 @@ impl Actor {
 
     /// Drives every pending change.
     pub fn advance_changes(&mut self) {
-        let pending: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.change.is_some()).map(|(id, _)| *id).collect();
-        for id in pending {
+        for id in self.vms.changing() {
             self.advance_change(id);
         }
     }

@@ -157,26 +157,28 @@ impl Actor {
 
     /// Sends the grants that are due: those that were dropped, and those after a change of limits.
     pub fn send_due(&mut self) {
-        let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.grant_due && vm.alive()).map(|(id, _)| *id).collect();
-        for id in due {
-            let vm = &self.vms[&id];
-            if vm.greeted && vm.to_worker.capacity() > 0 {
-                self.send_grant(id, vm.refused());
-            }
+        for id in self.vms.due() {
+            self.send_due_to(id);
         }
-        let room = |vm: &Vm| vm.alive() && vm.to_worker.capacity() > 0;
-        let due: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.balloon_due && room(vm)).map(|(id, _)| *id).collect();
-        for id in due {
+    }
+
+    fn send_due_to(&mut self, id: VmId) {
+        let room = |vm: &Vm| vm.to_worker.capacity() > 0;
+        let vm = &self.vms[&id];
+        if vm.grant_due && vm.greeted && room(vm) {
+            self.send_grant(id, vm.refused());
+        }
+        let vm = &self.vms[&id];
+        if vm.balloon_due && room(vm) {
             self.aim_balloon(id);
         }
-        for vm in self.vms.values_mut().filter(|vm| vm.start_due && room(vm)) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if vm.start_due && room(vm) {
             vm.start_due = !vm.send(ToWorker::Start);
         }
-        let due = |vm: &Vm| vm.grant_due || vm.balloon_due || vm.start_due;
-        let left = |vm: &Vm| vm.alive() && vm.to_worker.capacity() == 0 && due(vm);
-        for (id, vm) in self.vms.iter_mut().filter(|(_, vm)| left(vm) && !vm.awaits_room) {
+        if !room(vm) && (vm.grant_due || vm.balloon_due || vm.start_due) {
             vm.awaits_room = true;
-            let (id, to_worker, inbox) = (*id, vm.to_worker.clone(), self.inbox.clone());
+            let (to_worker, inbox) = (vm.to_worker.clone(), self.inbox.clone());
             // What a worker reads may leave it nothing to report, so its reading alone wakes nobody here.
             tokio::spawn(async move {
                 // Given back at once: it is the actor that uses it.
@@ -201,8 +203,7 @@ impl Actor {
         if !std::mem::take(&mut self.roomier) {
             return;
         }
-        let refused: Vec<_> = self.vms.iter().filter(|(_, vm)| vm.refused()).map(|(id, _)| *id).collect();
-        for id in refused {
+        for id in self.vms.refused() {
             self.serve(id, false);
         }
     }

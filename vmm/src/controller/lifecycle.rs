@@ -268,8 +268,9 @@ impl Actor {
     /// Shows a VM that has ended no more.
     pub fn forget(&mut self, name: &str) {
         self.past.remove(name);
-        for vm in self.vms.values_mut().filter(|vm| vm.name == name && vm.state == VmState::Ended) {
-            vm.forgotten = true;
+        let ended = self.vms.named(name).filter(|(_, vm)| vm.state == VmState::Ended);
+        for id in ended.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.vms.get_mut(&id).expect("found").forgotten = true;
         }
     }
 }

@@ -23,6 +23,7 @@ pub mod start;
 mod tests;
 pub mod view;
 mod vm;
+mod vms;
 
 use std::io;
 use std::sync::Arc;

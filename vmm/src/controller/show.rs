@@ -115,7 +115,7 @@ impl Actor {
             available_bytes: memory.available,
             budget_bytes: root.limits.max.as_bytes(),
             current_bytes: root.memory.usage.bytes(),
-            vms: self.vms.values().filter(|vm| vm.state != VmState::Ended).count(),
+            vms: self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).count(),
             last_event: self.events.last(),
         }
     }

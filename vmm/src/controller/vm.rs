@@ -1,6 +1,5 @@
 //! One VM as the controller knows it.
 
-use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -224,7 +223,7 @@ pub(super) struct Vm {
     pub patience: Option<Instant>,
     pub ended: Option<oneshot::Sender<VmEnd>>,
     /// When it was last said in the log that the worker does not read.
-    pub warned: Cell<Option<Instant>>,
+    pub warned: Option<Instant>,
 }
 
 impl Vm {
@@ -249,11 +248,11 @@ impl Vm {
     }
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.
-    pub fn send(&self, message: ToWorker) -> bool {
+    pub fn send(&mut self, message: ToWorker) -> bool {
         let sent = self.to_worker.try_send(message).is_ok();
         // Every request may end here: a line for each would fill the log, and then the controller waits for its reader.
-        if !sent && self.warned.get().is_none_or(|at| at.elapsed() >= WARN_EVERY) {
-            self.warned.set(Some(Instant::now()));
+        if !sent && self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            self.warned = Some(Instant::now());
             tracing::warn!(vm = self.name, "the worker does not read its messages");
         }
         sent
