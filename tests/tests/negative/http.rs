@@ -281,12 +281,12 @@ fn many_connections_at_once_are_answered_and_those_that_say_nothing_are_in_nobod
         stream.set_read_timeout(Some(deadline(10))).expect("set");
         stream
     };
-    let silent: Vec<_> = (0..100).map(|_| connect()).collect();
-    let mut halves: Vec<_> = (0..100).map(|_| connect()).collect();
+    let silent: Vec<_> = (0..60).map(|_| connect()).collect();
+    let mut halves: Vec<_> = (0..60).map(|_| connect()).collect();
     for stream in &mut halves {
         stream.write_all(b"GET /host HTTP/1.1\r\nHost: x\r\n").expect("written");
     }
-    let mut asking: Vec<_> = (0..200).map(|_| connect()).collect();
+    let mut asking: Vec<_> = (0..120).map(|_| connect()).collect();
     for stream in &mut asking {
         stream.write_all(b"GET /vms HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("written");
     }

@@ -3,12 +3,14 @@
 //! Handlers hold no state of their own: each asks the controller and shows the answer. Every refusal, also of paths,
 //! methods and bodies, is a [`Refusal`] in JSON.
 
+mod connection;
 mod events;
 mod memory;
 pub mod server;
 mod vms;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
@@ -31,6 +33,9 @@ pub use memory::MemoryPatch;
 
 /// Largest body that is read.
 const MAX_BODY: usize = 64 * 1024;
+
+/// How long a body may take to come.
+const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// What handlers work with.
 #[derive(Clone)]
@@ -57,10 +62,14 @@ impl<S: Send + Sync> FromRequest<S> for Contents {
         if request.body().size_hint().lower() > MAX_BODY as u64 {
             return Err(too_large());
         }
-        match Bytes::from_request(request, state).await {
-            Ok(bytes) => Ok(Self(bytes)),
-            Err(error) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
-            Err(error) => Err(Refusal::new(Code::BadRequest, error.body_text())),
+        match tokio::time::timeout(BODY_TIME, Bytes::from_request(request, state)).await {
+            Ok(Ok(bytes)) => Ok(Self(bytes)),
+            Ok(Err(error)) if error.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(too_large()),
+            Ok(Err(error)) => Err(Refusal::new(Code::BadRequest, error.body_text())),
+            Err(_) => {
+                let message = format!("the body did not come within {} s: send all of it", BODY_TIME.as_secs());
+                Err(Refusal::new(Code::BodyTimeout, message))
+            }
         }
     }
 }

@@ -1,4 +1,13 @@
-//! The socket: made for this user alone, taken over from a dead process, removed at the end.
+//! The socket: made for this user alone, taken over from a dead process, removed at the end; and who may connect to it.
+//!
+//! ```text
+//!  accept ─► whose is it? ─► is there a place? ─► a task of its own (connection.rs) ─► the routes
+//!             └ 403           └ 503                └ gives its place back when it has ended
+//! ```
+//!
+//! The mode of the file keeps other users out. Their credentials are asked for all the same, because a mode can be
+//! changed and a descriptor passed on. The number of connections is bounded, since each has buffers and a descriptor:
+//! without a bound a client that forgets to close would some day keep the controller from starting a VM.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -9,15 +18,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::Mode;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use rustix::process::Uid;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet};
 
+use super::connection::{Service as Connection, converse, turn_away};
 use crate::controller::Controller;
+use crate::controller::error::{Code, Refusal};
 use crate::controller::spawn::{SpawnError, check_socket_path};
 use crate::controller::start::Service;
 
-/// How long requests that are being answered may take when the server ends.
-const GRACE: Duration = Duration::from_secs(1);
+/// Connections at a time; one more is answered 503 and closed. Whoever follows the events has one.
+pub const MAX_CONNECTIONS: usize = 256;
+
+/// How long requests that are being answered may take when the server ends. Then they are answered 503.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// How long after that the answers may take to be read.
+const LAST_READ: Duration = Duration::from_millis(500);
+
+/// Pause after a connection could not be accepted, for want of descriptors or memory: trying at once would only spin.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Why the socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -121,27 +142,62 @@ pub fn serve(bound: Bound, controller: Controller, service: Option<Arc<Service>>
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let (stopping, stopped) = watch::channel(false);
     let router = super::router(controller, service, stopped.clone());
-    let task = tokio::spawn(async move {
-        let mut stopped = stopped;
-        let shutdown = async move {
-            // Without a sender there is no server any more either.
-            let _ = stopped.wait_for(|stopping| *stopping).await;
-        };
-        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(shutdown).await {
-            tracing::error!(%error, "the interface has ended");
-        }
-    });
+    let task = tokio::spawn(accept_all(listener, router, stopped));
     Ok(Server { task, stopping, file })
 }
 
+/// Takes connections until the server stops, then waits for those there are.
+async fn accept_all(listener: tokio::net::UnixListener, router: axum::Router, stopped: watch::Receiver<bool>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    let mut stopping = stopped.clone();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            // Without a sender there is no server any more either.
+            _ = stopping.wait_for(|stopping| *stopping) => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::error!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        if !stream.peer_cred().is_ok_and(|peer| may_connect(peer.uid())) {
+            let message = "only the user who started this controller may use it, and root: ask as one of them";
+            turn_away(&stream, Refusal::new(Code::Forbidden, message));
+            continue;
+        }
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            let message = format!("there are {MAX_CONNECTIONS} connections already: close some, then try again");
+            turn_away(&stream, Refusal::new(Code::Busy, message));
+            continue;
+        };
+        let service = Connection::new(router.clone(), place, stopped.clone());
+        connections.spawn(converse(stream, service, stopped.clone()));
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Whether somebody of this user may connect: the user of this process, and root.
+fn may_connect(uid: u32) -> bool {
+    uid == rustix::process::geteuid().as_raw() || Uid::from_raw(uid).is_root()
+}
+
 impl Server {
-    /// Takes no more requests, gives those under way a second to be answered, and removes the socket.
+    /// Takes no more connections, gives requests under way a second to be answered, and removes the socket.
     pub async fn stop(self) {
-        let Self { task, stopping, file } = self;
+        let Self { mut task, stopping, file } = self;
         drop(file);
         stopping.send_replace(true);
-        if tokio::time::timeout(GRACE, task).await.is_err() {
+        if tokio::time::timeout(GRACE + LAST_READ, &mut task).await.is_err() {
             tracing::debug!("a client did not let go");
+            task.abort();
         }
     }
 }

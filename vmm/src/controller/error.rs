@@ -11,10 +11,14 @@ pub enum Code {
     BadRequest,
     /// A limit contradicts another one.
     InvalidLimit,
+    /// The client is neither the user of the controller nor root.
+    Forbidden,
     /// There is no such VM or path.
     NotFound,
     /// The path has no such method.
     MethodNotAllowed,
+    /// The body did not come in time.
+    BodyTimeout,
     /// The body is larger than any sensible one.
     TooLarge,
     /// The limits have changed since the generation that was named.
@@ -37,7 +41,7 @@ pub enum Code {
     AlreadyExists,
     /// The VM could not be started, or ended before its guest ran.
     StartFailed,
-    /// The worker does not answer.
+    /// The worker does not answer, or there are too many connections.
     Busy,
     /// The controller is going away.
     Stopping,
@@ -48,8 +52,10 @@ impl Code {
     pub fn status(self) -> u16 {
         match self {
             Self::BadRequest | Self::InvalidLimit => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
+            Self::BodyTimeout => 408,
             Self::TooLarge => 413,
             Self::GenerationMismatch
             | Self::LimitBelowUsage

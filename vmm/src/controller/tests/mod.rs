@@ -3,6 +3,7 @@
 
 mod activation;
 mod admission;
+mod clients;
 mod fleet;
 mod grants;
 mod limits;

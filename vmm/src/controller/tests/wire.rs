@@ -81,24 +81,24 @@ async fn last_words_are_heard_from_a_worker_that_has_not_read_its_messages() {
 }
 
 /// An interface with one VM behind it, and requests to it.
-struct Site {
-    _dir: tempfile::TempDir,
-    path: std::path::PathBuf,
-    server: server::Server,
-    worker: FakeWorker,
+pub(super) struct Site {
+    pub dir: tempfile::TempDir,
+    pub path: std::path::PathBuf,
+    pub server: server::Server,
+    pub worker: FakeWorker,
 }
 
 impl Site {
-    async fn new(setup: Setup) -> Self {
+    pub async fn new(setup: Setup) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("vm.sock");
         let worker = FakeWorker::running(setup).await;
         let bound = server::bind(&path).expect("bound");
         let server = server::serve(bound, worker.controller.clone(), None).expect("served");
-        Self { _dir: dir, path, server, worker }
+        Self { dir, path, server, worker }
     }
 
-    async fn ask(&self, method: &str, target: &str, body: impl Into<String>) -> (StatusCode, String) {
+    pub async fn ask(&self, method: &str, target: &str, body: impl Into<String>) -> (StatusCode, String) {
         let stream = tokio::net::UnixStream::connect(&self.path).await.expect("connected");
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
         tokio::spawn(connection);
@@ -111,7 +111,7 @@ impl Site {
         (status, String::from_utf8(body.to_vec()).expect("text"))
     }
 
-    async fn json(&self, method: &str, target: &str, body: impl Into<String>) -> (u16, Value) {
+    pub async fn json(&self, method: &str, target: &str, body: impl Into<String>) -> (u16, Value) {
         let (status, body) = self.ask(method, target, body).await;
         (status.as_u16(), serde_json::from_str(&body).unwrap_or_else(|_| panic!("no JSON: {body:?}")))
     }
@@ -216,7 +216,7 @@ async fn events_are_lines_and_end_with_the_server() {
     let (_, text) = site.ask("GET", "/events?since=2&follow=false", "").await;
     assert!(text.is_empty());
 
-    let Site { path, server, worker, _dir } = site;
+    let Site { path, server, worker, dir: _dir } = site;
     let stream = tokio::net::UnixStream::connect(&path).await.expect("connected");
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
     tokio::spawn(connection);
