@@ -18,7 +18,7 @@
 //! balloon inflate START SIZE [touch=1] | deflate START SIZE | report START SIZE
 //! balloon auto START SIZE [rounds=1] [limit=N]                       follows the device's target with those pages
 //! balloon status | raw QUEUE GPA LENGTH [write=1] | reset
-//! peek GPA | poke GPA VALUE | echo TEXT | wait MS | mark N | exit N | shell
+//! peek GPA | poke GPA VALUE | echo TEXT | wait MS | park | mark N | exit N | shell
 //! ```
 #![no_std]
 #![no_main]
@@ -173,6 +173,9 @@ impl Session {
                 io::wait(io::dword(arguments.number(0, "MS")?));
                 Ok(())
             }
+            "park" => loop {
+                io::wait(u32::MAX);
+            },
             "mark" => {
                 io::mark(io::dword(arguments.number(0, "N")?));
                 Ok(())
