@@ -22,6 +22,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::host::{self, Problem};
 use super::link::{self, ConnectError};
+use crate::memory::place;
 use crate::worker::config::{WorkerConfig, fd};
 
 /// Longest path of a unix socket in bytes: `sun_path` without its final zero.
@@ -123,7 +124,10 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     let kvm = host::open_kvm()?;
     // Without accounting it is only opened, for a first limit later.
     let uffd_device = match host::open_userfaultfd() {
-        Ok(device) => Some(device),
+        Ok(device) => {
+            config.follow_vcpu = config.cpus == 1 && place::same_cpu_pays();
+            Some(device)
+        }
         Err(problem) if config.accounting => return Err(problem.into()),
         Err(problem) => {
             config.obstacle = Some(problem.to_string());

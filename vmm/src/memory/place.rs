@@ -2,8 +2,8 @@
 //!
 //! A fault hands over twice: to the fault thread and back. Where waking a thread on another CPU is expensive (nested
 //! machines: fifty times a wake on the same CPU), the fault thread belongs on the CPU of the vCPU that it serves; elsewhere
-//! the scheduler knows better. A ping-pong of a few milliseconds at start decides, and only for guests with one vCPU:
-//! with more, one thread cannot sit with all of them.
+//! the scheduler knows better. A ping-pong of a few milliseconds decides, once in the life of a controller, which tells
+//! its workers; and only for guests with one vCPU: with more, one thread cannot sit with all of them.
 
 use std::fs::File;
 use std::io;
@@ -33,12 +33,6 @@ impl Placement {
     /// The scheduler decides.
     pub fn free() -> Self {
         Self::default()
-    }
-
-    /// The right one for a VM with `cpus` vCPUs, the first of which has its stat line in `stat`. Measures for a few
-    /// milliseconds, with threads of its own.
-    pub fn choose(cpus: u32, stat: Arc<OnceLock<File>>) -> Self {
-        if cpus == 1 && same_cpu_pays() { Self::with(stat) } else { Self::free() }
     }
 
     /// Follows the thread of this process whose [`stat()`] line is (or will be) in `stat`.
@@ -82,8 +76,14 @@ fn processor(stat: &File) -> Option<usize> {
     line.rsplit_once(')')?.1.split_ascii_whitespace().nth(36)?.parse().ok()
 }
 
-/// Measures for a few milliseconds whether a wake on the same CPU is so much cheaper that binding pays.
+/// Whether a wake on the same CPU is so much cheaper that binding pays. The first call measures for a few milliseconds,
+/// with threads of its own.
 pub fn same_cpu_pays() -> bool {
+    static PAYS: OnceLock<bool> = OnceLock::new();
+    *PAYS.get_or_init(measure)
+}
+
+fn measure() -> bool {
     let Ok(allowed) = sched_getaffinity(None) else { return false };
     let mut cpus = (0..CpuSet::MAX_CPU).filter(|c| allowed.is_set(*c));
     let (Some(first), Some(second)) = (cpus.next(), cpus.next()) else { return false };
@@ -142,6 +142,6 @@ mod tests {
     #[test]
     fn calibration_ends_and_gives_a_round_trip() {
         assert!(round_trip(0, 0).unwrap() > Duration::ZERO);
-        let _either = same_cpu_pays();
+        assert_eq!(same_cpu_pays(), same_cpu_pays(), "measured once");
     }
 }

@@ -16,11 +16,10 @@
 //! ```
 //! The devices come last, because their thread is also the one that tells of the guest's end: it must not wait for vCPUs.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use memcg_core::units::Pages as Count;
@@ -63,8 +62,8 @@ pub struct Parts {
     pub outside: Arc<AtomicU64>,
     /// Written to make the device thread ask [`Request::Quiet`].
     pub quiet: EventFd,
-    /// Stat line of the first vCPU's thread, once there is one.
-    pub stat: Arc<OnceLock<File>>,
+    /// Where the thread runs.
+    pub placement: Placement,
     /// Guest RAM.
     pub ram: Arc<Ram>,
     /// Number of vCPUs.
@@ -120,9 +119,7 @@ struct Told {
 impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
-        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, stat, ram, cpus } = parts;
-        // Now, even if accounting begins later: to measure takes threads, and then none can be made.
-        let placement = if tools.is_ok() { Placement::choose(cpus, stat) } else { Placement::free() };
+        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, placement, ram, cpus } = parts;
         let told = Told::default();
         Self {
             pages,

@@ -44,6 +44,8 @@ pub struct WorkerConfig {
     pub stats_interval_s: u32,
     /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` is offered.
     pub deflate_on_oom: bool,
+    /// The fault thread keeps to the CPU of the vCPU: on this host a wake there is much cheaper.
+    pub follow_vcpu: bool,
     /// Die with the process that started this one (`run`).
     pub die_with_parent: bool,
 }

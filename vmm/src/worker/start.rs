@@ -8,7 +8,7 @@
 //! Each thread enters its [`sandbox`] before it does anything for the guest; this one, the last, before `Loaded`.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
@@ -38,9 +38,10 @@ use crate::memory::activation::Tools;
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::give::BalloonPages;
 use crate::memory::pages::{Pages, reserve_target};
+use crate::memory::place::{self, Placement};
 use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
-use crate::memory::{GuestMem, Ram, activation, place};
+use crate::memory::{GuestMem, Ram, activation};
 
 /// How long the console may take to accept the guest's last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -166,7 +167,9 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     sandbox::drop_capabilities()?;
     prepare_signals().map_err(os("signals cannot be blocked"))?;
     channel.prepare().map_err(os("the controller's socket cannot be used"))?;
-    let config: WorkerConfig = serde_json::from_reader(File::from(handed(fd::CONFIG)))?;
+    let mut text = Vec::new();
+    File::from(handed(fd::CONFIG)).read_to_end(&mut text).map_err(os("the worker's configuration cannot be read"))?;
+    let config: WorkerConfig = serde_json::from_slice(&text)?;
     let layout = RamLayout::new(config.size_bytes)?;
     let ranges: Vec<(u64, u64)> = layout.ranges().map(|r| (r.gpa, r.bytes)).collect();
     let ram = Arc::new(Ram::map(&ranges).map_err(os("guest memory cannot be mapped"))?);
@@ -271,7 +274,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         balloon,
         outside,
         quiet: clone_event(&quiet)?,
-        stat: stat.clone(),
+        placement: if config.follow_vcpu { Placement::with(stat.clone()) } else { Placement::free() },
         ram: ram.clone(),
         cpus: config.cpus,
     });
