@@ -6,6 +6,7 @@
 //! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
 
+pub mod random;
 pub mod semantics;
 pub mod serve;
 
@@ -376,8 +377,22 @@ impl Drop for TestVm {
 /// # Errors
 /// When the socket does not answer with HTTP.
 pub fn http(socket: &Path, method: &str, path: &str, body: Option<&str>) -> std::io::Result<(u16, String)> {
+    http_within(deadline(120), socket, method, path, body)
+}
+
+/// The same with the longest time that the answer may let one wait.
+///
+/// # Errors
+/// As [`http`]; also when nothing is heard for so long.
+pub fn http_within(
+    bound: Duration,
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> std::io::Result<(u16, String)> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(deadline(120)))?;
+    stream.set_read_timeout(Some(bound))?;
     let body = body.unwrap_or_default();
     write!(
         stream,

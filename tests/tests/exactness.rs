@@ -1,23 +1,12 @@
 //! Charges are resident pages: after every step, whatever it is, the pages that are charged to a guest are the pages that
 //! the host's page tables hold for it (invariant 4).
 
+use ballast_tests::random::Random;
 use ballast_tests::{TestVm, missing_on_host, number, resident_pages};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
-
-/// A small generator; the seed of a failing run is in its message.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
 
 /// Semantics: 11, 14, 21.
 #[test]
@@ -27,7 +16,7 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
         return;
     }
     let seed = std::env::var("BALLAST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_1234_9876);
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut vm = TestVm::builder("exact").memory("size=64M,max=64M").cmdline("shell").start();
     vm.expect("READY", 10);
     assert!(vm.command("balloon init", 10).starts_with("OK"));

@@ -1,0 +1,137 @@
+//! What must hold whenever all is at rest.
+
+use std::collections::BTreeSet;
+
+use ballast_tests::{PAGE, number, resident_pages};
+use serde_json::{Value, json};
+
+use super::client::{RESIDENTS, resident, resident_config};
+use super::host;
+use super::world::{Call, World};
+
+/// Ends what still goes on when nobody asks for anything any more: changes of limits that wait for memory.
+pub fn settle(world: &World) {
+    for vm in vms(world) {
+        if vm["memory"]["max_pending_bytes"].is_u64() {
+            let path = format!("/vms/{}/memory?mode=force", vm["name"].as_str().unwrap_or_default());
+            world.call(&Call::new("PATCH", "/vms/{name}/memory", path).body(json!({ "max_bytes": null })));
+        }
+    }
+}
+
+/// Takes everything away but the VMs that stay, and puts those back into the state they began in.
+pub fn drain(world: &World) {
+    for vm in vms(world) {
+        let name = vm["name"].as_str().unwrap_or_default();
+        if name.starts_with('v') {
+            world.call(&Call::new("DELETE", "/vms/{name}", format!("/vms/{name}")));
+        }
+    }
+    for n in 0..RESIDENTS {
+        renew(world, &resident(n));
+    }
+}
+
+/// A VM that stays, made afresh unless it is one that runs, and with its first limits.
+fn renew(world: &World, name: &str) {
+    let path = format!("/vms/{name}");
+    let fits = world
+        .call(&Call::new("GET", "/vms/{name}", &path))
+        .is_some_and(|(status, vm)| status == 200 && vm["state"] != "ended");
+    if !fits {
+        world.call(&Call::new("DELETE", "/vms/{name}", &path));
+        put(world, name);
+        return;
+    }
+    let mut limits = resident_config()["memory"].clone();
+    for key in ["min_bytes", "low_bytes"] {
+        limits[key] = json!(0);
+    }
+    for key in ["high_bytes", "swap_max_bytes", "vmm_max_bytes"] {
+        limits[key] = Value::Null;
+    }
+    limits.as_object_mut().expect("an object").remove("size_bytes");
+    world.call(&Call::new("PATCH", "/vms/{name}/memory", format!("{path}/memory?mode=force")).body(limits));
+    world.call(&Call::new("POST", "/vms/{name}/resume", format!("{path}/resume")));
+}
+
+fn put(world: &World, name: &str) {
+    let answer = world.call(&Call::new("PUT", "/vms/{name}", format!("/vms/{name}")).body(resident_config()));
+    if let Some((status, body)) = answer
+        && status != 201
+    {
+        world.fail(format!("{name} cannot be made again: {status} {body}"));
+    }
+}
+
+/// All VMs.
+pub fn vms(world: &World) -> Vec<Value> {
+    world.get("/vms", "/vms").and_then(|list| list.as_array().cloned()).unwrap_or_default()
+}
+
+/// What is not as it has to be at rest. Numbers are not all of one moment: what is found once has to be found again.
+pub fn problems(world: &World, controller: u32) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut complain = |what: String| found.push(what);
+    let mut sum = 0;
+    let mut workers = BTreeSet::new();
+    for vm in vms(world) {
+        let name = vm["name"].as_str().unwrap_or_default().to_owned();
+        let Some(vm) = world.get("/vms/{name}", &format!("/vms/{name}")) else {
+            complain(format!("{name} is in the list, and cannot be shown"));
+            continue;
+        };
+        let at = |path: &str| number(&vm, path);
+        sum += at("memory.current_bytes");
+        if vm["state"] == "ended" {
+            if at("memory.current_bytes") != 0 {
+                complain(format!("{name} has ended, and {} bytes are charged", at("memory.current_bytes")));
+            }
+            continue;
+        }
+        let pid = u32::try_from(at("pid")).unwrap_or_default();
+        workers.insert(pid);
+        if vm["state"] == "starting" || vm["stale"] == true || vm["memory"]["max_pending_bytes"].is_u64() {
+            complain(format!("{name} is not at rest: {vm}"));
+            continue;
+        }
+        if vm["accounting"] != true {
+            continue;
+        }
+        let parts: u64 =
+            ["guest", "stock", "reserve", "vmm"].map(|part| at(&format!("memory.stat.{part}_bytes"))).iter().sum();
+        if parts != at("memory.current_bytes") {
+            complain(format!("{name}: {} bytes are charged, its parts are {parts}", at("memory.current_bytes")));
+        }
+        if at("vmm.current_bytes") > at("memory.current_bytes") {
+            complain(format!("{name}: more overhead than memory"));
+        }
+        if let Some(max) = vm["memory"]["max_bytes"].as_u64()
+            && at("memory.current_bytes") > max + at("memory.stat.overcharge_bytes")
+        {
+            complain(format!("{name}: above its limit: {vm}"));
+        }
+        let (charged, resident) = (at("memory.stat.guest_bytes"), resident_pages(&vm) * PAGE);
+        if charged != resident {
+            complain(format!("{name}: {charged} bytes are charged for its pages, {resident} are resident"));
+        }
+    }
+    if let Some(root) = world.get("/host", "/host")
+        && number(&root, "current_bytes") != sum
+    {
+        complain(format!("the VMs' charges are {sum} bytes, the host's {}", root["current_bytes"]));
+    }
+    for process in host::children(&[controller, std::process::id()]) {
+        if process.zombie && process.parent == controller {
+            complain(format!("process {} has ended, and the controller has not waited for it", process.pid));
+        } else if process.zombie {
+            host::reap(process.pid);
+        } else if process.worker && !workers.remove(&process.pid) {
+            complain(format!("process {} is a worker of no VM", process.pid));
+        }
+    }
+    for pid in workers {
+        complain(format!("process {pid} is shown as a worker, and is not there"));
+    }
+    found
+}
