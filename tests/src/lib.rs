@@ -269,6 +269,15 @@ impl TestVm {
         stdin.write_all(format!("{line}\n").as_bytes()).and_then(|()| stdin.flush()).expect("the console takes input");
     }
 
+    /// Types text as fast as it is taken, from a thread of its own, and closes the console's input.
+    ///
+    /// # Panics
+    /// When the console is closed.
+    pub fn typist(&mut self, text: String) -> std::thread::JoinHandle<()> {
+        let mut stdin = self.stdin.take().expect("the console is open");
+        std::thread::spawn(move || stdin.write_all(text.as_bytes()).expect("the console takes input"))
+    }
+
     /// Types a command and returns its final line, which starts with `OK` or `ERR`.
     ///
     /// # Panics

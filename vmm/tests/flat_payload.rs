@@ -1,15 +1,16 @@
 //! A flat payload on this host's KVM: loader, registers of CPL 3, serial port and debug ports, on one and two vCPUs.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use ballast::devices::bus::Buses;
+use ballast::devices::console::{self, Console};
 use ballast::devices::debug_port::{self, DebugPort};
-use ballast::devices::serial::{self, Console, ConsolePump, SerialPort};
+use ballast::devices::serial::{self, SerialPort};
 use ballast::machine::boot::{BootPlan, BootRequest};
 use ballast::machine::kvm::NewVm;
 use ballast::machine::{RamLayout, Step, Vcpu, layout};
@@ -95,8 +96,7 @@ fn dev_kvm() -> Option<OwnedFd> {
 struct TestVm {
     vcpus: Vec<Vcpu>,
     buses: Buses,
-    console: Arc<Console>,
-    port: Arc<Mutex<SerialPort>>,
+    printed: File,
 }
 
 /// `None`, after a word about it, where there is no KVM.
@@ -123,11 +123,12 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.add_ioeventfd(&doorbell, layout::virtio_window(0) + 0x50, Some(0)).unwrap();
     vm.add_ioeventfd(&doorbell, layout::virtio_window(1) + 0x50, None).unwrap();
-    let console = Arc::new(Console::new().unwrap());
+    let printed = console::create().unwrap();
+    let console = Arc::new(Console::new(&printed).unwrap());
     let port = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&console), irq)));
     let mut buses = Buses::default();
-    buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port.clone()).unwrap();
-    let debug = Arc::new(Mutex::new(DebugPort::new(Arc::clone(&console))));
+    buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port).unwrap();
+    let debug = Arc::new(Mutex::new(DebugPort::new(console)));
     buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, debug).unwrap();
 
     let kernel = payload();
@@ -138,7 +139,7 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     vcpus.iter_mut().for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
     // A device's interrupt: payloads have no handler, so it must not reach them.
     interrupt.write(1).unwrap();
-    Some(TestVm { vcpus, buses, console, port })
+    Some(TestVm { vcpus, buses, printed })
 }
 
 fn drive(mut vcpu: Vcpu, buses: &Buses, over: &AtomicBool, ends: &mpsc::Sender<Step>) {
@@ -170,11 +171,7 @@ fn run(cpus: u32, mib: u64) {
     assert_eq!(ends.recv().unwrap(), Step::Exit(ExitReason::Status(7)));
     assert_eq!(vm.buses.pio.unknown_accesses(), 0);
 
-    let (ours, mut user) = UnixStream::pair().unwrap();
-    let mut pump = ConsolePump::new(vm.console, vm.port, ours.into()).unwrap();
-    pump.finish(Duration::from_secs(10));
-    drop(pump);
-    assert_eq!(std::io::read_to_string(&mut user).unwrap(), "say hi\n");
+    assert_eq!(console::read(&vm.printed).unwrap(), b"say hi\n");
 }
 
 #[test]

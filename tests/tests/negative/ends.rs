@@ -181,18 +181,24 @@ fn text(settings: &Termios) -> String {
 }
 
 impl OnTerminal {
+    /// `ballast run` of a VM of its own.
     fn start(words: &[&str]) -> Self {
+        let (place, name) = (Place::new(), unique("tty"));
+        let socket = place.path("vm.sock");
+        let words = [&["run", "--name", &name, "--socket", word(&socket)], words].concat();
+        Self::with(place, name.clone(), &words)
+    }
+
+    /// The program with these words.
+    fn with(place: Place, name: String, words: &[&str]) -> Self {
         let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pty");
         rustix::pty::grantpt(&ours).and_then(|()| rustix::pty::unlockpt(&ours)).expect("a pty of ours");
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let terminal = rustix::pty::ioctl_tiocgptpeer(&ours, flags).expect("its other end");
         let before = text(&settings(&terminal));
-        let place = Place::new();
-        let name = unique("tty");
         let mut command = Command::new(ballast());
         let end = || terminal.try_clone().expect("a descriptor");
-        command.args(["run", "--name", &name, "--socket"]).arg(place.path("vm.sock")).args(words);
-        command.env_remove("BALLAST_LOG").stdin(end()).stdout(end()).stderr(end());
+        command.args(words).env_remove("BALLAST_LOG").stdin(end()).stdout(end()).stderr(end());
         let lead = || {
             rustix::process::setsid()?;
             // SAFETY: descriptor 0 is open: it is the terminal that was just put there.
@@ -274,6 +280,43 @@ fn on_a_terminal_ctrl_c_is_the_guest_s_and_one_key_leaves() {
     run.expect("READY");
     run.type_in(b"wait 60000\r\x1dexit 9\r");
     assert_eq!(run.ended(), Some(0));
+}
+
+#[test]
+fn one_who_leaves_the_console_of_a_vm_leaves_the_vm_alone() {
+    if skipped("console-terminal") {
+        return;
+    }
+    let mut vm = TestVm::builder(&unique("visited")).memory("size=64M,max=48M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    let socket = vm.socket().to_owned();
+    let words = ["console", &vm.name.clone(), "--socket", word(&socket)];
+    let visit = || OnTerminal::with(Place::new(), unique("visitor"), &words);
+    let mut visitor = visit();
+    visitor.expect("Ctrl-] leaves it");
+    visitor.expect("READY");
+    let raw = settings(&visitor.terminal).local_modes;
+    assert!(!raw.intersects(LocalModes::ISIG | LocalModes::ICANON | LocalModes::ECHO), "{raw:?}");
+    visitor.type_in(b"\x03\recho typed by a visitor\r");
+    visitor.expect("OK echo typed by a visitor");
+    vm.expect("OK echo typed by a visitor", 10);
+    visitor.type_in(b"\x1dexit 9\r");
+    visitor.expect("which goes on");
+    assert_eq!(visitor.ended(), Some(0));
+    assert!(vm.command("echo still here", 10).starts_with("OK"));
+
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        let mut visitor = visit();
+        visitor.expect("OK echo still here");
+        visitor.signal(signal);
+        assert_eq!(visitor.ended(), Some(128 + signal));
+    }
+    let mut visitor = visit();
+    visitor.expect("OK echo still here");
+    visitor.type_in(b"exit 0\r");
+    visitor.expect("OK exit");
+    assert_eq!(visitor.ended(), Some(0));
+    assert_eq!(vm.wait(10).code(), Some(0));
 }
 
 #[test]

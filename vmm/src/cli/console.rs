@@ -134,7 +134,11 @@ fn pump_in(mut guest: UnixStream, interactive: bool) -> bool {
     loop {
         // Not through `Stdin`, whose buffer would keep what is typed until a line ends.
         let length = match rustix::io::read(stdin.as_fd(), &mut buffer) {
-            Ok(0) => return false,
+            Ok(0) => {
+                // The guest's side learns that nothing more will be typed. A socket that is gone knows already.
+                let _ = guest.shutdown(std::net::Shutdown::Write);
+                return false;
+            }
             Ok(length) => length,
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => return false,

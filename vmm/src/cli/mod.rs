@@ -10,6 +10,7 @@
 //! | 3 | accepted, but not reached in time |
 //! | `run` | the guest's own status; 125 when ballast failed; 137 when the VM was killed; 128 + signal |
 
+mod attach;
 mod client;
 mod console;
 mod doctor;
@@ -30,6 +31,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+pub use attach::ConsoleArgs;
 pub use fleet::{CreateArgs, PsArgs};
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
@@ -79,6 +81,8 @@ pub enum Verb {
     Ps(PsArgs),
     /// End a VM of `serve` and forget it
     Rm(NameArg),
+    /// Go to the console of a VM (Ctrl-] leaves it alone again)
+    Console(ConsoleArgs),
     /// Show a VM
     Show {
         /// Name of the VM
@@ -186,6 +190,7 @@ pub fn main() -> ExitCode {
             Verb::Create(args) => fleet::create(*args).await,
             Verb::Ps(args) => fleet::ps(args).await,
             Verb::Rm(args) => fleet::rm(&args).await,
+            Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
             Verb::Pause(args) => verbs::act(&args, "pause").await,

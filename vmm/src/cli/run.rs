@@ -32,7 +32,7 @@ pub struct RunArgs {
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// The exit status after signal number `signal`.
-fn signal_status(signal: i32) -> u8 {
+pub fn signal_status(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(RUN_FAILED)
 }
 
@@ -43,7 +43,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let directory = socket::vm_directory(&listen);
     let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
-    spawn::check_socket_path(&spawn::worker_socket(&directory)).map_err(|error| as_failure(&error))?;
+    spawn::check_socket_path(&spawn::console_socket(&directory)).map_err(|error| as_failure(&error))?;
     let plan = args.vm.config().plan(&vm_name).map_err(|error| as_failure(&error))?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
@@ -55,8 +55,9 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
     let (controller, actor) = Controller::start(Limit::Max);
     let Started { mut end, console, .. } =
-        start(&controller, plan, directory, log).await.map_err(|error| as_failure(&error))?;
+        start(&controller, plan, directory, log, true).await.map_err(|error| as_failure(&error))?;
     let server = server::serve(bound, controller.clone(), None).map_err(|error| as_failure(&error))?;
+    let console = console.ok_or_else(|| Failure::run("the console is not connected"))?;
     let mut console = console::start(console).map_err(|error| as_failure(&error))?;
 
     let mut status = None;

@@ -228,16 +228,14 @@ impl Actor {
         }
     }
 
-    /// What a VM has printed.
-    pub fn console(&self, name: &str) -> Result<String, Refusal> {
+    /// What a VM prints.
+    pub fn console(&self, name: &str) -> Result<ConsoleLog, Refusal> {
         let console = match self.find(name) {
             Ok(id) => &self.vms[&id].console,
             Err(refusal) => &self.past.get(name).ok_or(refusal)?.console,
         };
-        let elsewhere = || {
-            Refusal::new(Code::WrongState, format!("the console of the VM {name:?} is where `ballast run` was started"))
-        };
-        console.as_ref().map(ConsoleLog::text).ok_or_else(elsewhere)
+        let nothing = || Refusal::new(Code::WrongState, format!("what the VM {name:?} prints is not kept"));
+        console.clone().ok_or_else(nothing)
     }
 
     /// Answers with fresh numbers when the worker gives them in time, else with the last known.

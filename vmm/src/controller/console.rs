@@ -1,53 +1,68 @@
 //! The end of what a guest has printed, kept for whoever asks.
+//!
+//! The worker writes it to memory that the controller has as well ([`crate::devices::console`]). So nobody has to be asked
+//! for it, and it is there when the worker is not: stopped, broken, or gone.
 
-use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use tokio::io::AsyncReadExt;
+use crate::devices::console;
+use crate::worker::config::fd;
 
-/// Bytes that are kept: the last 64 KiB.
-pub const KEPT: usize = 64 * 1024;
-
-/// The last [`KEPT`] bytes of a console. Clones share them.
-#[derive(Clone, Debug, Default)]
-pub struct ConsoleLog(Arc<Mutex<VecDeque<u8>>>);
+/// The last 64 KiB of a console. Clones are of the same one.
+#[derive(Clone, Debug)]
+pub enum ConsoleLog {
+    /// Of a worker that may still write.
+    Live(Arc<File>),
+    /// Of one that is gone.
+    Kept(Arc<[u8]>),
+}
 
 impl ConsoleLog {
-    /// Adds what was printed; the oldest bytes make room.
-    pub fn push(&self, printed: &[u8]) {
-        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let printed = &printed[printed.len().saturating_sub(KEPT)..];
-        let over = (ring.len() + printed.len()).saturating_sub(KEPT);
-        ring.drain(..over);
-        ring.extend(printed);
+    /// An empty one.
+    ///
+    /// # Errors
+    /// When the host has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        console::create().map(|memory| Self::Live(Arc::new(memory)))
+    }
+
+    /// The one of a worker that runs, for a controller that has not started it.
+    ///
+    /// # Errors
+    /// When there is no such worker, or it is another user's.
+    pub fn of_worker(pid: i32) -> io::Result<Self> {
+        File::open(format!("/proc/{pid}/fd/{}", fd::CONSOLE_RING)).map(|memory| Self::Live(Arc::new(memory)))
+    }
+
+    /// The memory for a worker to write to.
+    ///
+    /// # Errors
+    /// When the worker is gone, or the host has no descriptor left.
+    pub fn memory(&self) -> io::Result<File> {
+        match self {
+            Self::Live(memory) => memory.try_clone(),
+            Self::Kept(_) => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     /// What is kept, as text; what is not UTF-8 is replaced.
     pub fn text(&self) -> String {
-        let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(ring.make_contiguous()).into_owned()
+        String::from_utf8_lossy(&self.bytes()).into_owned()
     }
 
-    /// Starts to keep what a guest prints, until its end is closed. Nothing is typed on this console.
-    ///
-    /// # Errors
-    /// When the stream cannot be watched.
-    ///
-    /// # Panics
-    /// Outside a tokio runtime.
-    pub fn follow(&self, guest: UnixStream) -> io::Result<()> {
-        guest.set_nonblocking(true)?;
-        let mut guest = tokio::net::UnixStream::from_std(guest)?;
-        let log = self.clone();
-        tokio::spawn(async move {
-            let mut buffer = vec![0; 4096];
-            while let Ok(length @ 1..) = guest.read(&mut buffer).await {
-                log.push(&buffer[..length]);
-            }
-        });
-        Ok(())
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            // A worker that was broken into can make it unreadable, and has only itself to thank.
+            Self::Live(memory) => console::read(memory).unwrap_or_default(),
+            Self::Kept(bytes) => bytes.to_vec(),
+        }
+    }
+
+    /// The worker is gone: lets go of the descriptor, and keeps what it has written.
+    pub fn keep(&mut self) {
+        *self = Self::Kept(self.bytes().into());
     }
 }
 
@@ -56,17 +71,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_bytes_are_kept() {
-        let log = ConsoleLog::default();
-        log.push(b"first ");
-        log.push(&vec![b'x'; KEPT - 3]);
-        log.push(b"end");
-        let text = log.text();
-        assert_eq!(text.len(), KEPT);
-        assert!(text.starts_with("xxx") && text.ends_with("xend"));
-        log.push(&vec![b'y'; 3 * KEPT]);
-        assert_eq!(log.text(), "y".repeat(KEPT));
-        log.push(b"\xff");
-        assert!(log.text().ends_with("y\u{fffd}"));
+    fn the_last_words_outlive_the_memory_that_they_were_written_to() {
+        let mut log = ConsoleLog::new().unwrap();
+        let same = log.clone();
+        let memory = log.memory().unwrap();
+        let mut ring = console::Ring::map(&memory).unwrap();
+        ring.push(b"last words\xff");
+        assert_eq!((log.text(), same.text()), ("last words\u{fffd}".to_owned(), "last words\u{fffd}".to_owned()));
+        log.keep();
+        ring.push(b"nobody wrote this");
+        assert_eq!(log.text(), "last words\u{fffd}");
+        log.keep();
+        assert_eq!(log.text(), "last words\u{fffd}");
+        assert!(log.memory().is_err());
+    }
+
+    #[test]
+    fn memory_that_is_no_ring_is_an_empty_console() {
+        assert_eq!(ConsoleLog::Live(Arc::new(File::open("/dev/null").unwrap())).text(), "");
+        assert!(ConsoleLog::of_worker(i32::MAX).is_err());
     }
 }

@@ -205,6 +205,9 @@ impl Actor {
         }
         let gone = Refusal::new(Code::WrongState, format!("the VM {:?} has ended", vm.name));
         vm.process.tidy();
+        if let Some(console) = &mut vm.console {
+            console.keep();
+        }
         if let Some(ended) = vm.ended.take() {
             // Nobody may be waiting (a VM that outlives its starter).
             let _ = ended.send(cause);

@@ -63,11 +63,19 @@ pub enum ConnectError {
 /// # Errors
 /// When nobody listens or somebody else does.
 pub fn connect(path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
+    connect_as(SocketType::SEQPACKET, path, pid)
+}
+
+/// Like [`connect`], to a socket of this kind.
+///
+/// # Errors
+/// When nobody listens or somebody else does.
+pub fn connect_as(kind: SocketType, path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
     let name = || path.display().to_string();
     let failed = |e: Errno| ConnectError::Connect { path: name(), source: e.into() };
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(failed)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
     rustix::net::connect(&socket, &address).map_err(failed)?;
     // The credentials are those of the process that called listen().
     let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;

@@ -26,6 +26,7 @@ mod vm;
 mod vms;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use memcg_core::tree::{LimitPatch, Overhead};
@@ -87,6 +88,10 @@ impl WorkerProcess for WorkerHandle {
 
     fn kill(&self) {
         WorkerHandle::kill(self);
+    }
+
+    fn console(&self) -> Option<PathBuf> {
+        Some(WorkerHandle::console(self))
     }
 
     fn tidy(&self) {
@@ -276,10 +281,11 @@ impl Controller {
     /// What the guest has printed, as far as it is kept.
     ///
     /// # Errors
-    /// When there is no VM of this name, or its console is somewhere else.
+    /// When there is no VM of this name, or nothing is kept.
     pub async fn console(&self, name: &str) -> Result<String, Refusal> {
         let name = name.to_owned();
-        self.ask(move |actor, reply| answer(reply, actor.console(&name))).await
+        // It is read here, not by the actor.
+        self.ask(move |actor, reply| answer(reply, actor.console(&name))).await.map(|console| console.text())
     }
 
     /// The events after number `since`.

@@ -25,6 +25,10 @@ impl Actor {
             cpus: vm.cpus,
             accounting: vm.accounted(),
             end: vm.epitaph.clone(),
+            console: (vm.state != VmState::Ended)
+                .then(|| vm.process.console())
+                .flatten()
+                .map(|path| path.display().to_string()),
             stale,
             memory: self.memory_view(vm),
             vmm: self.vmm_view(vm),

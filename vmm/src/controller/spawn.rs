@@ -32,7 +32,10 @@ pub const MAX_SOCKET_PATH: usize = 107;
 const ABOVE_FIXED: RawFd = 32;
 
 /// One past the last fixed number.
-const FIXED_END: RawFd = fd::INITRD + 1;
+const FIXED_END: RawFd = fd::CONSOLE_RING + 1;
+
+/// Connections that may wait for a worker.
+const BACKLOG: libc::c_int = 8;
 
 /// What a worker is started with.
 #[derive(Debug)]
@@ -43,7 +46,11 @@ pub struct Launch {
     pub kernel: File,
     /// The initial ramdisk, if any; [`WorkerConfig::initrd`] says so too.
     pub initrd: Option<File>,
-    /// Directory of this VM, made if absent, mode 0700; the worker's socket is in it.
+    /// Where the last of what the guest prints is kept ([`crate::devices::console::create`]).
+    pub console: File,
+    /// Whether to go to the console before the guest can print.
+    pub attach: bool,
+    /// Directory of this VM, made if absent, mode 0700; the worker's sockets are in it.
     pub directory: PathBuf,
     /// Level of the worker's log, for the environment variable `BALLAST_LOG`.
     pub log: String,
@@ -58,8 +65,8 @@ pub struct Launched {
     pub watch: DeathWatch,
     /// The connected channel.
     pub link: OwnedFd,
-    /// The near end of the guest's console.
-    pub console: UnixStream,
+    /// The guest's console, with [`Launch::attach`].
+    pub console: Option<UnixStream>,
 }
 
 /// Why a worker could not be started.
@@ -109,6 +116,11 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
     directory.join("worker")
 }
 
+/// The socket on which the console of the VM in `directory` is.
+pub fn console_socket(directory: &Path) -> PathBuf {
+    directory.join("console")
+}
+
 /// Starts a worker. Blocks for the time of a fork and an exec; the caller's thread must live as long as the
 /// process when the worker is to die with it.
 ///
@@ -118,8 +130,8 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
-    let Launch { mut config, kernel, initrd, directory, log } = launch;
-    check_socket_path(&worker_socket(&directory))?;
+    let Launch { mut config, kernel, initrd, console, attach, directory, log } = launch;
+    check_socket_path(&console_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
     // Without accounting it is only opened, for a first limit later.
@@ -136,7 +148,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     };
 
     make_directory(&directory)?;
-    let files = Files { kvm, uffd_device, kernel, initrd };
+    let files = Files { kvm, uffd_device, kernel, initrd, console, attach };
     launch_in(&directory, &config, &files, &log).inspect_err(|_| tidy(&directory))
 }
 
@@ -146,14 +158,19 @@ struct Files {
     uffd_device: Option<OwnedFd>,
     kernel: File,
     initrd: Option<File>,
+    console: File,
+    attach: bool,
 }
 
 /// The part of [`launch`] that makes things.
 fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) -> Result<Launched, SpawnError> {
     let path = worker_socket(directory);
     let memfd = config_memfd(config).map_err(system("the worker's configuration cannot be written"))?;
-    let listener = bind(&path).map_err(system(format!("the worker's socket {} cannot be made", path.display())))?;
-    let (console, far_console) = UnixStream::pair().map_err(system("the console's socket pair cannot be made"))?;
+    let listen = |path: &Path, kind| {
+        bind(path, kind).map_err(system(format!("the worker's socket {} cannot be made", path.display())))
+    };
+    let listener = listen(&path, SocketType::SEQPACKET)?;
+    let console = listen(&console_socket(directory), SocketType::STREAM)?;
 
     let mut plan = ChildPlan::new(config.die_with_parent);
     for (source, target) in [
@@ -161,9 +178,10 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
         (Some(listener.as_fd()), fd::LISTEN),
         (Some(files.kvm.as_fd()), fd::KVM),
         (files.uffd_device.as_ref().map(AsFd::as_fd), fd::UFFD_DEV),
-        (Some(far_console.as_fd()), fd::CONSOLE),
+        (Some(console.as_fd()), fd::CONSOLE),
         (Some(files.kernel.as_fd()), fd::KERNEL),
         (files.initrd.as_ref().map(AsFd::as_fd), fd::INITRD),
+        (Some(files.console.as_fd()), fd::CONSOLE_RING),
     ] {
         let Some(source) = source else { continue };
         let copy = rustix::io::fcntl_dupfd_cloexec(source, ABOVE_FIXED)
@@ -172,13 +190,21 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
         plan.give(copy, target);
     }
     let child = spawn_child(&config.name, log, plan).map_err(system("the worker process cannot be started"))?;
-    drop(far_console);
     let (handle, watch) = supervise(child, directory).map_err(system("the worker process cannot be watched"))?;
-    match link::connect(&path, handle.pid()) {
-        Ok(link) => Ok(Launched { handle, watch, link, console }),
+    let attach = |pid| -> Result<_, SpawnError> {
+        let console = UnixStream::from(link::connect_as(SocketType::STREAM, &console_socket(directory), pid)?);
+        console.set_nonblocking(false).map_err(system("the console cannot be used"))?;
+        Ok(console)
+    };
+    let connect = |pid| -> Result<_, SpawnError> {
+        let link = link::connect(&path, pid)?;
+        Ok((link, files.attach.then(|| attach(pid)).transpose()?))
+    };
+    match connect(handle.pid()) {
+        Ok((link, console)) => Ok(Launched { handle, watch, link, console }),
         Err(error) => {
             handle.kill();
-            Err(error.into())
+            Err(error)
         }
     }
 }
@@ -207,6 +233,7 @@ pub fn make_directory(directory: &Path) -> Result<(), SpawnError> {
 pub fn tidy(directory: &Path) {
     // What is not there need not be removed; what is not ours stays.
     let _ = remove_socket(&worker_socket(directory));
+    let _ = remove_socket(&console_socket(directory));
     let _ = std::fs::remove_dir(directory);
 }
 
@@ -229,11 +256,11 @@ fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Binds the worker's socket, in place of one that a dead worker left. It is the child that listens on it, so that
+/// Binds a socket of the worker, in place of one that a dead worker left. It is the child that listens on it, so that
 /// the credentials a connecting process sees are the worker's.
-fn bind(path: &Path) -> io::Result<OwnedFd> {
+fn bind(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
     remove_socket(path)?;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
@@ -279,8 +306,10 @@ impl ChildPlan {
         check(unsafe {
             libc::syscall(libc::SYS_close_range, FIXED_END, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
         })?;
-        // SAFETY: listen takes a number and a length.
-        check(unsafe { libc::listen(fd::LISTEN, 4) }.into())?;
+        for socket in [fd::LISTEN, fd::CONSOLE] {
+            // SAFETY: listen takes a number and a length.
+            check(unsafe { libc::listen(socket, BACKLOG) }.into())?;
+        }
         // SAFETY: this prctl takes four numbers.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
         if self.parent != 0 {
@@ -354,6 +383,11 @@ impl WorkerHandle {
         if let Err(error) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
             tracing::debug!(%error, pid = self.pid, "the worker is gone already");
         }
+    }
+
+    /// The socket at which its guest's console is.
+    pub fn console(&self) -> PathBuf {
+        console_socket(&self.directory)
     }
 
     /// Removes what [`launch`] has made for it on disk.

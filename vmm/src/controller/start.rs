@@ -5,6 +5,7 @@
 //!                                                                    └ failed ─► withdraw: nothing is left
 //! ```
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,21 +38,32 @@ pub struct Started {
     pub id: VmId,
     /// Tells how it ended.
     pub end: oneshot::Receiver<VmEnd>,
-    /// The near end of its console.
-    pub console: UnixStream,
+    /// A connection to its console, made before the guest ran; with `attach` only.
+    pub console: Option<UnixStream>,
 }
 
-/// Starts a VM in `directory`, which is made for it and goes with it. `log` is the level of the worker's log.
+/// Starts a VM in `directory`, which is made for it and goes with it. `log` is the level of the worker's log. With `attach`
+/// its console is connected before the guest can print.
 ///
 /// # Errors
 /// See [`StartError`]; nothing is left then.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub async fn start(controller: &Controller, plan: Plan, directory: PathBuf, log: &str) -> Result<Started, StartError> {
-    let Plan { spec, worker, kernel, initrd } = plan;
+pub async fn start(
+    controller: &Controller,
+    plan: Plan,
+    directory: PathBuf,
+    log: &str,
+    attach: bool,
+) -> Result<Started, StartError> {
+    let Plan { mut spec, worker, kernel, initrd } = plan;
+    let no_memory = |error: io::Error| Refusal::new(Code::StartFailed, format!("the console cannot be made: {error}"));
+    let log_of_console = ConsoleLog::new().map_err(no_memory)?;
+    let console = log_of_console.memory().map_err(no_memory)?;
+    spec.console = Some(log_of_console);
     let id = controller.create(spec).await?;
-    match spawn::launch(Launch { config: worker, kernel, initrd, directory, log: log.to_owned() }) {
+    match spawn::launch(Launch { config: worker, kernel, initrd, console, attach, directory, log: log.to_owned() }) {
         Ok(launched) => {
             let end = controller.adopt(id, launched.handle, launched.watch, launched.link).await?;
             Ok(Started { id, end, console: launched.console })
@@ -108,16 +120,12 @@ impl Service {
         plan.spec.accounting |= self.budget;
         plan.worker.accounting = plan.spec.accounting;
         plan.spec.config = Some(Arc::clone(&config));
-        let console = ConsoleLog::default();
-        plan.spec.console = Some(console.clone());
-        let started = start(controller, plan, self.state.join(name), &self.log).await.map_err(|error| match error {
+        let started = start(controller, plan, self.state.join(name), &self.log, false).await;
+        let started = started.map_err(|error| match error {
             StartError::Refused(refusal) => refusal,
             StartError::Spawn(error) => Refusal::new(Code::StartFailed, chain(&error)),
         })?;
         drop(open);
-        if let Err(error) = console.follow(started.console) {
-            tracing::error!(vm = name, %error, "the console cannot be read");
-        }
         Ok((true, controller.started(started.id).await?))
     }
 

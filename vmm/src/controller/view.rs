@@ -39,6 +39,10 @@ pub struct VmView {
     /// How it ended, when it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub end: Option<String>,
+    /// Socket at which its console is, as long as it has not ended: a stream with the last of what it printed, then
+    /// what it prints; what is written to it is typed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub console: Option<String>,
     /// True when the worker did not answer in time and these are its last known numbers.
     pub stale: bool,
     /// The counter of everything.

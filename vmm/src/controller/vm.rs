@@ -1,6 +1,7 @@
 //! One VM as the controller knows it.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +40,10 @@ pub trait WorkerProcess: Send {
     fn pid(&self) -> i32;
     /// Ends it at once; harmless when it has ended.
     fn kill(&self);
+    /// The socket at which its guest's console is.
+    fn console(&self) -> Option<PathBuf> {
+        None
+    }
     /// Removes what it had on disk; it has ended.
     fn tidy(&self) {}
 }

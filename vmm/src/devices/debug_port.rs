@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::bus::{BusDevice, Effect};
-use super::serial::Console;
+use super::console::Console;
 use crate::worker::protocol::ExitReason;
 
 /// Offset of the port that ends the VM.
@@ -64,17 +64,19 @@ impl BusDevice for DebugPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::console;
 
     #[test]
     fn each_port_does_its_job() {
-        let console = Arc::new(Console::new().unwrap());
+        let memory = console::create().unwrap();
+        let console = Arc::new(Console::new(&memory).unwrap());
         let mut port = DebugPort::new(Arc::clone(&console));
         assert_eq!(port.write(EXIT, &0x107u32.to_le_bytes()), Effect::Exit(ExitReason::Status(7)));
         assert_eq!(port.write(EXIT, &[3]), Effect::Exit(ExitReason::Status(3)));
         assert_eq!(port.write(WAIT, &1500u32.to_le_bytes()), Effect::Wait(Duration::from_millis(1500)));
         assert_eq!(port.write(MARK, &42u32.to_le_bytes()), Effect::None);
         assert_eq!(port.write(5, &[1]), Effect::None);
-        let printed = String::from_utf8(console.take()).unwrap();
+        let printed = String::from_utf8(console::read(&memory).unwrap()).unwrap();
         let words: Vec<_> = printed.split_whitespace().collect();
         assert_eq!(words[..2], ["MARK", "42"]);
         assert!(words[2].parse::<u64>().unwrap() > 0 && printed.ends_with('\n'));

@@ -3,6 +3,7 @@
 
 pub mod balloon;
 pub mod bus;
+pub mod console;
 pub mod debug_port;
 pub mod mmio;
 pub mod power;

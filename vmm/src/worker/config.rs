@@ -12,12 +12,15 @@ pub mod fd {
     pub const KVM: i32 = 5;
     /// `/dev/userfaultfd`; present unless [`super::WorkerConfig::obstacle`] says why not.
     pub const UFFD_DEV: i32 = 6;
-    /// The console: a stream socket; the worker writes what the guest prints and reads what the user types.
+    /// The listening `SOCK_STREAM` socket for those who want to be at the guest's console.
     pub const CONSOLE: i32 = 7;
     /// The kernel or payload file.
     pub const KERNEL: i32 = 8;
     /// The initial ramdisk; present only with [`super::WorkerConfig::initrd`].
     pub const INITRD: i32 = 9;
+    /// Memory for the last of what the guest prints ([`crate::devices::console::create`]); stays open, so that a later
+    /// controller can find it.
+    pub const CONSOLE_RING: i32 = 10;
 }
 
 /// One VM as its worker is told to build it.

@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::sync_channel;
@@ -28,9 +29,10 @@ use super::vcpu::{End, EndSender, prepare_signals, spawn};
 use crate::chain::chain;
 use crate::devices::balloon::{BalloonConfig, BalloonDevice, BalloonHandle, BalloonWindow};
 use crate::devices::bus::{BusDevice, Buses, Effect};
+use crate::devices::console::{Console, ConsolePump};
 use crate::devices::debug_port::{self, DebugPort};
 use crate::devices::power::{self, AcpiPower, I8042Reset};
-use crate::devices::serial::{self, Console, ConsolePump, SerialPort};
+use crate::devices::serial::{self, SerialPort};
 use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
 use crate::machine::kvm::NewVm;
 use crate::machine::{RamLayout, Vcpu, layout};
@@ -43,7 +45,7 @@ use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
 use crate::memory::{GuestMem, Ram, activation};
 
-/// How long the console may take to accept the guest's last words.
+/// How long those at the console may take to accept the guest's last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Offset of `QueueNotify` in a virtio-mmio window (virtio 1.3, 4.2.2).
@@ -184,7 +186,9 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
 
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));
     let (serial_irq, balloon_irq) = (event()?, event()?);
-    let console = Arc::new(Console::new().map_err(os("no eventfd is left"))?);
+    // It stays open for a later controller.
+    let ring = ManuallyDrop::new(File::from(handed(fd::CONSOLE_RING)));
+    let console = Arc::new(Console::new(&ring).map_err(os("the console cannot be used"))?);
     let port = Arc::new(Mutex::new(SerialPort::new(console.clone(), clone_event(&serial_irq)?)));
     let pump = ConsolePump::new(console.clone(), port.clone(), handed(fd::CONSOLE));
     let pump = pump.map_err(os("the console cannot be used"))?;

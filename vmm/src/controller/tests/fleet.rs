@@ -120,8 +120,8 @@ async fn a_vm_that_runs_is_removed_when_its_worker_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_console_that_is_not_kept_is_somewhere_else() {
+async fn a_console_that_is_not_kept_is_refused() {
     let worker = FakeWorker::running(Setup::default()).await;
-    assert_eq!(worker.controller.console("vm").await.expect_err("elsewhere").code, Code::WrongState);
+    assert_eq!(worker.controller.console("vm").await.expect_err("nothing is kept").code, Code::WrongState);
     assert_eq!(worker.controller.console("none").await.expect_err("unknown").code, Code::NotFound);
 }

@@ -100,7 +100,7 @@ impl FakeWorker {
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,
             overhead: setup.overhead,
-            console: setup.config.is_some().then(ConsoleLog::default),
+            console: setup.config.is_some().then(|| ConsoleLog::new().expect("a descriptor")),
             config: setup.config,
         };
         let id = controller.create(spec).await?;

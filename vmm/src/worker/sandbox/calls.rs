@@ -8,13 +8,13 @@
 //! | `ioctl` | KVM's | userfaultfd's, `PAGEMAP_SCAN` | | the guest; filling pages, the begin of accounting |
 //! | `epoll_wait` | | | x | the device loop |
 //! | `epoll_pwait` | | x | | the fault loop |
-//! | `epoll_ctl` | | x | x | a controller that connects, the new userfaultfd; a console that is full |
+//! | `epoll_ctl` | | x | x | a controller that connects, the new userfaultfd; clients of the console |
 //! | `ppoll` | | x | x | last words: the controller's socket, the console |
 //! | `madvise` | allocator's | x | x | discards; splitting a huge page; the begin of accounting |
 //! | `process_madvise` | | x | x | discards of many ranges: pages of zeroes; the balloon |
-//! | `accept4`, `getsockopt`, `geteuid`, `close` | | x | | a controller that connects, and who it is; one that goes |
+//! | `accept4`, `getsockopt`, `geteuid`, `close` | | x | x | a controller, a client of the console that connects, and who it is; one that goes |
 //! | `sendto`, `recvfrom` | | x | | messages |
-//! | `fcntl` | | `F_GETFD` | | a check before `close` in debug builds |
+//! | `fcntl` | | `F_GETFD` | `F_GETFD` | a check before `close` in debug builds |
 //! | `pread64`, `sched_setaffinity` | | x | | going where the vCPU runs |
 //! | `prctl` | | `PR_SET_NAME` | | `channel` becomes `fault` |
 //! | `timerfd_settime` | | | x | the guest's statistics |
@@ -162,6 +162,11 @@ fn device() -> Vec<Call> {
         advice(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED, libc::MADV_COLD]),
         advice(libc::SYS_process_madvise, 3, &[libc::MADV_DONTNEED]),
         any(libc::SYS_timerfd_settime),
+        any(libc::SYS_accept4),
+        any(libc::SYS_getsockopt),
+        any(libc::SYS_geteuid),
+        any(libc::SYS_close),
+        one_of(libc::SYS_fcntl, 1, &[libc::F_GETFD.cast_unsigned()]),
     ]
 }
 
