@@ -61,6 +61,28 @@ pub struct ChangeQuery {
     generation: Option<u64>,
 }
 
+impl ChangeQuery {
+    /// The change that a request asks for with `patch` in its body.
+    ///
+    /// # Errors
+    /// A size that makes no sense, or a wait that is too long.
+    pub(super) fn change(&self, patch: &MemoryPatch) -> Result<MemoryChange, Refusal> {
+        let wait = self.wait_ms.map(Duration::from_millis);
+        if wait.is_some_and(|wait| wait > MAX_WAIT) {
+            let message = format!("wait_ms is at most {} (a day)", MAX_WAIT.as_millis());
+            return Err(Refusal::new(Code::BadRequest, message));
+        }
+        let mode = match self.mode {
+            ChangeMode::Reclaim => Mode::Reclaim,
+            ChangeMode::Force => Mode::Force,
+            ChangeMode::Refuse => Mode::Refuse,
+        };
+        let track = patch.track;
+        let patch = LimitPatch { if_generation: self.generation, ..patch.limits()? };
+        Ok(MemoryChange { patch, mode, track, wait })
+    }
+}
+
 /// Changes limits: all of those named, or none.
 #[utoipa::path(
     patch, path = "/vms/{name}/memory",
@@ -80,19 +102,7 @@ pub(super) async fn patch(
 ) -> Result<Response, Refusal> {
     let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
     let patch: MemoryPatch = body.object("{\"max_bytes\": 268435456}")?;
-    let track = patch.track;
-    let wait = query.wait_ms.map(Duration::from_millis);
-    if wait.is_some_and(|wait| wait > MAX_WAIT) {
-        let message = format!("wait_ms is at most {} (a day)", MAX_WAIT.as_millis());
-        return Err(Refusal::new(Code::BadRequest, message));
-    }
-    let mode = match query.mode {
-        ChangeMode::Reclaim => Mode::Reclaim,
-        ChangeMode::Force => Mode::Force,
-        ChangeMode::Refuse => Mode::Refuse,
-    };
-    let patch = LimitPatch { if_generation: query.generation, ..patch.limits()? };
-    let changed = shared.controller.change(&name, MemoryChange { patch, mode, track, wait }).await?;
+    let changed = shared.controller.change(&name, query.change(&patch)?).await?;
     let status = if changed.in_force { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok((status, Json(changed.view)).into_response())
 }

@@ -5,6 +5,7 @@
 
 mod connection;
 mod events;
+mod groups;
 mod memory;
 pub mod server;
 mod vms;
@@ -121,6 +122,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(resume))
         .routes(routes!(kill))
         .routes(routes!(events::events))
+        .merge(groups::described())
 }
 
 /// The OpenAPI document as JSON.

@@ -1,14 +1,14 @@
 //! `create`, `ps` and `rm`: the VMs of `ballast serve`.
 
-use std::fmt::Write;
 use std::path::Path;
 
 use hyper::Method;
 use memcg_core::units::human;
 
-use super::options::name;
+use super::options::{group_path, name};
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NameArg, SocketArg, client, show, socket, usage};
+use crate::controller::config::VmConfig;
 use crate::controller::view::VmView;
 
 /// `ballast create`.
@@ -17,6 +17,9 @@ pub struct CreateArgs {
     /// Name of the VM
     #[arg(value_parser = name)]
     name: String,
+    /// Group that the VM is made in, such as /gold
+    #[arg(long, value_name = "PATH", value_parser = group_path, default_value = "/")]
+    group: String,
     #[command(flatten)]
     vm: VmArgs,
     #[command(flatten)]
@@ -25,7 +28,7 @@ pub struct CreateArgs {
 
 /// Makes a VM in `serve` and waits until its guest runs.
 pub async fn create(args: CreateArgs) -> Result<u8, Failure> {
-    let config = args.vm.absolute_config()?;
+    let config = VmConfig { group: args.group, ..args.vm.absolute_config()? };
     let socket = socket::to_reach_service(&args.socket)?;
     let body = serde_json::to_string(&config).map_err(|error| Failure::error(error.to_string()))?;
     client::request(&socket, Method::PUT, &format!("/vms/{}", args.name), body).await?;
@@ -84,11 +87,12 @@ async fn list(socket: &Path) -> Result<Vec<VmView>, Failure> {
 
 /// One line for each VM, in columns as wide as what is in them.
 fn table(vms: &[VmView]) -> String {
-    let header = ["NAME", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"].map(str::to_owned);
+    let header = ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"].map(str::to_owned);
     let rows = vms.iter().map(|vm| {
         let charged = |bytes: u64| if vm.accounting { human(bytes) } else { "-".to_owned() };
         [
             vm.name.clone(),
+            vm.group.clone(),
             show::state(vm).to_owned(),
             charged(vm.memory.current_bytes),
             vm.memory.max_bytes.map_or("max".to_owned(), human),
@@ -97,20 +101,7 @@ fn table(vms: &[VmView]) -> String {
             format!("{:.1} s", vm.held.total_us as f64 / 1e6),
         ]
     });
-    let rows: Vec<_> = [header].into_iter().chain(rows).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
-    let mut out = String::new();
-    for row in &rows {
-        let mut line = String::new();
-        for (column, text) in row.iter().enumerate() {
-            let width = width(column);
-            // Writing to a string cannot fail. Names and states begin where their column does, numbers end there.
-            let _ = if column < 2 { write!(line, "{text:width$}  ") } else { write!(line, "{text:>width$}  ") };
-        }
-        out.push_str(line.trim_end());
-        out.push('\n');
-    }
-    out
+    show::columns(&[header].into_iter().chain(rows).collect::<Vec<_>>(), 3)
 }
 
 #[cfg(test)]
@@ -119,6 +110,6 @@ mod tests {
 
     #[test]
     fn an_empty_list_has_a_header() {
-        assert_eq!(table(&[]), "NAME  STATE  CURRENT  MAX  VMM  BALLOON  HELD\n");
+        assert_eq!(table(&[]), "NAME  GROUP  STATE  CURRENT  MAX  VMM  BALLOON  HELD\n");
     }
 }

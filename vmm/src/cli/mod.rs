@@ -15,6 +15,7 @@ mod client;
 mod console;
 mod doctor;
 mod fleet;
+mod group;
 mod options;
 mod run;
 mod serve;
@@ -33,6 +34,7 @@ use clap::{Parser, Subcommand};
 
 pub use attach::ConsoleArgs;
 pub use fleet::{CreateArgs, PsArgs};
+pub use group::GroupArgs;
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
 pub use serve::ServeArgs;
@@ -96,6 +98,8 @@ pub enum Verb {
     },
     /// Change limits of a running VM
     Set(SetArgs),
+    /// Make, change, list and remove groups of VMs
+    Group(GroupArgs),
     /// Stop the vCPUs of a VM
     Pause(NameArg),
     /// Let the vCPUs of a VM go on
@@ -193,6 +197,7 @@ pub fn main() -> ExitCode {
             Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
+            Verb::Group(args) => group::group(args).await,
             Verb::Pause(args) => verbs::act(&args, "pause").await,
             Verb::Resume(args) => verbs::act(&args, "resume").await,
             Verb::Kill(args) => verbs::act(&args, "kill").await,

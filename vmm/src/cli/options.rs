@@ -8,6 +8,7 @@ use memcg_core::units::{Limit, Pages, SizeArg, SizeError, parse_size};
 
 use crate::controller::OomPolicy;
 use crate::controller::config::{BalloonConfig, Memory, MemoryConfig};
+use crate::controller::groups;
 use crate::controller::host::scaled;
 use crate::controller::view::{OomAction, OomPreference};
 
@@ -195,6 +196,14 @@ pub fn name(text: &str) -> Result<String, String> {
     let mut tree = Tree::new(Limit::Max);
     tree.add(tree.root(), text).map_err(|error| error.to_string())?;
     Ok(text.to_owned())
+}
+
+/// The path of a group.
+///
+/// # Errors
+/// A sentence that says what a path looks like.
+pub fn group_path(text: &str) -> Result<String, String> {
+    groups::path(text).map_err(|refusal| refusal.message)
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let lock = take(&state)?;
 
     let (controller, actor) = Controller::start(args.budget);
-    let service = Arc::new(Service::new(&state, log, args.budget != Limit::Max));
+    let service = Arc::new(Service::new(&state, log));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
     let signal = signals.next().await;

@@ -31,7 +31,8 @@ pub fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-fn limit(bytes: Option<u64>) -> String {
+/// A limit for people.
+pub fn limit(bytes: Option<u64>) -> String {
     bytes.map_or("max".to_owned(), human)
 }
 
@@ -44,6 +45,23 @@ pub fn state(vm: &VmView) -> &'static str {
         VmState::Paused => "paused",
         VmState::Ended => "ended",
     }
+}
+
+/// Lines of columns as wide as what is in them. The first `words` begin where their column does, numbers end there.
+pub fn columns<const N: usize>(rows: &[[String; N]], words: usize) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
+    let mut out = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, text) in row.iter().enumerate() {
+            let width = width(column);
+            // Writing to a string cannot fail.
+            let _ = if column < words { write!(line, "{text:width$}  ") } else { write!(line, "{text:>width$}  ") };
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
 }
 
 /// The table.

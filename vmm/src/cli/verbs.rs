@@ -39,8 +39,23 @@ pub struct SetArgs {
     socket: SocketArg,
 }
 
+/// The query of a request that changes limits.
+pub fn change_query(mode: &str, wait: Option<Duration>, generation: Option<u64>) -> String {
+    let mut query = format!("mode={mode}");
+    if let Some(wait) = wait {
+        query.push_str(&format!("&wait_ms={}", wait.as_millis()));
+    }
+    if let Some(generation) = generation {
+        query.push_str(&format!("&generation={generation}"));
+    }
+    query
+}
+
 /// The body of the request that `set` sends.
-fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
+///
+/// # Errors
+/// A sentence that says what to write instead.
+pub fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
     let mut patch = MemoryPatch::default();
     for pair in limits {
         let Some((key, value)) = pair.split_once('=') else {
@@ -78,13 +93,7 @@ fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
 pub async fn set(args: SetArgs) -> Result<u8, Failure> {
     let vm = name(&args.name).map_err(Failure::usage)?;
     let patch = patch(&args.limits).map_err(Failure::usage)?;
-    let mut target = format!("/vms/{vm}/memory?mode={}", args.mode);
-    if let Some(wait) = args.wait {
-        target.push_str(&format!("&wait_ms={}", wait.as_millis()));
-    }
-    if let Some(generation) = args.generation {
-        target.push_str(&format!("&generation={generation}"));
-    }
+    let target = format!("/vms/{vm}/memory?{}", change_query(&args.mode, args.wait, args.generation));
     let socket = socket::to_reach(&args.socket, &vm)?;
     let body = serde_json::to_string(&patch).map_err(|error| Failure::error(error.to_string()))?;
     let (status, body) = client::request(&socket, Method::PATCH, &target, body).await?;
@@ -184,7 +193,7 @@ fn event_line(event: &Event) -> String {
         "{:>5} {hours:02}:{minutes:02}:{seconds:02}.{:03} {:12} {kind:18}",
         event.seq,
         event.time_ms % 1000,
-        event.vm.as_deref().unwrap_or("-"),
+        event.vm.as_deref().or(event.group.as_deref()).unwrap_or("-"),
     );
     if event.event == EventKind::Dropped {
         line.push_str(" events before this one are lost:");

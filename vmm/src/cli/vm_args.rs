@@ -48,6 +48,7 @@ impl VmArgs {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
+            group: "/".to_owned(),
             cpus: self.cpus,
             memory: self.memory.config,
             balloon: self.balloon.unwrap_or_default().0,

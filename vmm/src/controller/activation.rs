@@ -8,24 +8,24 @@
 //! ```
 //!
 //! Requests that come meanwhile wait in their order and are made when the account is there: each is then a change like
-//! any other, of a VM that was always accounted. A client is never told of half of it. A worker that does not answer
+//! any other, of a VM that was always accounted. A limit of a group needs the account of all VMs below it: all of them
+//! begin, or the limit is refused. A client is never told of half of it. A worker that does not answer
 //! in time has its clients told so; when it does answer later, the VM is accounted, and without a limit that is no harm.
 //! There is no way back (semantics row 70).
 
 use std::time::Duration;
 
-use memcg_core::tree::{Kind, Mode, SetLimitError};
+use memcg_core::tree::{Kind, Mode};
 use memcg_core::units::Pages;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::actor::{Actor, answer, silent};
-use super::changes::{Changed, MemoryChange};
+use super::actor::{Actor, silent};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::grants::EPOCH;
 use super::host;
-use super::vm::{Reply, Vm, VmId};
+use super::vm::{Vm, VmId};
 use crate::worker::protocol::ToWorker;
 
 /// How long a worker may take to register and count its RAM.
@@ -41,11 +41,14 @@ pub(super) enum Accounting {
     On,
 }
 
+/// Goes on when a VM is accounted, or will not be.
+type Then = Box<dyn FnOnce(&mut Actor, Result<(), Refusal>) + Send>;
+
 /// Accounting that was asked for.
 pub(super) struct Beginning {
     seq: u32,
     until: Instant,
-    waiting: Vec<(MemoryChange, Reply<Changed>)>,
+    waiting: Vec<Then>,
 }
 
 impl Beginning {
@@ -61,63 +64,65 @@ impl Vm {
         matches!(self.accounting, Accounting::On)
     }
 
-    /// Tells the clients that wait for accounting to begin that it will not, or not for them.
-    pub fn refuse_waiting(&mut self, why: &Refusal) {
-        if let Accounting::Beginning(beginning) = &mut self.accounting {
-            for (_, reply) in beginning.waiting.drain(..) {
-                answer(reply, Err(why.clone()));
-            }
-        }
+    /// Whether requests wait for the account to begin: later ones wait behind them.
+    pub fn awaits_accounting(&self) -> bool {
+        matches!(&self.accounting, Accounting::Beginning(beginning) if !beginning.waiting.is_empty())
     }
 }
 
 impl Actor {
-    /// Sees to it that the VM is accounted if `change` needs that. Returns the request when it can be made now;
-    /// otherwise it is refused, or waits.
-    pub fn accounted_first(
+    /// Has all of `vms` accounted, and goes on: with the first that will not be and why, if there is one. All are told
+    /// at once, and waited for one after the other.
+    pub fn account_first(
         &mut self,
-        id: VmId,
-        change: MemoryChange,
-        reply: Reply<Changed>,
-    ) -> Option<(MemoryChange, Reply<Changed>)> {
-        let vm = self.vms.get_mut(&id).expect("found");
-        if let Accounting::Beginning(beginning) = &mut vm.accounting
-            && !beginning.waiting.is_empty()
-        {
-            beginning.waiting.push((change, reply));
-            return None;
-        }
-        let unlimited = match self.tree.check_patch(vm.node, &change.patch) {
-            Ok(()) => true,
-            Err(SetLimitError::NotAccounted { .. }) => false,
-            Err(error) => {
-                answer(reply, Err(self.refusal(id, &error)));
-                return None;
+        vms: &[VmId],
+        then: impl FnOnce(&mut Self, Result<(), (VmId, Refusal)>) + Send + 'static,
+    ) {
+        for id in vms {
+            if let Err(refusal) = self.begin_accounting(*id) {
+                return then(self, Err((*id, refusal)));
             }
-        };
-        if change.track == Some(false) && (vm.accounted() || !unlimited) {
-            let message =
-                format!("the VM {:?} is accounted for as long as it runs: track=off is not possible", vm.name);
-            answer(reply, Err(Refusal::new(Code::WrongState, message)));
-            return None;
         }
-        if vm.accounted() || unlimited && change.track != Some(true) {
-            return Some((change, reply));
-        }
-        let until = Instant::now() + host::scaled(PATIENCE);
+        let beginning =
+            |id: &VmId| self.vms.get(id).is_some_and(|vm| matches!(vm.accounting, Accounting::Beginning(_)));
+        let Some(at) = vms.iter().position(beginning) else { return then(self, Ok(())) };
+        let (id, rest) = (vms[at], vms[at + 1..].to_vec());
+        let vm = self.vms.get_mut(&id).expect("it begins");
         if let Accounting::Beginning(beginning) = &mut vm.accounting {
+            beginning.waiting.push(Box::new(move |actor, result| match result {
+                Ok(()) => actor.account_first(&rest, then),
+                Err(refusal) => then(actor, Err((id, refusal))),
+            }));
+        }
+    }
+
+    /// Tells a worker to begin, unless it has been told already.
+    fn begin_accounting(&mut self, id: VmId) -> Result<(), Refusal> {
+        let Some(vm) = self.vms.get_mut(&id) else { return Ok(()) };
+        let until = Instant::now() + host::scaled(PATIENCE);
+        match &mut vm.accounting {
+            Accounting::On => {}
             // Its clients have lost patience, and its worker may still answer.
-            beginning.until = until;
-            beginning.waiting.push((change, reply));
-            return None;
+            Accounting::Beginning(beginning) if beginning.waiting.is_empty() => beginning.until = until,
+            Accounting::Beginning(_) => {}
+            Accounting::Off => {
+                let seq = vm.next_seq();
+                if !vm.send(ToWorker::Activate { seq, epoch: EPOCH }) {
+                    return Err(silent(&vm.name));
+                }
+                vm.accounting = Accounting::Beginning(Beginning { seq, until, waiting: Vec::new() });
+            }
         }
-        let seq = vm.next_seq();
-        if vm.send(ToWorker::Activate { seq, epoch: EPOCH }) {
-            vm.accounting = Accounting::Beginning(Beginning { seq, until, waiting: vec![(change, reply)] });
-        } else {
-            answer(reply, Err(silent(&vm.name)));
+        Ok(())
+    }
+
+    /// Tells those who wait for accounting to begin that it will not, or not for them.
+    pub fn refuse_waiting(&mut self, id: VmId, why: &Refusal) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let Accounting::Beginning(beginning) = &mut vm.accounting else { return };
+        for then in std::mem::take(&mut beginning.waiting) {
+            then(self, Err(why.clone()));
         }
-        None
     }
 
     /// A worker charges from now on; its guest holds `resident` pages.
@@ -159,8 +164,8 @@ impl Actor {
         self.fund(id);
         let details = self.account(id, json!({ "resident_bytes": resident.bytes() }));
         self.event(EventKind::AccountingBegan, Some(&name), details);
-        for (change, reply) in waiting {
-            self.change(id, change, reply);
+        for then in waiting {
+            then(self, Ok(()));
         }
     }
 
@@ -173,8 +178,13 @@ impl Actor {
         }
         let message: String = message.chars().filter(|c| !c.is_control()).collect();
         let message = format!("accounting of the VM {:?} cannot begin: {message}", vm.name);
-        vm.refuse_waiting(&Refusal::new(Code::NotAccounted, message));
-        vm.accounting = Accounting::Off;
+        let refused = std::mem::replace(&mut vm.accounting, Accounting::Off);
+        if let Accounting::Beginning(beginning) = refused {
+            let refusal = Refusal::new(Code::NotAccounted, message);
+            for then in beginning.waiting {
+                then(self, Err(refusal.clone()));
+            }
+        }
     }
 
     /// Answers clients whose VM's worker has not answered in time.
@@ -184,7 +194,7 @@ impl Actor {
             && beginning.until <= now
         {
             let silent = silent(&vm.name);
-            vm.refuse_waiting(&silent);
+            self.refuse_waiting(id, &silent);
         }
     }
 }

@@ -11,11 +11,14 @@
 //! | `lifecycle.rs` | from hello to the end of a worker |
 //! | `grants.rs` | reports, wants, grants, holds |
 //! | `activation.rs` | accounting that begins on a running VM |
-//! | `changes.rs` | changes of limits |
+//! | `changes.rs` | changes of limits, of one node or many |
+//! | `groups.rs` | groups, and what is asked of a VM or of a group alike |
+//! | `promises.rs` | whether what is promised fits |
+//! | `recall.rs` | stocks that are wanted back |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `show.rs` | what the interface sees |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use memcg_core::tree::{NodeId, Tree};
@@ -25,12 +28,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::admission::Created;
+use super::changes::Change;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
-use super::events::{EventKind, EventLog};
+use super::events::{EventKind, EventLog, Subject};
 use super::host;
 use super::link::FromLink;
+use super::recall::Recall;
 use super::spawn::Death;
 use super::view::{VmState, VmView};
 use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
@@ -78,6 +83,14 @@ pub(super) struct Actor {
     pub created: BTreeMap<VmId, Created>,
     /// Number of the next VM; never used twice.
     pub next_id: u64,
+    /// The groups, the root aside; those that are removed too, until the last charge in them is back.
+    pub groups: BTreeSet<NodeId>,
+    /// All VMs are charged, those to come too: what they may use together is or was limited.
+    pub everything_tracked: bool,
+    /// Changes of limits that wait for memory to be given back.
+    pub changes: Vec<Change>,
+    /// Stocks that are on their way back.
+    pub recalls: Vec<Recall>,
     pub events: EventLog,
     pub news: watch::Sender<u64>,
     /// To send inputs to itself from helper tasks; weak, so that the actor ends with its users.
@@ -99,6 +112,10 @@ impl Actor {
             past: BTreeMap::new(),
             created: BTreeMap::new(),
             next_id: 1,
+            groups: BTreeSet::new(),
+            everything_tracked: budget != Limit::Max,
+            changes: Vec::new(),
+            recalls: Vec::new(),
             events: EventLog::default(),
             news,
             inbox,
@@ -110,7 +127,7 @@ impl Actor {
     /// Runs until nobody can send inputs any more, then ends every worker.
     pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         loop {
-            let input = match self.vms.next_deadline() {
+            let input = match self.next_deadline() {
                 Some(at) => tokio::select! {
                     // Deadlines first: a flood of messages must not put them off.
                     biased;
@@ -153,7 +170,11 @@ impl Actor {
     }
 
     pub fn event(&mut self, kind: EventKind, vm: Option<&str>, details: serde_json::Value) {
-        let seq = self.events.push(kind, vm, details);
+        self.event_of(kind, vm.map_or(Subject::Host, Subject::Vm), details);
+    }
+
+    pub fn event_of(&mut self, kind: EventKind, subject: Subject<'_>, details: serde_json::Value) {
+        let seq = self.events.push(kind, subject, details);
         self.news.send_replace(seq);
     }
 
@@ -400,13 +421,21 @@ impl Actor {
         vm.process.kill();
     }
 
+    /// The earliest thing that has to be done without being told.
+    fn next_deadline(&mut self) -> Option<Instant> {
+        let changes = self.changes.iter().map(Change::next_deadline);
+        let recalls = self.recalls.iter().map(Recall::deadline);
+        changes.chain(recalls).chain(self.vms.next_deadline()).min()
+    }
+
     /// Does what is due.
     fn on_time(&mut self) {
         let now = Instant::now();
+        self.end_recalls(Some(now));
+        self.overdue_changes(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
-            self.overdue_change(id, now);
             self.overdue_hold(id, now);
             self.overdue_worker(id, now);
         }
@@ -420,7 +449,6 @@ impl Actor {
             match waiting.what {
                 Awaited::View(reply) => answer(reply, Ok(self.vm_view(id, true))),
                 Awaited::Paused(reply) | Awaited::Resumed(reply) => answer(reply, Err(silent(&vm.name))),
-                Awaited::Recall(requested) => self.begin_change(id, *requested),
             }
         }
     }

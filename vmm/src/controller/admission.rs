@@ -24,24 +24,35 @@ use crate::worker::protocol::{Report, ToWorker};
 
 /// A VM that was created and has no process yet.
 pub(super) struct Created {
-    spec: VmSpec,
-    node: NodeId,
+    pub spec: VmSpec,
+    pub node: NodeId,
 }
 
 impl Actor {
     /// Makes a VM's node, sets its limits and charges its overhead; all or nothing.
-    pub fn create(&mut self, spec: VmSpec) -> Result<VmId, Refusal> {
+    pub fn create(&mut self, mut spec: VmSpec) -> Result<VmId, Refusal> {
+        if self.is_taken(&spec.name) {
+            return Err(Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name)));
+        }
+        let group = self.group_for(&spec.group)?;
+        if self.accounts(group) && !spec.accounting {
+            if spec.config.as_ref().is_some_and(|config| config.memory.track == Some(false)) {
+                let message = format!("track=off contradicts the limit of {}: leave it out", self.limit_above(group));
+                return Err(Refusal::new(Code::InvalidLimit, message));
+            }
+            spec.accounting = true;
+        }
         let accounting = if spec.accounting { Accounting::On } else { Accounting::Off };
-        let node =
-            self.tree.add_with(self.root, &spec.name, &spec.limits, accounting).map_err(|error| match error {
-                AddError::BadName(_) => Refusal::new(Code::BadRequest, error.to_string()),
-                AddError::Limits(_) => Refusal::new(Code::InvalidLimit, error.to_string()),
-                AddError::Exists(_) => {
-                    Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name))
-                }
-                _ => Refusal::new(Code::AlreadyExists, error.to_string()),
-            })?;
-        if let Err(refusal) = self.charge_overhead(node, &spec) {
+        let node = self.tree.add_with(group, &spec.name, &spec.limits, accounting).map_err(|error| match error {
+            AddError::BadName(_) | AddError::TooDeep => Refusal::new(Code::BadRequest, error.to_string()),
+            AddError::Limits(_) => Refusal::new(Code::InvalidLimit, error.to_string()),
+            AddError::Exists(_) => {
+                let message = format!("{} has a group named {:?}: choose another name", spec.group, spec.name);
+                Refusal::new(Code::AlreadyExists, message)
+            }
+            _ => Refusal::new(Code::WrongState, error.to_string()),
+        })?;
+        if let Err(refusal) = self.charge_overhead(node, &spec).and_then(|()| self.check_place(node, group)) {
             self.discard(node);
             return Err(refusal);
         }
@@ -49,6 +60,11 @@ impl Actor {
         self.next_id += 1;
         self.created.insert(id, Created { spec, node });
         Ok(id)
+    }
+
+    /// Whether a VM that was created is accounted from the start.
+    pub fn is_accounted(&self, id: VmId) -> Result<bool, Refusal> {
+        self.created.get(&id).map(|created| created.spec.accounting).ok_or_else(unknown)
     }
 
     /// Charges what the VM will cost beside its pages.
@@ -95,6 +111,7 @@ impl Actor {
             "cpus": spec.cpus,
             "max_bytes": spec.limits.max.and_then(Limit::as_bytes),
             "accounting": spec.accounting,
+            "group": spec.group,
         });
         let vm = Vm {
             name: spec.name,
@@ -123,7 +140,6 @@ impl Actor {
             start_due: false,
             awaits_room: false,
             hold: None,
-            change: None,
             seq: 0,
             waiting: Vec::new(),
             killers: Vec::new(),

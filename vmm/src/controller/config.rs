@@ -103,6 +103,9 @@ pub struct VmConfig {
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
+    /// Path of the group that it is made in, such as `/gold`; `/` by default.
+    #[serde(default = "root")]
+    pub group: String,
     /// Number of vCPUs, 1 to 64.
     #[serde(default = "one")]
     pub cpus: u32,
@@ -166,6 +169,10 @@ pub struct OomConfig {
 
 fn one() -> u32 {
     1
+}
+
+fn root() -> String {
+    "/".to_owned()
 }
 
 /// Tells `null` from absent.
@@ -283,6 +290,7 @@ impl VmConfig {
         };
         let spec = VmSpec {
             name: name.to_owned(),
+            group: self.group.clone(),
             size,
             cpus: self.cpus,
             accounting,

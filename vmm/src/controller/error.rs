@@ -31,6 +31,12 @@ pub enum Code {
     Superseded,
     /// There is no room for what the VM costs beside its pages.
     OverheadRefused,
+    /// The members of a group would be promised more than its limit.
+    DoesNotFit,
+    /// A group that is named does not exist.
+    NoSuchGroup,
+    /// The group has VMs or groups in it.
+    NotEmpty,
     /// The VM runs without accounting, and that cannot begin.
     NotAccounted,
     /// The VM's state does not allow it.
@@ -62,6 +68,9 @@ impl Code {
             | Self::LimitNotReached
             | Self::Superseded
             | Self::OverheadRefused
+            | Self::DoesNotFit
+            | Self::NoSuchGroup
+            | Self::NotEmpty
             | Self::NotAccounted
             | Self::WrongState
             | Self::ResumeRefused
@@ -86,18 +95,28 @@ pub struct Refusal {
     /// Generation of the VM's limits, where it matters.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub generation: Option<u64>,
+    /// What is missing, where something does not fit.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub missing_bytes: Option<u64>,
 }
 
 impl Refusal {
     /// A refusal without numbers.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), usage_bytes: None, generation: None }
+        Self { code, message: message.into(), usage_bytes: None, generation: None, missing_bytes: None }
     }
 
     /// The same with the VM's usage in bytes.
     #[must_use]
     pub fn usage(mut self, bytes: u64) -> Self {
         self.usage_bytes = Some(bytes);
+        self
+    }
+
+    /// The same with what is missing in bytes.
+    #[must_use]
+    pub fn missing(mut self, bytes: u64) -> Self {
+        self.missing_bytes = Some(bytes);
         self
     }
 

@@ -17,7 +17,7 @@ pub const RING: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
-    /// A VM was made: its worker runs, its guest does not yet.
+    /// A VM was made: its worker runs, its guest does not yet. Or a group was made.
     Created,
     /// The guest runs.
     Started,
@@ -47,8 +47,10 @@ pub enum EventKind {
     Killed,
     /// The worker ended without being asked to, or was ended because it lied.
     WorkerDied,
-    /// A VM that has ended was removed: nothing shows it any more.
+    /// A VM that has ended was removed: nothing shows it any more. Or a group was removed.
     Removed,
+    /// A VM or a group is in another group, with everything charged to it.
+    Moved,
     /// Events before this one are no longer known; the number is in `dropped`.
     Dropped,
 }
@@ -65,10 +67,24 @@ pub struct Event {
     /// The VM it happened to.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub vm: Option<String>,
+    /// The group it happened to.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub group: Option<String>,
     /// The numbers that explain it, with their units in the names.
     #[serde(flatten)]
     #[schema(value_type = Object)]
     pub details: Map<String, Value>,
+}
+
+/// What an event happened to.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    /// Neither of the following.
+    Host,
+    /// The VM of this name.
+    Vm(&'a str),
+    /// The group with this path.
+    Group(&'a str),
 }
 
 /// The ring.
@@ -80,15 +96,19 @@ pub struct EventLog {
 
 impl EventLog {
     /// Adds an event and returns its sequence number. `details` must be a JSON object; anything else is left out.
-    pub fn push(&mut self, event: EventKind, vm: Option<&str>, details: Value) -> u64 {
+    pub fn push(&mut self, event: EventKind, subject: Subject<'_>, details: Value) -> u64 {
         self.last += 1;
         let details = if let Value::Object(map) = details { map } else { Map::new() };
-        tracing::info!(seq = self.last, vm, ?event, ?details, "event");
+        let (vm, group) = match subject {
+            Subject::Host => (None, None),
+            Subject::Vm(name) => (Some(name.to_owned()), None),
+            Subject::Group(path) => (None, Some(path.to_owned())),
+        };
+        tracing::info!(seq = self.last, vm, group, ?event, ?details, "event");
         if self.ring.len() == RING {
             self.ring.pop_front();
         }
-        let vm = vm.map(str::to_owned);
-        self.ring.push_back(Event { seq: self.last, time_ms: unix_ms(), event, vm, details });
+        self.ring.push_back(Event { seq: self.last, time_ms: unix_ms(), event, vm, group, details });
         self.last
     }
 
@@ -104,7 +124,8 @@ impl EventLog {
         if since.saturating_add(1) < oldest {
             let dropped = oldest - 1 - since;
             let details = Map::from_iter([("dropped".to_owned(), Value::from(dropped))]);
-            events.push(Event { seq: oldest - 1, time_ms: unix_ms(), event: EventKind::Dropped, vm: None, details });
+            let (seq, event) = (oldest - 1, EventKind::Dropped);
+            events.push(Event { seq, time_ms: unix_ms(), event, vm: None, group: None, details });
         }
         let skip = usize::try_from(since.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
         events.extend(self.ring.iter().skip(skip).cloned());
@@ -128,7 +149,7 @@ mod tests {
         let mut log = EventLog::default();
         assert!(log.after(0).is_empty());
         for n in 1..=5 {
-            assert_eq!(log.push(EventKind::Paused, Some("a"), json!({ "n": n })), n);
+            assert_eq!(log.push(EventKind::Paused, Subject::Vm("a"), json!({ "n": n })), n);
         }
         let seqs = |since| log.after(since).iter().map(|e| e.seq).collect::<Vec<_>>();
         assert_eq!(seqs(0), [1, 2, 3, 4, 5]);
@@ -141,7 +162,7 @@ mod tests {
     fn what_fell_out_of_the_ring_is_counted() {
         let mut log = EventLog::default();
         for _ in 0..RING + 10 {
-            log.push(EventKind::Resumed, None, json!({}));
+            log.push(EventKind::Resumed, Subject::Host, json!({}));
         }
         let events = log.after(3);
         assert_eq!(events.len(), RING + 1);
@@ -155,7 +176,7 @@ mod tests {
     #[test]
     fn an_event_is_one_flat_object() {
         let mut log = EventLog::default();
-        log.push(EventKind::LimitChanged, Some("web"), json!({ "max_bytes": 4096 }));
+        log.push(EventKind::LimitChanged, Subject::Vm("web"), json!({ "max_bytes": 4096 }));
         let mut value = serde_json::to_value(&log.after(0)[0]).unwrap();
         value.as_object_mut().unwrap().remove("time_ms");
         assert_eq!(value, json!({ "seq": 1, "event": "limit_changed", "vm": "web", "max_bytes": 4096 }));

@@ -49,13 +49,14 @@ impl Actor {
         self.watch_hold(id);
         self.answered(id, report.answers);
         // Before anything is granted anew: what just came back may be all that a new limit waits for.
-        self.advance_change(id);
+        self.advance_changes();
         self.serve(id, true);
     }
 
     /// Gives the answers that waited for this report.
     fn answered(&mut self, id: VmId, seq: Option<u32>) {
         let Some(seq) = seq else { return };
+        self.stock_is_back(id, seq);
         // More than one may wait for the same pause.
         while let Some(vm) = self.vms.get_mut(&id)
             && let Some(index) = vm.waiting.iter().position(|waiting| waiting.seq == seq)
@@ -64,7 +65,6 @@ impl Actor {
                 Awaited::View(reply) | Awaited::Paused(reply) | Awaited::Resumed(reply) => {
                     answer(reply, Ok(self.vm_view(id, false)));
                 }
-                Awaited::Recall(requested) => self.begin_change(id, *requested),
             }
         }
     }
@@ -247,9 +247,8 @@ impl Actor {
             let since = Instant::now();
             vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, acted: false });
             // Held below the limit in force, by the ceiling of a change that needs the guest to run.
-            if let Some(change) = &mut vm.change {
-                change.pending.widen(vm.node);
-            }
+            let node = vm.node;
+            self.widen_changes(node);
         }
     }
 

@@ -221,10 +221,9 @@ impl Actor {
         let killers = std::mem::take(&mut vm.killers);
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
-        vm.refuse_waiting(&gone);
-        if let Some(change) = vm.change.take() {
-            self.abandon_change(change, &gone);
-        }
+        self.refuse_waiting(id, &gone);
+        self.recalled_in_vain(id);
+        self.abandon_changes(id, &gone);
         self.event(kind, Some(&name), details);
         for reply in killers {
             answer(reply, Ok(self.vm_view(id, false)));
@@ -233,7 +232,6 @@ impl Actor {
             match waiting.what {
                 Awaited::View(reply) => answer(reply, Ok(self.vm_view(id, false))),
                 Awaited::Paused(reply) | Awaited::Resumed(reply) => answer(reply, Err(gone.clone())),
-                Awaited::Recall(requested) => Self::abandon_request(*requested, &gone),
             }
         }
         if !removers.is_empty() {
@@ -264,7 +262,7 @@ impl Actor {
         {
             self.past.insert(vm.name, Past { view, console: vm.console });
         }
-        self.tree.reap();
+        self.reap();
         self.roomier = true;
     }
 

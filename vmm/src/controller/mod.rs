@@ -12,10 +12,13 @@ pub mod console;
 pub mod error;
 pub mod events;
 mod grants;
+pub mod groups;
 pub mod host;
 mod lifecycle;
 pub mod link;
 pub mod overhead;
+mod promises;
+mod recall;
 mod show;
 pub mod spawn;
 pub mod start;
@@ -43,7 +46,7 @@ use events::Event;
 pub use grants::EPOCH;
 use link::FromLink;
 use spawn::{DeathWatch, WorkerHandle};
-use view::{HostView, VmView};
+use view::{HostView, VmState, VmView};
 pub use vm::{KilledBy, OomPolicy, VmEnd, VmId, WorkerProcess};
 
 use crate::worker::protocol::ToWorker;
@@ -63,6 +66,8 @@ pub struct Controller {
 pub struct VmSpec {
     /// Name, unique among those that run.
     pub name: String,
+    /// Path of the group that it is made in.
+    pub group: String,
     /// Guest RAM.
     pub size: Pages,
     /// Number of vCPUs.
@@ -119,6 +124,14 @@ impl Controller {
     /// When the name is taken, the limits contradict each other, or the overhead does not fit. Nothing has changed then.
     pub async fn create(&self, spec: VmSpec) -> Result<VmId, Refusal> {
         self.ask(|actor, reply| answer(reply, actor.create(spec))).await
+    }
+
+    /// Whether a VM that was created is accounted from the start: because it asked for that, or because its group is.
+    ///
+    /// # Errors
+    /// When there is none of this number that waits for its worker.
+    pub async fn is_accounted(&self, id: VmId) -> Result<bool, Refusal> {
+        self.ask(move |actor, reply| answer(reply, actor.is_accounted(id))).await
     }
 
     /// Gives up a VM that was created and could not be started.

@@ -18,6 +18,7 @@ impl Actor {
         let vm = &self.vms[&id];
         VmView {
             name: vm.name.clone(),
+            group: self.tree.parent(vm.node).map_or_else(String::new, |group| self.tree.path(group)),
             state: vm.state,
             pid: vm.process.pid(),
             generation: self.tree.generation(vm.node),
@@ -68,13 +69,7 @@ impl Actor {
             max_bytes: node.limits.max.as_bytes(),
             max_pending_bytes: node.max_pending.and_then(memcg_core::units::Limit::as_bytes),
             ceiling_bytes: node.ceiling.map(Pages::bytes),
-            events: MemoryEvents {
-                high: node.events_local.high,
-                max: node.events_local.max,
-                failcnt: node.memory.failcnt,
-                oom: node.events_local.oom,
-                oom_kill: node.events_local.oom_kill,
-            },
+            events: MemoryEvents::new(node.events_local, node.memory.failcnt),
             stat: MemoryStat {
                 guest_bytes: bytes(report.guest),
                 active_bytes: bytes(report.guest),

@@ -57,12 +57,13 @@ pub async fn start(
     log: &str,
     attach: bool,
 ) -> Result<Started, StartError> {
-    let Plan { mut spec, worker, kernel, initrd } = plan;
+    let Plan { mut spec, mut worker, kernel, initrd } = plan;
     let no_memory = |error: io::Error| Refusal::new(Code::StartFailed, format!("the console cannot be made: {error}"));
     let log_of_console = ConsoleLog::new().map_err(no_memory)?;
     let console = log_of_console.memory().map_err(no_memory)?;
     spec.console = Some(log_of_console);
     let id = controller.create(spec).await?;
+    worker.accounting = controller.is_accounted(id).await?;
     match spawn::launch(Launch { config: worker, kernel, initrd, console, attach, directory, log: log.to_owned() }) {
         Ok(launched) => {
             let end = controller.adopt(id, launched.handle, launched.watch, launched.link).await?;
@@ -80,16 +81,14 @@ pub async fn start(
 pub struct Service {
     state: PathBuf,
     log: String,
-    /// All VMs are charged, because what they may use together is limited.
-    budget: bool,
     /// False when no more VMs are made.
     open: Mutex<bool>,
 }
 
 impl Service {
-    /// For VMs whose directories are in `state`. With a `budget` all of them are charged.
-    pub fn new(state: &Path, log: &str, budget: bool) -> Self {
-        Self { state: state.to_owned(), log: log.to_owned(), budget, open: Mutex::new(true) }
+    /// For VMs whose directories are in `state`.
+    pub fn new(state: &Path, log: &str) -> Self {
+        Self { state: state.to_owned(), log: log.to_owned(), open: Mutex::new(true) }
     }
 
     /// Makes and starts a VM, and waits until its guest runs. True: it is new; false: it was there, and is the same.
@@ -113,12 +112,6 @@ impl Service {
             return Ok((false, controller.started(id).await?));
         }
         let mut plan = config.plan(name)?;
-        if self.budget && config.memory.track == Some(false) {
-            let message = "track=off contradicts the budget of the controller: leave it out";
-            return Err(Refusal::new(Code::InvalidLimit, message));
-        }
-        plan.spec.accounting |= self.budget;
-        plan.worker.accounting = plan.spec.accounting;
         plan.spec.config = Some(Arc::clone(&config));
         let started = start(controller, plan, self.state.join(name), &self.log, false).await;
         let started = started.map_err(|error| match error {

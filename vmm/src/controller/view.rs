@@ -1,5 +1,6 @@
 //! What the interface shows of a VM and of the host, as JSON. Amounts carry their unit in the name.
 
+use memcg_core::tree::Events;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -24,6 +25,9 @@ pub enum VmState {
 pub struct VmView {
     /// Its name.
     pub name: String,
+    /// The group that it is in.
+    #[serde(default)]
+    pub group: String,
     /// Where it is in its life.
     pub state: VmState,
     /// Process id of its worker.
@@ -102,6 +106,62 @@ pub struct MemoryView {
     pub stat: MemoryStat,
 }
 
+/// One group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GroupView {
+    /// Its path; `/` is the host.
+    pub path: String,
+    /// It is removed, and what was charged in it is not all back yet.
+    pub dying: bool,
+    /// Number of the last change of its limits, for compare-and-set.
+    pub generation: u64,
+    /// Whether everything in it is charged.
+    pub accounting: bool,
+    /// VMs below it, also those of groups in it.
+    pub vms: usize,
+    /// Groups below it.
+    pub groups: usize,
+    /// The counter of everything below it.
+    pub memory: GroupMemoryView,
+    /// Overhead of the VMM for its VMs, a part of `memory`.
+    pub vmm: CounterView,
+    /// Evicted pages.
+    pub swap: CounterView,
+}
+
+/// The memory counter of a group and its limits; `null` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GroupMemoryView {
+    /// What is charged below it now.
+    pub current_bytes: u64,
+    /// The most that was ever charged.
+    pub peak_bytes: u64,
+    /// Of `current`, what VMs that have ended used: on its way back to the host.
+    pub returning_bytes: u64,
+    /// Never reclaimed below this.
+    pub min_bytes: Option<u64>,
+    /// Reclaimed below this only in need.
+    pub low_bytes: Option<u64>,
+    /// Reclaim starts here.
+    pub high_bytes: Option<u64>,
+    /// No charge is granted above this. Of `/`: the budget of the host.
+    pub max_bytes: Option<u64>,
+    /// A `max` that was asked for and is not yet in force.
+    pub max_pending_bytes: Option<u64>,
+    /// While a smaller `max` is pending: what usage may not exceed meanwhile.
+    pub ceiling_bytes: Option<u64>,
+    /// Usage above `max`, left by a forced change; may only fall.
+    pub overcharge_bytes: u64,
+    /// What `min` protects in effect when the host is short, given usage and the groups above.
+    pub effective_min_bytes: u64,
+    /// What `low` protects in effect.
+    pub effective_low_bytes: u64,
+    /// What happened at its limits and below it.
+    pub events: MemoryEvents,
+    /// What happened at its own limits.
+    pub events_local: MemoryEvents,
+}
+
 /// How often things happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryEvents {
@@ -111,10 +171,21 @@ pub struct MemoryEvents {
     pub max: u64,
     /// Charges refused to waiting faults.
     pub failcnt: u64,
-    /// Times that the VM was held until the policy had to act.
+    /// Times that a VM was held at this limit until the policy had to act.
     pub oom: u64,
-    /// Times that the policy killed it (at most 1).
+    /// Times that the policy killed a VM because of it.
     pub oom_kill: u64,
+    /// Times that the policy paused a VM because of it.
+    #[serde(default)]
+    pub oom_pause: u64,
+}
+
+impl MemoryEvents {
+    /// What the tree has counted, with the failures of the counter.
+    pub fn new(events: Events, failcnt: u64) -> Self {
+        let Events { high, max, oom, oom_kill, oom_pause, .. } = events;
+        Self { high, max, failcnt, oom, oom_kill, oom_pause }
+    }
 }
 
 /// What `current` consists of.

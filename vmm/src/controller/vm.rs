@@ -11,7 +11,6 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::activation::Accounting;
-use super::changes::{Change, Requested};
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
@@ -139,8 +138,6 @@ pub(super) enum Awaited {
     Paused(Reply<VmView>),
     /// The vCPUs are let go on; without an answer the request fails.
     Resumed(Reply<VmView>),
-    /// The stock is back, begin the change of the limit; without an answer begin all the same.
-    Recall(Box<Requested>),
 }
 
 /// A time during which the VM is held for want of memory.
@@ -202,7 +199,6 @@ pub(super) struct Vm {
     /// Somebody waits for room in the full queue, to send what is due.
     pub awaits_room: bool,
     pub hold: Option<Hold>,
-    pub change: Option<Change>,
     pub seq: u32,
     pub waiting: Vec<Waiting>,
     /// Answers to `kill`, given when the process is gone.

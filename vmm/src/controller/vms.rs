@@ -7,9 +7,8 @@
 //!
 //! ```text
 //!  get_mut(id) ─► touched ─► refresh: Needs::of(vm) ─┬─► deadlines  ordered by time
-//!  insert         {id, …}    the only writer of the  ├─► changing   a change of limits waits
-//!  remove                    sets on the right       ├─► refused    a want could not be served
-//!                                                    └─► due        a message was dropped
+//!  insert         {id, …}    the only writer of the  ├─► refused    a want could not be served
+//!  remove                    sets on the right       └─► due        a message was dropped
 //! ```
 //!
 //! Nobody else keeps these sets, so none of them can be forgotten. What [`Needs::of`] looks at is only changed through
@@ -21,7 +20,6 @@ use std::ops::Index;
 use tokio::time::Instant;
 
 use super::activation::Accounting;
-use super::changes::Change;
 use super::view::VmState;
 use super::vm::{Vm, VmId};
 
@@ -29,7 +27,6 @@ use super::vm::{Vm, VmId};
 #[derive(Clone, Copy, Default, PartialEq)]
 struct Needs {
     deadline: Option<Instant>,
-    changing: bool,
     refused: bool,
     due: bool,
 }
@@ -39,7 +36,6 @@ impl Needs {
         let grant = vm.grant_due && vm.greeted;
         Self {
             deadline: vm.next_deadline(),
-            changing: vm.change.is_some(),
             refused: vm.refused(),
             // One that waits for room in its queue is due again when it has some.
             due: vm.alive() && !vm.awaits_room && (grant || vm.balloon_due || vm.start_due),
@@ -61,7 +57,6 @@ pub(super) struct Vms {
     named: HashMap<String, BTreeSet<VmId>>,
     touched: BTreeSet<VmId>,
     deadlines: BTreeSet<(Instant, VmId)>,
-    changing: BTreeSet<VmId>,
     refused: BTreeSet<VmId>,
     due: BTreeSet<VmId>,
     crowded: bool,
@@ -128,12 +123,6 @@ impl Vms {
         self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect()
     }
 
-    /// Those with a change of limits under way.
-    pub fn changing(&mut self) -> Vec<VmId> {
-        self.refresh();
-        self.changing.iter().copied().collect()
-    }
-
     /// Those whose last want could not be served.
     pub fn refused(&mut self) -> Vec<VmId> {
         self.refresh();
@@ -179,11 +168,7 @@ impl Vms {
                 self.deadlines.insert((at, id));
             }
         }
-        let sets = [
-            (&mut self.changing, before.changing, now.changing),
-            (&mut self.refused, before.refused, now.refused),
-            (&mut self.due, before.due, now.due),
-        ];
+        let sets = [(&mut self.refused, before.refused, now.refused), (&mut self.due, before.due, now.due)];
         for (set, before, now) in sets {
             match (before, now) {
                 (false, true) => drop(set.insert(id)),
@@ -208,11 +193,10 @@ impl Vm {
     fn next_deadline(&self) -> Option<Instant> {
         let answers = self.waiting.iter().map(|w| w.until);
         let hold = self.hold.filter(|hold| !hold.acted && self.state == VmState::Running).map(|hold| hold.deadline);
-        let change = self.change.as_ref().and_then(Change::next_deadline);
         let activation = match &self.accounting {
             Accounting::Beginning(beginning) => beginning.next_deadline(),
             Accounting::Off | Accounting::On => None,
         };
-        answers.chain(hold).chain(change).chain(activation).chain(self.patience).min()
+        answers.chain(hold).chain(activation).chain(self.patience).min()
     }
 }

@@ -316,19 +316,28 @@ async fn a_worker_that_lies_about_its_pages_is_ended() {
     assert!(worker.killed());
 }
 
-/// The budget of the host is met by what is there already: the reserve is owed, and no page is granted on top.
+/// A budget that comes late counts what is there already: it is above, and no page is granted on top.
+/// Semantics: 68, 83, 101.
 #[tokio::test(start_paused = true)]
-async fn activation_above_the_budget_is_counted_and_grants_nothing_more() {
-    let (controller, _) = Controller::start(pages(500));
-    let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
-    let mut worker = FakeWorker::add_to(&controller, "vm", setup).await.expect("added");
-    worker.hello().await;
-    worker.say(FromWorker::Loaded { plan: 0 }).await;
-    assert_eq!(worker.next().await, ToWorker::Start);
-    let answer = ask(&worker, track(true));
+async fn a_budget_that_comes_late_counts_everything_first_and_grants_nothing_more() {
+    let mut worker = unlimited().await;
+    let controller = worker.controller.clone();
+    let changing = tokio::spawn({
+        let change = MemoryChange { mode: Mode::Force, ..change(pages(500)) };
+        async move { controller.change_group("/", change).await }
+    });
     let seq = worker.activate().await;
     worker.activated(seq, 1000).await;
-    assert!(answer.await.expect("no panic").expect("counted").view.accounting);
-    assert_eq!(worker.grant, (1000, 0, 0, true));
-    assert_eq!(controller.host().await.expect("alive").current_bytes, 1000 * 4096);
+    worker.answer_recall().await;
+    let root = changing.await.expect("no panic").expect("in force").view;
+    assert_eq!((root.memory.max_bytes, root.accounting), (Some(500 * 4096), true));
+    assert_eq!(root.memory.overcharge_bytes, (1000 + RESERVE - 500) * 4096);
+    worker.touch(10).await;
+    assert_eq!((worker.grant.2, worker.grant.3), (0, true));
+    assert!(worker.view().await.accounting);
+    let controller = worker.controller.clone();
+    let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
+    let other = FakeWorker::add_to(&controller, "other", setup).await.expect("added");
+    assert!(controller.show("other").await.expect("shown").accounting, "so is every VM that is made later");
+    drop(other);
 }

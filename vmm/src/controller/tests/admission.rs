@@ -12,8 +12,8 @@ use crate::controller::error::Refusal;
 fn spec(name: &str, limits: LimitPatch) -> VmSpec {
     let overhead = overhead::of(Pages(SIZE), 1, 3);
     let oom = OomPolicy::default();
-    let (name, size) = (name.to_owned(), Pages(SIZE));
-    VmSpec { name, size, cpus: 1, accounting: true, limits, oom, overhead, config: None, console: None }
+    let (name, group, size) = (name.to_owned(), "/".to_owned(), Pages(SIZE));
+    VmSpec { name, group, size, cpus: 1, accounting: true, limits, oom, overhead, config: None, console: None }
 }
 
 /// What each VM of [`spec`] costs beside its pages.
@@ -106,9 +106,12 @@ async fn overhead_is_a_part_of_usage_until_the_memory_is_back() {
 /// A VM without accounting costs nothing in the books.
 #[tokio::test(start_paused = true)]
 async fn nothing_is_charged_without_accounting() {
-    let (controller, _) = Controller::start(pages(1));
-    let mut spec = spec("free", LimitPatch::default());
-    spec.accounting = false;
-    controller.create(spec).await.expect("not even the budget is asked");
+    let (controller, _) = Controller::start(Limit::Max);
+    let mut free = spec("free", LimitPatch::default());
+    free.accounting = false;
+    controller.create(free.clone()).await.expect("there is no limit to ask");
     assert_eq!(controller.host().await.expect("shown").current_bytes, 0);
+    let (controller, _) = Controller::start(pages(1));
+    let refusal = controller.create(free).await.expect_err("with a budget everybody is charged");
+    assert_eq!(refusal.code, Code::OverheadRefused);
 }

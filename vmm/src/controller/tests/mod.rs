@@ -68,13 +68,15 @@ struct Setup {
     oom: OomPolicy,
     overhead: Vec<(Overhead, Pages)>,
     config: Option<Arc<VmConfig>>,
+    group: &'static str,
     queue: usize,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
-        Self { max: Limit::Pages(Pages(4096)), accounting: true, oom, overhead: Vec::new(), config: None, queue: 64 }
+        let max = Limit::Pages(Pages(4096));
+        Self { max, accounting: true, oom, overhead: Vec::new(), config: None, group: "/", queue: 64 }
     }
 }
 
@@ -94,6 +96,7 @@ impl FakeWorker {
         let killed = Arc::new(AtomicBool::new(false));
         let spec = VmSpec {
             name: name.to_owned(),
+            group: setup.group.to_owned(),
             size: Pages(SIZE),
             cpus: 1,
             accounting: setup.accounting,

@@ -1,0 +1,276 @@
+//! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
+
+use ballast_tests::serve::Serve;
+use ballast_tests::{http, missing_on_host, number, payload, wait_until};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// True, with the reason printed, when this host cannot run guests.
+fn skipped(test: &str) -> bool {
+    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
+}
+
+/// What these tests ask for often.
+trait Groups {
+    /// A request; nothing is sent for `null`.
+    fn request(&self, method: &str, path: &str, body: Value) -> (u16, Value);
+    /// A verb: its status and what it printed.
+    fn words(&self, words: &[&str]) -> (Option<i32>, String);
+    fn wait_console(&self, name: &str, text: &str);
+
+    /// A request that must succeed.
+    fn good(&self, method: &str, path: &str, body: Value) -> Value {
+        let (status, answer) = self.request(method, path, body);
+        assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
+        answer
+    }
+
+    /// A request that must be refused: status, code and body.
+    fn refused(&self, method: &str, path: &str, body: Value) -> (u16, String, Value) {
+        let (status, refusal) = self.request(method, path, body);
+        assert!(status >= 400, "{method} {path}: {status} {refusal}");
+        (status, refusal["code"].as_str().expect("a code").to_owned(), refusal)
+    }
+
+    fn group(&self, path: &str) -> Value {
+        self.good("GET", &format!("/groups{path}"), Value::Null)
+    }
+}
+
+impl Groups for Serve {
+    fn request(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        self.ask(method, path, Some(&body).filter(|body| !body.is_null()))
+    }
+
+    fn words(&self, words: &[&str]) -> (Option<i32>, String) {
+        let output = self.verb(words);
+        let text = if output.stdout.is_empty() { output.stderr } else { output.stdout };
+        (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn wait_console(&self, name: &str, text: &str) {
+        wait_until(&format!("{name} says {text}"), 20, || {
+            let (_, console) = http(&self.socket(), "GET", &format!("/vms/{name}/console"), None).ok()?;
+            console.contains(text).then_some(())
+        });
+    }
+}
+
+/// A guest of 64 MiB in `group` that does `cmdline`.
+fn guest(group: &str, cmdline: &str, memory: Value) -> Value {
+    let mut all = json!({ "size_bytes": 64 * MIB });
+    all.as_object_mut().expect("an object").extend(memory.as_object().expect("an object").clone());
+    json!({ "kernel": payload(), "cmdline": cmdline, "debug_port": true, "group": group, "memory": all })
+}
+
+/// Semantics: 13, 73.
+#[test]
+fn groups_are_made_changed_listed_and_removed() {
+    if skipped("groups-life") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let (status, gold) = serve.ask("PUT", "/groups/gold", Some(&json!({ "max_bytes": 512 * MIB })));
+    assert_eq!((status, number(&gold, "memory.max_bytes"), &gold["path"]), (201, 512 * MIB, &json!("/gold")), "{gold}");
+    assert_eq!(serve.ask("PUT", "/groups/gold", Some(&json!({ "max_bytes": 512 * MIB }))).0, 200, "once more");
+    assert_eq!(serve.ask("PUT", "/groups/gold%2Fweb", Some(&json!({}))).0, 201, "as generated clients write it");
+    assert_eq!(serve.group("/gold/web")["accounting"], true, "below an accounted group");
+    let other = serve.refused("PUT", "/groups/gold", json!({ "max_bytes": 5 * MIB }));
+    assert_eq!((other.0, other.1.as_str()), (409, "already_exists"));
+
+    serve.good("PUT", "/vms/w1", guest("/gold/web", "shell", json!({})));
+    let w1 = serve.show("w1");
+    assert_eq!((&w1["group"], &w1["accounting"]), (&json!("/gold/web"), &json!(true)));
+    // The worker tells of its pages before its first answer, and the group has no others.
+    let gold = serve.group("/gold");
+    assert_eq!((number(&gold, "vms"), number(&gold, "groups")), (1, 1));
+    assert_eq!(number(&serve.group("/"), "vms"), 1);
+    wait_until("the counters agree", 10, || {
+        let used = number(&serve.show("w1"), "memory.current_bytes");
+        let above = ["/gold/web", "/gold", "/"].map(|path| number(&serve.group(path), "memory.current_bytes"));
+        (above == [used; 3]).then_some(())
+    });
+
+    let view = serve.good("PATCH", "/groups/gold?generation=1", json!({ "max_bytes": 256 * MIB, "min_bytes": MIB }));
+    assert_eq!((number(&view, "memory.max_bytes"), number(&view, "generation")), (256 * MIB, 2));
+    let stale = serve.refused("PATCH", "/groups/gold?generation=1", json!({ "max_bytes": 5 * MIB }));
+    assert_eq!((stale.0, stale.1.as_str()), (409, "generation_mismatch"));
+    assert_eq!(serve.refused("DELETE", "/groups/gold", Value::Null).1, "not_empty");
+    assert_eq!(serve.refused("DELETE", "/groups/gold/web", Value::Null).1, "not_empty", "a VM is in it");
+
+    assert_eq!(serve.ask("DELETE", "/vms/w1", None).0, 204);
+    assert_eq!(serve.ask("DELETE", "/groups/gold/web", None).0, 204, "dying or gone");
+    assert_eq!(serve.ask("DELETE", "/groups/gold", None).0, 204);
+    wait_until("nothing is left", 10, || {
+        let groups = serve.good("GET", "/groups", Value::Null);
+        let groups = groups.as_array().expect("a list");
+        assert!(groups.iter().all(|group| group["path"] == "/" || group["dying"] == true), "{groups:?}");
+        (groups.len() == 1).then_some(())
+    });
+    assert_eq!(number(&serve.group("/"), "memory.current_bytes"), 0);
+    let (status, events) = http(&serve.socket(), "GET", "/events?follow=false", None).expect("events");
+    assert_eq!(status, 200);
+    for (kind, group) in [("created", "/gold/web"), ("limit_changed", "/gold"), ("removed", "/gold/web")] {
+        let found = events.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+        assert!(found.into_iter().any(|event| event["event"] == kind && event["group"] == group), "{kind} {group}");
+    }
+}
+
+#[test]
+fn bad_paths_and_missing_groups_are_refused_and_make_nothing() {
+    if skipped("groups-paths") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    for path in ["gold/", "gold//web", "../gold", "-gold", "go%20ld", "%2e%2e", "a/b/c/d/e/f/g/h/i", "gold%00"] {
+        let (status, code, refusal) = serve.refused("PUT", &format!("/groups/{path}"), json!({}));
+        assert_eq!((status, code.as_str()), (400, "bad_request"), "{path}: {refusal}");
+    }
+    for body in
+        [json!([]), json!({ "max_bytes": 1 }), json!({ "frob": 1 }), json!({ "min_bytes": 8192, "max_bytes": 4096 })]
+    {
+        assert_eq!(serve.refused("PUT", "/groups/gold", body.clone()).0, 400, "{body}");
+    }
+    let (status, code, refusal) = serve.refused("PUT", "/groups/gold/web", json!({}));
+    assert_eq!((status, code.as_str()), (409, "no_such_group"));
+    assert!(refusal["message"].as_str().is_some_and(|text| text.contains("no group /gold:")), "{refusal}");
+    let (status, code, _) = serve.refused("PUT", "/vms/web", guest("/gold", "shell", json!({})));
+    assert_eq!((status, code.as_str()), (409, "no_such_group"));
+    assert_eq!(serve.refused("PUT", "/vms/web", guest("gold", "shell", json!({}))).0, 400);
+    for (method, path, status) in [
+        ("GET", "/groups/gold", 404),
+        ("PATCH", "/groups/gold", 404),
+        ("DELETE", "/groups/gold", 404),
+        ("DELETE", "/groups/", 409),
+        ("POST", "/groups", 405),
+    ] {
+        let body = json!({});
+        assert_eq!(serve.ask(method, path, Some(&body)).0, status, "{method} {path}");
+    }
+    let groups = serve.good("GET", "/groups", Value::Null);
+    assert_eq!(groups.as_array().map(Vec::len), Some(1), "{groups}");
+
+    // A name is used once on the host, and a path is a VM or a group.
+    serve.good("PUT", "/groups/gold", json!({}));
+    serve.good("PUT", "/vms/web", guest("/gold", "shell", json!({})));
+    assert_eq!(serve.refused("PUT", "/vms/web", guest("/", "shell", json!({}))).1, "already_exists");
+    assert_eq!(serve.refused("PUT", "/groups/gold/web", json!({})).1, "already_exists");
+    assert_eq!(serve.refused("PUT", "/vms/gold", guest("/", "shell", json!({}))).1, "already_exists");
+    assert_eq!(serve.refused("PUT", "/groups/gold/web/x", json!({})).1, "no_such_group", "a VM is no group");
+}
+
+/// Two guests want 40 MiB each: one has a limit of its own, both share one, and neither is ever above.
+/// Semantics: 1, 63.
+#[test]
+fn limits_at_two_levels_hold() {
+    if skipped("groups-levels") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/gold", json!({ "max_bytes": 48 * MIB }));
+    serve.good("PUT", "/vms/a", guest("/gold", "touch 16M 40M seed=7; shell", json!({ "max_bytes": 16 * MIB })));
+    // First the one with a limit of its own: else the group's might be full before it meets that.
+    wait_until("its own limit has refused", 20, || {
+        let a = serve.show("a");
+        assert!(number(&a, "memory.current_bytes") <= 16 * MIB, "{a}");
+        (number(&a, "memory.events.failcnt") > 0).then_some(())
+    });
+    serve.good("PUT", "/vms/b", guest("/gold", "touch 16M 40M seed=7; shell", json!({})));
+    // A guest is also held for the moment that an answer takes: only a refusal tells which limit it met.
+    wait_until("the group's limit has refused", 20, || {
+        let (a, gold) = (serve.show("a"), serve.group("/gold"));
+        assert!(number(&a, "memory.current_bytes") <= 16 * MIB, "{a}");
+        assert!(number(&gold, "memory.current_bytes") <= 48 * MIB, "{gold}");
+        (number(&gold, "memory.events_local.failcnt") > 0).then_some(())
+    });
+    assert_eq!(number(&serve.show("b"), "memory.events.failcnt"), 0, "it has no limit of its own");
+    // More for the group is more for the one that its limit held.
+    serve.good("PATCH", "/groups/gold", json!({ "max_bytes": 96 * MIB }));
+    serve.wait_console("b", "OK touch");
+    serve.good("PATCH", "/vms/a/memory", json!({ "max_bytes": null }));
+    serve.wait_console("a", "OK touch");
+}
+
+/// What is promised must be there, and a refusal says what is missing.
+/// Semantics: 56, 98, T2.
+#[test]
+fn what_does_not_fit_is_refused_with_what_is_missing() {
+    if skipped("groups-admission") {
+        return;
+    }
+    let serve = Serve::start(&["--budget", "256M"]);
+    serve.good("PUT", "/groups/gold", json!({ "max_bytes": 128 * MIB }));
+    serve.good("PUT", "/groups/gold/a", json!({ "min_bytes": 96 * MIB }));
+    let (status, code, refusal) = serve.refused("PUT", "/groups/gold/b", json!({ "min_bytes": 40 * MIB }));
+    assert_eq!((status, code.as_str()), (409, "does_not_fit"), "{refusal}");
+    assert_eq!(number(&refusal, "missing_bytes"), 8 * MIB);
+    let (_, code, refusal) = serve.refused("PATCH", "/groups/gold", json!({ "max_bytes": 64 * MIB }));
+    assert_eq!((code.as_str(), number(&refusal, "missing_bytes")), ("does_not_fit", 32 * MIB));
+    let (_, code, refusal) = serve.refused("PATCH", "/groups/", json!({ "max_bytes": 90 * MIB }));
+    assert_eq!((code.as_str(), number(&refusal, "missing_bytes")), ("does_not_fit", 6 * MIB), "the host's budget");
+    let vm = guest("/gold", "shell", json!({ "min_bytes": 40 * MIB }));
+    let (_, code, refusal) = serve.refused("PUT", "/vms/web", vm);
+    assert_eq!((code.as_str(), number(&refusal, "missing_bytes")), ("does_not_fit", 8 * MIB));
+    assert_eq!(serve.ask("GET", "/vms/web", None).0, 404, "nothing is left of it");
+    serve.good("PUT", "/vms/web", guest("/gold", "shell", json!({ "min_bytes": 32 * MIB })));
+
+    // Overhead that nobody can pay: the bomb ends, and the neighbour still gets its own.
+    serve.good("PUT", "/groups/bomb", json!({ "vmm_max_bytes": 6 * MIB }));
+    serve.good("PUT", "/groups/calm", json!({ "vmm_max_bytes": 6 * MIB }));
+    let refusal = (0..20).find_map(|n| {
+        let (status, answer) = serve.ask("PUT", &format!("/vms/bomb-{n}"), Some(&guest("/bomb", "shell", json!({}))));
+        (status != 201).then_some(answer)
+    });
+    let refusal = refusal.expect("it ends");
+    assert_eq!(refusal["code"], "overhead_refused", "{refusal}");
+    assert!(refusal["message"].as_str().is_some_and(|text| text.contains("vmm.max of /bomb is 6M")), "{refusal}");
+    serve.good("PUT", "/vms/calm", guest("/calm", "shell", json!({})));
+    assert!(number(&serve.group("/bomb"), "vmm.current_bytes") <= 6 * MIB);
+    assert_eq!(number(&serve.group("/bomb"), "memory.events.oom"), 0, "no victim for overhead");
+}
+
+#[test]
+fn the_command_line_has_groups() {
+    if skipped("groups-cli") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let ok = |words: &[&str]| {
+        let (status, text) = serve.words(words);
+        assert_eq!(status, Some(0), "{words:?}: {text}");
+        text
+    };
+    ok(&["group", "create", "/gold", "memory.max=512M", "memory.min=16M"]);
+    ok(&["group", "create", "/gold/web"]);
+    let kernel = payload();
+    let kernel = kernel.to_str().expect("text");
+    let words = ["--memory", "size=64M", "--cmdline", "shell", "--debug-port", "--kernel", kernel];
+    ok(&[&["create", "w1", "--group", "/gold/web"], &words[..]].concat());
+    let ps = ok(&["ps"]);
+    assert!(ps.lines().any(|line| line.starts_with("w1    /gold/web  running")), "{ps}");
+    ok(&["group", "set", "/gold", "memory.max=256M"]);
+    let ls = ok(&["group", "ls"]);
+    let rows: Vec<Vec<&str>> = ls.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), ["GROUP", "/", "/gold", "/gold/web"], "{ls}");
+    assert_eq!((rows[2][1], rows[2][3], rows[2][4]), ("1", "16M", "256M"), "{ls}");
+    assert!(ok(&["group", "show", "/gold"]).contains("1 VM, 1 group below"));
+    let json: Value = serde_json::from_str(&ok(&["group", "show", "/gold", "--json"])).expect("JSON");
+    assert_eq!(number(&json, "memory.max_bytes"), 256 * MIB);
+    let list: Value = serde_json::from_str(&ok(&["group", "ls", "--json"])).expect("JSON");
+    assert_eq!(list.as_array().map(Vec::len), Some(3));
+    for (words, status, part) in [
+        (&["group", "create", "gold"][..], 2, "not the path of a group"),
+        (&["group", "create", "/gold//x"], 2, "is not a name"),
+        (&["group", "set", "/gold", "memory.frob=1M"], 2, "no limit"),
+        (&["group", "rm", "/gold"], 1, "has members (1 VMs, 1 groups below)"),
+        (&["group", "show", "/none"], 1, "there is no group /none"),
+        (&["group", "create", "/none/x"], 1, "group create /none"),
+    ] {
+        let (got, text) = serve.words(words);
+        assert_eq!(got, Some(status), "{words:?}: {text}");
+        assert!(text.contains(part), "{words:?}: {text}");
+    }
+    ok(&["rm", "w1"]);
+    ok(&["group", "rm", "/gold/web"]);
+}

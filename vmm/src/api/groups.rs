@@ -1,0 +1,114 @@
+//! Groups: `GET /groups`, and `GET|PUT|PATCH|DELETE /groups/{path}`.
+//!
+//! A path is written as it is, `/groups/gold/web`, or with its slashes encoded, as clients do that are generated from
+//! the document: `/groups/gold%2Fweb`. The root is `/groups/`.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{FromRequestParts, Path, Query, State};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+
+use super::memory::{ChangeQuery, MemoryPatch};
+use super::{Contents, Shared};
+use crate::controller::error::{Code, Refusal};
+use crate::controller::view::GroupView;
+
+/// The paths are described here, because the document has no word for the rest of a path.
+#[derive(OpenApi)]
+#[openapi(paths(list, show, put, patch, delete))]
+struct Document;
+
+/// The routes.
+pub(super) fn described() -> OpenApiRouter<Shared> {
+    let one = || get(show).put(put).patch(patch).delete(delete);
+    OpenApiRouter::with_openapi(Document::openapi())
+        .route("/groups", get(list))
+        .route("/groups/", one())
+        .route("/groups/{*path}", one())
+}
+
+/// The path of a group at the end of a URI. It is checked by the controller.
+struct GroupPath(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for GroupPath {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let path = match Option::<Path<String>>::from_request_parts(parts, state).await {
+            Ok(path) => path.map(|Path(path)| path).unwrap_or_default(),
+            Err(error) => return Err(Refusal::new(Code::BadRequest, format!("the path: {}", error.body_text()))),
+        };
+        Ok(Self(if path.starts_with('/') { path } else { format!("/{path}") }))
+    }
+}
+
+/// All groups, the root and those that are dying too, ordered by path.
+#[utoipa::path(get, path = "/groups", responses((status = 200, body = [GroupView])))]
+async fn list(State(shared): State<Shared>) -> Result<Json<Vec<GroupView>>, Refusal> {
+    shared.controller.groups().await.map(Json)
+}
+
+/// One group.
+#[utoipa::path(
+    get, path = "/groups/{path}", params(("path" = String, Path, description = "path of the group")),
+    responses((status = 200, body = GroupView), (status = 400, body = Refusal), (status = 404, body = Refusal)),
+)]
+async fn show(State(shared): State<Shared>, GroupPath(path): GroupPath) -> Result<Json<GroupView>, Refusal> {
+    shared.controller.group(&path).await.map(Json)
+}
+
+/// Makes a group. No effect when it is there and its limits are these.
+#[utoipa::path(
+    put, path = "/groups/{path}", params(("path" = String, Path, description = "path of the group")),
+    request_body = MemoryPatch,
+    responses((status = 201, description = "made", body = GroupView),
+        (status = 200, description = "it is there, and is the same", body = GroupView),
+        (status = 400, body = Refusal), (status = 409, body = Refusal)),
+)]
+async fn put(State(shared): State<Shared>, GroupPath(path): GroupPath, body: Contents) -> Result<Response, Refusal> {
+    let patch: MemoryPatch = body.object("{\"max_bytes\": 268435456}")?;
+    let (new, view) = shared.controller.put_group(&path, ChangeQuery::default().change(&patch)?).await?;
+    let status = if new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, Json(view)).into_response())
+}
+
+/// Changes limits of a group: all of those named, or none. Of `/`, `max_bytes` is the budget of the host.
+#[utoipa::path(
+    patch, path = "/groups/{path}",
+    params(("path" = String, Path, description = "path of the group"), ChangeQuery),
+    request_body = MemoryPatch,
+    responses(
+        (status = 200, description = "in force", body = GroupView),
+        (status = 202, description = "wait_ms is over, memory is still being given back", body = GroupView),
+        (status = 400, body = Refusal), (status = 404, body = Refusal), (status = 409, body = Refusal),
+        (status = 503, body = Refusal),
+    ),
+)]
+async fn patch(
+    State(shared): State<Shared>,
+    GroupPath(path): GroupPath,
+    query: Result<Query<ChangeQuery>, QueryRejection>,
+    body: Contents,
+) -> Result<Response, Refusal> {
+    let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
+    let patch: MemoryPatch = body.object("{\"max_bytes\": 268435456}")?;
+    let changed = shared.controller.change_group(&path, query.change(&patch)?).await?;
+    let status = if changed.in_force { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok((status, Json(changed.view)).into_response())
+}
+
+/// Removes a group with nothing in it. What was charged in it by VMs that have ended keeps it in the list, as dying,
+/// until it is back.
+#[utoipa::path(
+    delete, path = "/groups/{path}", params(("path" = String, Path, description = "path of the group")),
+    responses((status = 204, description = "gone"), (status = 404, body = Refusal), (status = 409, body = Refusal)),
+)]
+async fn delete(State(shared): State<Shared>, GroupPath(path): GroupPath) -> Result<StatusCode, Refusal> {
+    shared.controller.remove_group(&path).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
