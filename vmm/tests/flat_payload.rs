@@ -1,7 +1,7 @@
 //! A flat payload on this host's KVM: loader, registers of CPL 3, serial port and debug ports, on one and two vCPUs.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
@@ -12,7 +12,7 @@ use ballast::devices::console::{self, Console};
 use ballast::devices::debug_port::{self, DebugPort};
 use ballast::devices::serial::{self, SerialPort};
 use ballast::machine::boot::{BootPlan, BootRequest};
-use ballast::machine::kvm::NewVm;
+use ballast::machine::kvm::{NewVm, supported_cpuid};
 use ballast::machine::{RamLayout, Step, Vcpu, layout};
 use ballast::worker::protocol::{ExitReason, RamSlot};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -112,6 +112,7 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
         RamSlot { gpa: r.gpa, hva, bytes: r.bytes }
     };
     let mappings: Vec<_> = ram.ranges().map(map).collect();
+    let cpuid = supported_cpuid(kvm.as_fd()).unwrap();
     let vm = NewVm::new(kvm, cpus).unwrap();
     // SAFETY: the mappings are leaked above and nothing but guest memory.
     let mut vm = unsafe { vm.set_ram(&ram, &mappings) }.unwrap();
@@ -135,7 +136,7 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let request = BootRequest { kernel: &kernel, initrd: None, cmdline, ram, cpus, virtio_devices: 0 };
     let plan = BootPlan::new(&request).unwrap();
     plan.load(memory).unwrap();
-    let mut vcpus = vm.create_vcpus().unwrap();
+    let mut vcpus = vm.create_vcpus(&cpuid).unwrap();
     vcpus.iter_mut().for_each(|vcpu| vcpu.setup(&plan.entry()).unwrap());
     // A device's interrupt: payloads have no handler, so it must not reach them.
     interrupt.write(1).unwrap();

@@ -1,5 +1,7 @@
 //! VMs that come and go: `PUT` and `DELETE /vms/{name}`, and what one has printed.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -13,8 +15,8 @@ use crate::controller::view::VmView;
 
 impl Shared {
     /// What makes VMs here.
-    fn service(&self) -> Result<&Service, Refusal> {
-        self.service.as_deref().ok_or_else(|| {
+    fn service(&self) -> Result<&Arc<Service>, Refusal> {
+        self.service.as_ref().ok_or_else(|| {
             let message = "this is the controller of one `ballast run`: `ballast serve` makes and removes VMs";
             Refusal::new(Code::MethodNotAllowed, message)
         })

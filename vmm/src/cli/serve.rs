@@ -39,6 +39,8 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     if args.budget != Limit::Max {
         host::open_userfaultfd().map_err(|error| as_failure(&error))?;
     }
+    let descriptors = host::allow_descriptors();
+    tracing::info!(descriptors, "each VM takes a few of them");
     let mut signals = Signals::new().map_err(|error| as_failure(&error))?;
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
     let state = args.state_dir.clone().unwrap_or_else(|| socket::vm_directory(&listen));

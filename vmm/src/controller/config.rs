@@ -285,6 +285,7 @@ impl VmConfig {
             debug_port: self.debug_port,
             stats_interval_s: self.balloon.stats_interval_s,
             deflate_on_oom: self.balloon.deflate_on_oom,
+            cpuid: Vec::new(),
             follow_vcpu: false,
             die_with_parent: true,
         };

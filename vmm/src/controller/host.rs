@@ -13,6 +13,7 @@ use linux_raw_sys::general::{
     UFFD_API, UFFD_FEATURE_EXACT_ADDRESS, UFFD_FEATURE_MOVE, UFFD_FEATURE_THREAD_ID, uffdio_api,
 };
 use linux_raw_sys::ioctl::UFFDIO_API;
+use rustix::process::{Resource, Rlimit};
 
 /// Oldest kernel that works: the first long-term one in which `UFFDIO_MOVE` has its fixes.
 pub const OLDEST_KERNEL: (u32, u32) = (6, 12);
@@ -92,6 +93,20 @@ fn check_release(release: &str) -> Result<(), Problem> {
             "install a newer kernel, on Debian: apt install -t bookworm-backports linux-image-amd64",
         )),
     }
+}
+
+/// Descriptors that this process may have: now, and at most.
+pub fn descriptors() -> (u64, u64) {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX))
+}
+
+/// Lets this process have as many descriptors as the host allows it: each VM takes a few. Returns how many that are.
+pub fn allow_descriptors() -> u64 {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // What cannot be had is not needed before there are many VMs, and is said then.
+    let _ = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    descriptors().0
 }
 
 fn open_device(path: &str) -> io::Result<OwnedFd> {

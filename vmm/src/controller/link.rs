@@ -110,6 +110,8 @@ where
     let writing = Arc::clone(&socket);
     tokio::spawn(async move {
         while let Some(message) = queue.recv().await {
+            // Whoever has asked for this is answered first: to wake the worker takes longer than the answer.
+            tokio::task::yield_now().await;
             if let Err(error) = write(&writing, &message).await {
                 // The reader sees the same end and reports it.
                 tracing::debug!(%error, "the worker's socket is gone");

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, mpsc};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -22,6 +22,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::host::{self, Problem};
 use super::link::{self, ConnectError};
+use crate::machine::cpuid;
+use crate::machine::kvm::{VmError, supported_cpuid};
 use crate::memory::place;
 use crate::worker::config::{WorkerConfig, fd};
 
@@ -78,6 +80,14 @@ pub enum SpawnError {
     /// The path of a socket does not fit into an address.
     #[error("the socket path {0} is {1} bytes long, at most {MAX_SOCKET_PATH} are possible: choose a shorter --socket")]
     PathTooLong(String, usize),
+    /// No descriptor is left.
+    #[error(
+        "the {0} descriptors that the controller may have are in use: allow more (ulimit -n, or LimitNOFILE of its unit) and start it again, or remove VMs"
+    )]
+    Descriptors(u64),
+    /// KVM does not say what it supports.
+    #[error("KVM cannot be used")]
+    Kvm(#[from] VmError),
     /// Something else is where the VM's directory has to be.
     #[error("{0} is in the way: it must be a directory for nobody but you, or not be there; choose another --socket")]
     InTheWay(String),
@@ -134,6 +144,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     check_socket_path(&console_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
+    config.cpuid = host_cpuid(&kvm)?.to_vec();
     // Without accounting it is only opened, for a first limit later.
     let uffd_device = match host::open_userfaultfd() {
         Ok(device) => {
@@ -150,6 +161,66 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     make_directory(&directory)?;
     let files = Files { kvm, uffd_device, kernel, initrd, console, attach };
     launch_in(&directory, &config, &files, &log).inspect_err(|_| tidy(&directory))
+}
+
+/// [`launch`] on a thread that does nothing else: nobody who is served by the caller's waits for a fork. The thread lives as
+/// long as the process, because a worker that is to die with its starter dies with this thread.
+///
+/// # Errors
+/// See [`SpawnError`].
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub async fn launch_aside(what: Launch) -> Result<Launched, SpawnError> {
+    type Job = Box<dyn FnOnce() + Send>;
+    static STARTER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    let starter = STARTER.get_or_init(|| {
+        let (starter, jobs) = mpsc::channel::<Job>();
+        let thread = std::thread::Builder::new().name("starter".into());
+        if let Err(error) = thread.spawn(move || jobs.iter().for_each(|job| job())) {
+            tracing::error!(%error, "there is no thread that starts workers");
+        }
+        starter
+    });
+    let runtime = tokio::runtime::Handle::current();
+    let (reply, launched) = tokio::sync::oneshot::channel();
+    let job = move || {
+        let _in_runtime = runtime.enter();
+        if let Err(Ok(launched)) = reply.send(launch(what)) {
+            // The runtime ends, and nobody is left who would have it.
+            launched.handle.kill();
+            launched.handle.tidy();
+        }
+    };
+    // Without the thread the job is dropped, and its answer with it.
+    let _ = starter.send(Box::new(job));
+    let gone = |_| system("the worker process cannot be started")(io::Error::other("the thread for that is gone"));
+    launched.await.map_err(gone)?
+}
+
+/// What KVM supports of this host's CPU: listed at the first start.
+fn host_cpuid(kvm: &OwnedFd) -> Result<&'static [[u32; 7]], SpawnError> {
+    static LIST: OnceLock<Vec<[u32; 7]>> = OnceLock::new();
+    if LIST.get().is_none() {
+        // Two that come first at once find the same.
+        let _ = LIST.set(cpuid::to_words(&supported_cpuid(kvm.as_fd())?));
+    }
+    Ok(LIST.get().expect("just set"))
+}
+
+/// Descriptors that a start takes for a moment, with a margin.
+const SPARE: usize = 40;
+
+/// Finds out whether there are descriptors left for a start. It could fail at any of them otherwise, and would say so in
+/// many ways.
+///
+/// # Errors
+/// [`SpawnError::Descriptors`].
+pub fn check_descriptors() -> Result<(), SpawnError> {
+    let none_left = |_| SpawnError::Descriptors(host::descriptors().0);
+    let one = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).map_err(none_left)?;
+    let more: Result<Vec<_>, _> = (1..SPARE).map(|_| rustix::io::fcntl_dupfd_cloexec(&one, 0)).collect();
+    more.map(drop).map_err(none_left)
 }
 
 /// What a worker is handed besides its configuration and sockets.

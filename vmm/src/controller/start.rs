@@ -5,12 +5,13 @@
 //!                                                                    └ failed ─► withdraw: nothing is left
 //! ```
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{self, Arc, PoisonError, Weak};
 
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, OwnedMutexGuard, RwLock, oneshot};
 
 use super::config::{Plan, VmConfig};
 use super::console::ConsoleLog;
@@ -64,7 +65,8 @@ pub async fn start(
     spec.console = Some(log_of_console);
     let id = controller.create(spec).await?;
     worker.accounting = controller.is_accounted(id).await?;
-    match spawn::launch(Launch { config: worker, kernel, initrd, console, attach, directory, log: log.to_owned() }) {
+    let launch = Launch { config: worker, kernel, initrd, console, attach, directory, log: log.to_owned() };
+    match spawn::launch_aside(launch).await {
         Ok(launched) => {
             let end = controller.adopt(id, launched.handle, launched.watch, launched.link).await?;
             Ok(Started { id, end, console: launched.console })
@@ -76,41 +78,65 @@ pub async fn start(
     }
 }
 
-/// Makes the VMs of `ballast serve`, one at a time.
+/// Makes the VMs of `ballast serve`. Those of different names are made at once; requests for one name come one after the
+/// other, so that equal ones are one VM.
 #[derive(Debug)]
 pub struct Service {
     state: PathBuf,
     log: String,
-    /// False when no more VMs are made.
-    open: Mutex<bool>,
+    /// False when no more VMs are made; read as long as one is being made.
+    open: RwLock<bool>,
+    /// Held for a name as long as a VM of it is being made.
+    names: sync::Mutex<HashMap<String, Weak<Mutex<()>>>>,
 }
 
 impl Service {
     /// For VMs whose directories are in `state`.
     pub fn new(state: &Path, log: &str) -> Self {
-        Self { state: state.to_owned(), log: log.to_owned(), open: Mutex::new(true) }
+        let (state, log) = (state.to_owned(), log.to_owned());
+        Self { state, log, open: RwLock::new(true), names: sync::Mutex::default() }
     }
 
     /// Makes and starts a VM, and waits until its guest runs. True: it is new; false: it was there, and is the same.
     ///
     /// # Errors
     /// What makes no sense, does not fit, cannot be started, or another VM of this name.
-    pub async fn put(&self, controller: &Controller, name: &str, config: VmConfig) -> Result<(bool, VmView), Refusal> {
+    ///
+    /// # Panics
+    /// When making it does.
+    pub async fn put(
+        self: &Arc<Self>,
+        controller: &Controller,
+        name: &str,
+        config: VmConfig,
+    ) -> Result<(bool, VmView), Refusal> {
+        let (service, controller, name) = (Arc::clone(self), controller.clone(), name.to_owned());
+        // By a task of its own: a client that goes away must not leave half a VM.
+        let made = tokio::spawn(async move { service.make(&controller, &name, config).await });
+        made.await.unwrap_or_else(|error| match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(stopping()),
+        })
+    }
+
+    async fn make(&self, controller: &Controller, name: &str, config: VmConfig) -> Result<(bool, VmView), Refusal> {
         for path in [Some(&config.kernel), config.initrd.as_ref()].into_iter().flatten() {
             if !path.is_absolute() {
                 let message = format!("{}: write an absolute path: the controller opens it", path.display());
                 return Err(Refusal::new(Code::BadRequest, message));
             }
         }
-        let open = self.open.lock().await;
+        let open = self.open.read().await;
         if !*open {
-            return Err(Refusal::new(Code::Stopping, "the controller is going away"));
+            return Err(stopping());
         }
+        let alone = self.alone(name).await;
         let config = Arc::new(config);
         if let Some(id) = controller.same(name, Arc::clone(&config)).await? {
-            drop(open);
+            drop((open, alone));
             return Ok((false, controller.started(id).await?));
         }
+        spawn::check_descriptors().map_err(|error| Refusal::new(Code::StartFailed, chain(&error)))?;
         let mut plan = config.plan(name)?;
         plan.spec.config = Some(Arc::clone(&config));
         let started = start(controller, plan, self.state.join(name), &self.log, false).await;
@@ -118,8 +144,20 @@ impl Service {
             StartError::Refused(refusal) => refusal,
             StartError::Spawn(error) => Refusal::new(Code::StartFailed, chain(&error)),
         })?;
-        drop(open);
+        drop((open, alone));
         Ok((true, controller.started(started.id).await?))
+    }
+
+    /// Waits until no other VM of this name is being made.
+    async fn alone(&self, name: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+            names.retain(|_, lock| lock.strong_count() > 0);
+            let lock = names.get(name).and_then(Weak::upgrade).unwrap_or_default();
+            names.insert(name.to_owned(), Arc::downgrade(&lock));
+            lock
+        };
+        lock.lock_owned().await
     }
 
     /// Makes no more VMs and ends those there are, the newest first.
@@ -127,7 +165,7 @@ impl Service {
     /// # Errors
     /// When the controller has gone.
     pub async fn stop(&self, controller: &Controller) -> Result<(), Refusal> {
-        *self.open.lock().await = false;
+        *self.open.write().await = false;
         let mut names: Vec<_> = controller.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended).collect();
         while let Some(vm) = names.pop() {
             // One that has ended meanwhile is as good.
@@ -135,4 +173,8 @@ impl Service {
         }
         Ok(())
     }
+}
+
+fn stopping() -> Refusal {
+    Refusal::new(Code::Stopping, "the controller is going away")
 }

@@ -5,6 +5,9 @@
 //! loses the asynchronous page faults. Those would let a guest take fault notifications, go on, and have 64 more faults
 //! waiting per vCPU: slower here, and harder to bound. Steal time stays: its page is one that the kernel touches with
 //! a user-mode access, which repeats until the page is there, but faults are always answered within milliseconds.
+//!
+//! To list what KVM supports takes as long as to make a VM, where each `CPUID` of this host is an exit to another one. It
+//! is the same for all VMs, so the controller lists it once, and tells its workers ([`to_words`], [`from_words`]).
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use thiserror::Error;
@@ -34,6 +37,29 @@ pub enum CpuidError {
 pub struct HostCaps {
     /// `KVM_CAP_TSC_DEADLINE_TIMER`.
     pub tsc_deadline: bool,
+}
+
+/// A list of CPUID as numbers: function, index, flags, EAX, EBX, ECX, EDX of each entry.
+pub fn to_words(cpuid: &CpuId) -> Vec<[u32; 7]> {
+    cpuid.as_slice().iter().map(|e| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx]).collect()
+}
+
+/// The list behind the numbers of [`to_words`].
+///
+/// # Errors
+/// When there are too many entries.
+pub fn from_words(words: &[[u32; 7]]) -> Result<CpuId, CpuidError> {
+    let entry = |&[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    };
+    CpuId::from_entries(&words.iter().map(entry).collect::<Vec<_>>()).map_err(CpuidError::TooMany)
 }
 
 /// The CPUID of vCPU `index` of `cpus`.
@@ -112,6 +138,15 @@ mod tests {
         let features = find(&id, KVM_FEATURES, 0).eax;
         assert_eq!(features & ASYNC_PF, 0);
         assert_eq!(features & (1 << 3 | 1 << 24 | 1 << 5), 1 << 3 | 1 << 24 | 1 << 5, "clock and steal time stay");
+    }
+
+    #[test]
+    fn a_list_survives_its_way_as_numbers() {
+        let mut host = [entry(0, 0xd), entry(0xd, 0x240)];
+        (host[1].index, host[1].flags, host[1].edx) = (1, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, 7);
+        let host = CpuId::from_entries(&host).unwrap();
+        assert_eq!(from_words(&to_words(&host)).unwrap().as_slice(), host.as_slice());
+        assert!(from_words(&[[0; 7]; 1000]).is_err());
     }
 
     #[test]

@@ -10,10 +10,10 @@
 //! end it. So the handles here are [`ManuallyDrop`]; a process that has a VM ends with `exit_group` or by a signal.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use thiserror::Error;
@@ -169,23 +169,32 @@ impl Vm {
         .map_err(|e| VmError::Ioctl("a doorbell descriptor", e))
     }
 
-    /// Makes all vCPUs, with their CPUID, and ends the wiring. Each is to be moved to its own thread.
+    /// Makes all vCPUs, with their CPUID, and ends the wiring. Each is to be moved to its own thread. `supported` is from
+    /// [`supported_cpuid`] on this host.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn create_vcpus(self) -> Result<Vec<Vcpu>, VmError> {
-        let supported = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-        let supported = supported.map_err(|e| VmError::Ioctl("to list its CPUID", e))?;
+    pub fn create_vcpus(self, supported: &CpuId) -> Result<Vec<Vcpu>, VmError> {
         let caps = cpuid::HostCaps { tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer) };
         let enforce = self.kvm.check_extension_raw(u64::from(KVM_CAP_ENFORCE_PV_FEATURE_CPUID)) > 0;
         (0..self.cpus)
             .map(|index| {
                 let fd = self.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::Ioctl("a vCPU", e))?;
-                let cpuid = cpuid::for_vcpu(&supported, caps, index, self.cpus)?;
+                let cpuid = cpuid::for_vcpu(supported, caps, index, self.cpus)?;
                 Vcpu::new(fd, index, self.cpus, &cpuid, enforce).map_err(|e| VmError::Vcpu(index, e))
             })
             .collect()
     }
+}
+
+/// What KVM supports of the CPU's features on this host, for [`Vm::create_vcpus`].
+///
+/// # Errors
+/// When it does not say.
+pub fn supported_cpuid(dev_kvm: BorrowedFd<'_>) -> Result<CpuId, VmError> {
+    // SAFETY: the descriptor is open during the call, and this owner of it never closes it.
+    let kvm = ManuallyDrop::new(unsafe { Kvm::from_raw_fd(dev_kvm.as_raw_fd()) });
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| VmError::Ioctl("to list its CPUID", e))
 }
 
 /// The kernel's name of a capability that we ask for.

@@ -35,7 +35,7 @@ use crate::devices::power::{self, AcpiPower, I8042Reset};
 use crate::devices::serial::{self, SerialPort};
 use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
 use crate::machine::kvm::NewVm;
-use crate::machine::{RamLayout, Vcpu, layout};
+use crate::machine::{RamLayout, Vcpu, cpuid, layout};
 use crate::memory::activation::Tools;
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::give::BalloonPages;
@@ -62,6 +62,8 @@ enum StartError {
     Layout(#[from] crate::machine::LayoutError),
     #[error("the virtual machine cannot be made")]
     Vm(#[from] crate::machine::VmError),
+    #[error("the CPUID of the vCPUs cannot be made")]
+    Cpuid(#[from] cpuid::CpuidError),
     #[error("a vCPU cannot be set up")]
     Vcpu(#[from] crate::machine::vcpu::VcpuError),
     #[error("a vCPU cannot be started")]
@@ -226,7 +228,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         vm.add_ioeventfd(doorbell, window_at + QUEUE_NOTIFY, Some(queue))?;
     }
     Ok(Built {
-        vcpus: vm.create_vcpus()?,
+        vcpus: vm.create_vcpus(&cpuid::from_words(&config.cpuid)?)?,
         config,
         layout,
         ram,

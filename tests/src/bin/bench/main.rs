@@ -10,13 +10,14 @@
 mod core;
 mod many;
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
 
 use ballast::devices::bus::{BusDevice, Buses, Effect};
 use ballast::machine::boot::{BootPlan, BootRequest};
-use ballast::machine::kvm::NewVm;
+use ballast::machine::kvm::{NewVm, supported_cpuid};
 use ballast::machine::{RamLayout, Step, layout};
 use ballast::memory::around::Around;
 use ballast::memory::uffd::{Fill, Uffd};
@@ -368,7 +369,8 @@ fn bare(around: bool, work: &str) -> u64 {
     let marks = Arc::new(Mutex::new(Marks(Vec::new())));
     let mut buses = Buses::default();
     buses.pio.insert(u64::from(layout::DEBUG_PORT), 12, marks.clone()).expect("a free range");
-    let vcpu = vm.create_vcpus().expect("a vCPU").pop();
+    let cpuid = supported_cpuid(open("/dev/kvm").as_fd()).expect("KVM");
+    let vcpu = vm.create_vcpus(&cpuid).expect("a vCPU").pop();
     let mut vcpu = vcpu.expect("one vCPU");
     vcpu.setup(&plan.entry()).expect("registers");
     let stat = Arc::new(std::sync::OnceLock::new());
