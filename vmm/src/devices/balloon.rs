@@ -214,6 +214,7 @@ pub struct BalloonDevice<M, G> {
     pages: G,
     /// By queue number: left because of `WouldBlock`.
     deferred: Vec<bool>,
+    /// Runs from an answer to the next question: nobody is asked, or woken, who has no driver.
     timer: Option<(TimerFd, Duration)>,
 }
 
@@ -285,6 +286,9 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         }
         self.shared.publish(&mmio, out.new_stats);
         drop(mmio);
+        if kind == QueueKind::Stats {
+            self.ask_later();
+        }
         self.set_deferred(index, out.progress == Progress::Blocked);
         if out.progress == Progress::More {
             // Through the event loop, so that no queue keeps the thread, or the lock, for itself.
@@ -304,17 +308,28 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         }
     }
 
-    /// Asks for a new set of statistics. If that is not possible now, the next tick asks again.
+    fn ask_later(&mut self) {
+        if let Some((timer, interval)) = &mut self.timer {
+            timer.reset(*interval, None).expect("a timer with a constant interval");
+        }
+    }
+
+    /// Asks for a new set of statistics. The answer, or the driver's first buffer, starts the time to the next question.
     fn ask_for_stats(&mut self) {
         let mut mmio = lock(&self.mmio);
         let index = balloon::queue_index(mmio.features(), QueueKind::Stats);
         let Some((balloon, queue, mem)) = index.and_then(|index| mmio.queue(index)) else {
             return;
         };
-        if balloon.request_stats(queue, mem) == (StatsRequest::Sent { needs_interrupt: true }) {
+        let asked = balloon.request_stats(queue, mem);
+        if asked == (StatsRequest::Sent { needs_interrupt: true }) {
             mmio.signal_used();
         }
         self.shared.publish(&mmio, false);
+        drop(mmio);
+        if asked == StatsRequest::Blocked {
+            self.ask_later();
+        }
     }
 }
 
@@ -361,8 +376,7 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
         }
         watch(&self.shared.control, CONTROL);
         watch(&self.shared.retry, RETRY);
-        if let Some((timer, interval)) = &mut self.timer {
-            timer.reset(*interval, Some(*interval)).expect("a timer with a constant interval");
+        if let Some((timer, _)) = &self.timer {
             watch(timer, TIMER);
         }
     }

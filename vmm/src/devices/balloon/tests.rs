@@ -317,6 +317,13 @@ fn a_reset_in_the_middle_leaves_the_old_rings_alone() {
     assert_eq!((vm.pages.inflated.get(), vm.used(INFLATE)), (3, 1));
 }
 
+/// An idle guest without a driver wakes nobody.
+#[test]
+fn without_a_driver_there_are_no_ticks() {
+    let mut vm = Vm::new(Some(Duration::from_millis(1)));
+    assert_eq!(vm.events.run_with_timeout(200).unwrap(), 0);
+}
+
 #[test]
 fn statistics_are_asked_for_at_every_tick() {
     let tick = Duration::from_millis(1);
