@@ -1,14 +1,22 @@
 //! A `ballast serve` of its own for a test: started in a temporary directory, asked over HTTP or by verbs, killed, started
 //! again, and cleared away at the end.
 
-use std::os::fd::AsFd;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use ballast::worker::protocol::VERSION;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 use serde_json::{Value, json};
 
-use crate::{ballast, http, number, payload, wait_until};
+use crate::random::Random;
+use crate::{ballast, deadline, http, number, payload, wait_until};
 
 /// A `ballast serve` with a directory of its own. When dropped, it and its workers are killed.
 #[derive(Debug)]
@@ -192,7 +200,7 @@ fn listener(path: &Path) -> Option<u32> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).ok()?;
     rustix::net::connect(&socket, &address).ok()?;
-    let peer = rustix::net::sockopt::socket_peercred(socket.as_fd()).ok()?;
+    let peer = sockopt::socket_peercred(&socket).ok()?;
     u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
 }
 
@@ -200,6 +208,51 @@ fn listener(path: &Path) -> Option<u32> {
 pub fn kill(pid: u32, signal: i32) {
     // SAFETY: kill takes numbers; the process is one that this test has caused.
     unsafe { libc::kill(pid as i32, signal) };
+}
+
+/// A worker's end of the channel to its controller: a copy of the descriptor, taken out of the process as a debugger
+/// would. Whoever has broken into a worker has this, and nothing else that leads to the controller. `None` when the worker
+/// ends meanwhile, has no controller, or where the kernel does not let this user look into its own processes.
+pub fn channel_of(worker: u32) -> Option<OwnedFd> {
+    let process = i32::try_from(worker).ok().and_then(Pid::from_raw)?;
+    let pidfd = rustix::process::pidfd_open(process, PidfdFlags::empty()).ok()?;
+    let descriptors = std::fs::read_dir(format!("/proc/{worker}/fd")).ok()?;
+    let numbers = descriptors.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let sockets = numbers.filter_map(|number| {
+        let link = std::fs::read_link(format!("/proc/{worker}/fd/{number}")).ok()?;
+        link.to_string_lossy().starts_with("socket:").then_some(())?;
+        match rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) {
+            Ok(copy) => Some(copy),
+            Err(error) => {
+                eprintln!("descriptor {number} of process {worker} cannot be copied: {error}");
+                None
+            }
+        }
+    });
+    let mut channels = sockets.filter(|socket| {
+        sockopt::socket_type(socket).is_ok_and(|kind| kind == SocketType::SEQPACKET)
+            && sockopt::socket_acceptconn(socket).is_ok_and(|listens| !listens)
+    });
+    channels.next()
+}
+
+/// Sends packets of nonsense to the controller in the place of a worker, until they are not taken any more; gives their
+/// number. The first has no version that anybody speaks; half of the others have the right one.
+pub fn spew(worker: u32, random: &mut Random) -> u32 {
+    let Some(channel) = channel_of(worker) else {
+        return 0;
+    };
+    let mut sent = 0;
+    for round in 0..100_000 {
+        let mut packet: Vec<u8> = (0..1 + random.below(1024)).map(|_| random.below(256) as u8).collect();
+        packet[0] = if round % 2 == 0 { 0xff } else { VERSION };
+        match rustix::net::send(&channel, &packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(_) => sent += 1,
+            Err(Errno::AGAIN) => {}
+            Err(_) => break,
+        }
+    }
+    sent
 }
 
 /// Process id of the worker of a VM that is shown.
@@ -221,4 +274,50 @@ pub fn shell() -> Value {
         "kernel": payload(), "cmdline": "shell", "debug_port": true,
         "memory": { "size_bytes": 64 << 20, "max_bytes": 48 << 20 },
     })
+}
+
+/// Somebody at the console of a VM, who stays there whatever becomes of the controller.
+#[derive(Debug)]
+pub struct Console {
+    name: String,
+    writer: UnixStream,
+    lines: Receiver<String>,
+}
+
+impl Console {
+    /// Goes to the console of a VM that is shown.
+    ///
+    /// # Panics
+    /// When it has none, or nobody listens there.
+    pub fn of(view: &Value) -> Self {
+        let name = view["name"].as_str().expect("a name").to_owned();
+        let path = view["console"].as_str().unwrap_or_else(|| panic!("{name} has no console: {view}"));
+        let writer = UnixStream::connect(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let reader = writer.try_clone().expect("a descriptor");
+        let lines = crate::lines(reader, std::env::var_os("BALLAST_TEST_ECHO").is_some());
+        Self { name, writer, lines }
+    }
+
+    /// Types a line.
+    ///
+    /// # Panics
+    /// When the console is gone.
+    pub fn send(&mut self, line: &str) {
+        self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes input");
+    }
+
+    /// Reads lines until one starts with `prefix`, and returns it.
+    ///
+    /// # Panics
+    /// When none does within `seconds`.
+    pub fn expect(&self, prefix: &str, seconds: u64) -> String {
+        let end = Instant::now() + deadline(seconds);
+        loop {
+            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.starts_with(prefix) => return line,
+                Ok(_) => {}
+                Err(e) => panic!("{}: no line `{prefix}…` within {:?} ({e})", self.name, deadline(seconds)),
+            }
+        }
+    }
 }

@@ -28,6 +28,17 @@ pub fn resident(n: u64) -> String {
     format!("r{n}")
 }
 
+/// Path of a group: some are inside others, and the root is one.
+fn group(random: &mut Random) -> String {
+    let outer = random.below(4);
+    match random.below(8) {
+        0 | 1 => "/".to_owned(),
+        2..=4 => format!("/g{outer}"),
+        5 | 6 => format!("/g{outer}/h{}", random.below(2)),
+        _ => format!("/g{outer}/h{}/i", random.below(2)),
+    }
+}
+
 /// A VM that stays: it has touched some memory and waits for ever.
 pub fn resident_config() -> Value {
     json!({
@@ -59,7 +70,7 @@ fn config(random: &mut Random) -> Value {
     }
     json!({
         "kernel": payload(), "cmdline": format!("{work} park"), "debug_port": true, "memory": memory,
-        "cpus": 1 + random.below(2),
+        "cpus": 1 + random.below(2), "group": group(random),
         "oom": { "action": random.pick(&["pause", "kill"]), "deadline_ms": 50 + random.below(1000) },
     })
 }
@@ -103,28 +114,87 @@ fn change(random: &mut Random) -> (String, Duration) {
     (query, Duration::from_millis(wait))
 }
 
-/// Makes a request drawn at random.
+/// A request drawn at random.
 fn draw(random: &mut Random) -> Call {
+    if random.chance(25) { draw_group(random) } else { draw_vm(random) }
+}
+
+/// A request about one VM, or about the host.
+fn draw_vm(random: &mut Random) -> Call {
     let vm = name(random);
     let at = |what: &str| format!("/vms/{vm}{what}");
-    match random.below(100) {
+    match random.below(110) {
         0..=21 => {
             let config = if vm.starts_with('r') { resident_config() } else { config(random) };
             Call::new("PUT", "/vms/{name}", at("")).body(config)
         }
-        22..=29 if vm.starts_with('v') => Call::new("DELETE", "/vms/{name}", at("")),
-        30..=49 => {
+        22..=27 if vm.starts_with('v') => Call::new("DELETE", "/vms/{name}", at("")),
+        28..=46 => {
             let (query, wait) = change(random);
             Call::new("PATCH", "/vms/{name}/memory", at("/memory") + &query).body(limits(random)).wait(wait)
         }
-        50..=55 => Call::new("POST", "/vms/{name}/pause", at("/pause")),
-        56..=61 => Call::new("POST", "/vms/{name}/resume", at("/resume")),
-        62..=64 => Call::new("POST", "/vms/{name}/kill", at("/kill")),
-        65..=80 => Call::new("GET", "/vms/{name}", at("")),
-        81..=85 => Call::new("GET", "/vms", "/vms"),
-        86..=88 => Call::new("GET", "/host", "/host"),
-        89..=93 => Call::new("GET", "/vms/{name}/console", at("/console")),
+        47..=52 => Call::new("POST", "/vms/{name}/pause", at("/pause")),
+        53..=59 => Call::new("POST", "/vms/{name}/resume", at("/resume")),
+        60 | 61 => Call::new("POST", "/vms/{name}/kill", at("/kill")),
+        62 | 63 => {
+            let timeout = random.below(500);
+            let path = at("/stop") + &format!("?timeout_ms={timeout}");
+            Call::new("POST", "/vms/{name}/stop", path).wait(Duration::from_millis(timeout))
+        }
+        64..=67 => Call::new("POST", "/vms/{name}/start", at("/start")),
+        68..=77 => {
+            let body = json!({ "group": group(random) });
+            Call::new("POST", "/vms/{name}/move", at("/move")).body(body)
+        }
+        78..=90 => Call::new("GET", "/vms/{name}", at("")),
+        91..=94 => Call::new("GET", "/vms", "/vms"),
+        95 | 96 => Call::new("GET", "/host", "/host"),
+        97..=100 => Call::new("GET", "/vms/{name}/console", at("/console")),
+        101..=103 => Call::new("GET", "/metrics", "/metrics"),
+        104 | 105 => Call::new("GET", "/oom/rank", "/oom/rank"),
         _ => Call::new("GET", "/events", format!("/events?since={}&follow=false", random.below(2000))),
+    }
+}
+
+/// A request about groups, or about many nodes.
+fn draw_group(random: &mut Random) -> Call {
+    let path = group(random);
+    let at = |what: &str| format!("/groups{path}{what}");
+    match random.below(20) {
+        // The root is there, and has the budget.
+        0..=5 if path != "/" => Call::new("PUT", "/groups/{path}", at("")).body(limits_of_group(random)),
+        6..=9 if path != "/" => {
+            let (query, wait) = change(random);
+            Call::new("PATCH", "/groups/{path}", at("") + &query).body(limits_of_group(random)).wait(wait)
+        }
+        10 | 11 if path != "/" => Call::new("DELETE", "/groups/{path}", at("")),
+        12 | 13 => Call::new("GET", "/groups/{path}", at("")),
+        14 => Call::new("GET", "/groups", "/groups"),
+        15 => Call::new("POST", "/groups/{path}/move", at("/move")).body(json!({ "parent": group(random) })),
+        _ => {
+            let wait = random.below(400);
+            let mode = random.pick(&["reclaim", "force", "refuse"]);
+            let mut nodes: Vec<Value> = Vec::new();
+            for _ in 0..2 + random.below(6) {
+                nodes.push(if random.chance(70) {
+                    json!({ "vm": name(random), "limits": limits(random) })
+                } else {
+                    json!({ "group": format!("/g{}", random.below(4)), "limits": limits_of_group(random) })
+                });
+            }
+            let path = format!("/limits?mode={mode}&wait_ms={wait}");
+            Call::new("POST", "/limits", path).body(Value::Array(nodes)).wait(Duration::from_millis(wait))
+        }
+    }
+}
+
+/// Limits of a group: mostly only `max`, in steps that some members together are above and some below.
+fn limits_of_group(random: &mut Random) -> Value {
+    match random.below(8) {
+        0 => json!({}),
+        1 => json!({ "max_bytes": null }),
+        2 => json!({ "max_bytes": null, "min_bytes": random.below(16) * MIB }),
+        _ => json!({ "max_bytes": (16 + random.below(256)) * MIB }),
     }
 }
 

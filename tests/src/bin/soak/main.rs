@@ -1,5 +1,6 @@
-//! The soak behind `scripts/soak`: eight clients do anything at random to thirty VMs of one controller, workers and the
-//! controller itself are killed meanwhile, and whenever all is at rest everything must be exact and nothing left over.
+//! The soak behind `scripts/soak`: eight clients do anything at random to thirty VMs of one controller. Meanwhile workers
+//! are killed or talk nonsense, and the controller itself is killed. Whenever all is at rest everything must be exact and
+//! nothing left over.
 //!
 //! ```text
 //!  phase: clients and kills ──► rest: every invariant ──► drain: only the VMs that stay ──► what the controller holds
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use ballast::controller::events::RING;
 use ballast_tests::random::Random;
-use ballast_tests::serve::{Serve, kill};
+use ballast_tests::serve::{Serve, kill, spew};
 use ballast_tests::{deadline, number};
 use serde_json::Value;
 
@@ -149,8 +150,10 @@ impl Soak {
                     self.world.next_life();
                     self.controllers_killed += 1;
                     self.full = None;
-                } else if let Some(vm) = self.victim() {
-                    kill(vm, libc::SIGKILL);
+                } else if let Some(worker) = self.victim() {
+                    if self.random.chance(75) || spew(worker, &mut self.random) == 0 {
+                        kill(worker, libc::SIGKILL);
+                    }
                     self.workers_killed += 1;
                 }
             }

@@ -17,6 +17,12 @@ pub fn settle(world: &World) {
             world.call(&Call::new("PATCH", "/vms/{name}/memory", path).body(json!({ "max_bytes": null })));
         }
     }
+    for group in groups(world) {
+        if group["memory"]["max_pending_bytes"].is_u64() {
+            let path = format!("/groups{}?mode=force", group["path"].as_str().unwrap_or_default());
+            world.call(&Call::new("PATCH", "/groups/{path}", path).body(json!({ "max_bytes": null })));
+        }
+    }
 }
 
 /// Takes everything away but the VMs that stay, and puts those back into the state they began in.
@@ -30,18 +36,27 @@ pub fn drain(world: &World) {
     for n in 0..RESIDENTS {
         renew(world, &resident(n));
     }
+    // The innermost first.
+    let mut paths: Vec<_> =
+        groups(world).iter().filter_map(|group| group["path"].as_str().map(str::to_owned)).collect();
+    paths.sort_by_key(|path| std::cmp::Reverse(path.matches('/').count()));
+    for path in paths.iter().filter(|path| *path != "/") {
+        world.call(&Call::new("DELETE", "/groups/{path}", format!("/groups{path}")));
+    }
 }
 
 /// A VM that stays, made afresh unless it is one that runs, and with its first limits.
 fn renew(world: &World, name: &str) {
     let path = format!("/vms/{name}");
-    let fits = world
-        .call(&Call::new("GET", "/vms/{name}", &path))
-        .is_some_and(|(status, vm)| status == 200 && vm["state"] != "ended");
-    if !fits {
+    let shown = world.call(&Call::new("GET", "/vms/{name}", &path));
+    let Some(vm) = shown.filter(|(status, vm)| *status == 200 && vm["state"] != "ended").map(|(_, vm)| vm) else {
         world.call(&Call::new("DELETE", "/vms/{name}", &path));
         put(world, name);
         return;
+    };
+    if vm["group"].as_str().is_some_and(|group| group != "/") {
+        let body = json!({ "group": "/" });
+        world.call(&Call::new("POST", "/vms/{name}/move", format!("{path}/move")).body(body));
     }
     let mut limits = resident_config()["memory"].clone();
     for key in ["min_bytes", "low_bytes"] {
@@ -69,11 +84,17 @@ pub fn vms(world: &World) -> Vec<Value> {
     world.get("/vms", "/vms").and_then(|list| list.as_array().cloned()).unwrap_or_default()
 }
 
+/// All groups.
+pub fn groups(world: &World) -> Vec<Value> {
+    let list = world.has("GET", "/groups").then(|| world.get("/groups", "/groups")).flatten();
+    list.and_then(|list| list.as_array().cloned()).unwrap_or_default()
+}
+
 /// What is not as it has to be at rest. Numbers are not all of one moment: what is found once has to be found again.
 pub fn problems(world: &World, controller: u32) -> Vec<String> {
     let mut found = Vec::new();
     let mut complain = |what: String| found.push(what);
-    let mut sum = 0;
+    let mut charges: Vec<(String, u64)> = Vec::new();
     let mut workers = BTreeSet::new();
     for vm in vms(world) {
         let name = vm["name"].as_str().unwrap_or_default().to_owned();
@@ -82,7 +103,7 @@ pub fn problems(world: &World, controller: u32) -> Vec<String> {
             continue;
         };
         let at = |path: &str| number(&vm, path);
-        sum += at("memory.current_bytes");
+        charges.push((vm["group"].as_str().unwrap_or("/").to_owned(), at("memory.current_bytes")));
         if vm["state"] == "ended" {
             if at("memory.current_bytes") != 0 {
                 complain(format!("{name} has ended, and {} bytes are charged", at("memory.current_bytes")));
@@ -116,6 +137,33 @@ pub fn problems(world: &World, controller: u32) -> Vec<String> {
             complain(format!("{name}: {charged} bytes are charged for its pages, {resident} are resident"));
         }
     }
+    let below = |path: &str| {
+        let inside = format!("{}/", path.trim_end_matches('/'));
+        charges
+            .iter()
+            .filter(|(group, _)| group == path || group.starts_with(&inside))
+            .map(|(_, bytes)| bytes)
+            .sum::<u64>()
+    };
+    for group in groups(world) {
+        let path = group["path"].as_str().unwrap_or_default();
+        let (charged, sum) = (number(&group, "memory.current_bytes"), below(path));
+        if group["dying"] == true {
+            complain(format!("{path} is removed, and still there"));
+        }
+        if group["memory"]["max_pending_bytes"].is_u64() {
+            complain(format!("{path} is not at rest: {group}"));
+        }
+        if charged != sum {
+            complain(format!("{path}: {charged} bytes are charged, to the VMs in it {sum}"));
+        }
+        if let Some(max) = group["memory"]["max_bytes"].as_u64()
+            && charged > max + number(&group, "memory.overcharge_bytes")
+        {
+            complain(format!("{path}: above its limit: {group}"));
+        }
+    }
+    let sum = below("/");
     if let Some(root) = world.get("/host", "/host")
         && number(&root, "current_bytes") != sum
     {
