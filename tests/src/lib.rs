@@ -381,12 +381,31 @@ impl Drop for TestVm {
     }
 }
 
+/// An answer over HTTP.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// Status line and headers.
+    pub head: String,
+    /// The body; what is no UTF-8 is replaced.
+    pub body: String,
+}
+
+impl Answer {
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let headers = self.head.lines().filter_map(|line| line.split_once(':'));
+        headers.filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()).next()
+    }
+}
+
 /// One HTTP/1.1 request over a unix socket: status and body.
 ///
 /// # Errors
 /// When the socket does not answer with HTTP.
 pub fn http(socket: &Path, method: &str, path: &str, body: Option<&str>) -> std::io::Result<(u16, String)> {
-    http_within(deadline(120), socket, method, path, body)
+    exchange(deadline(120), socket, method, path, body).map(|answer| (answer.status, answer.body))
 }
 
 /// The same with the longest time that the answer may let one wait.
@@ -400,28 +419,47 @@ pub fn http_within(
     path: &str,
     body: Option<&str>,
 ) -> std::io::Result<(u16, String)> {
+    exchange(bound, socket, method, path, body).map(|answer| (answer.status, answer.body))
+}
+
+/// One HTTP/1.1 request over a unix socket, with the longest time that the answer may let one wait.
+///
+/// # Errors
+/// When the socket does not answer with HTTP in time.
+pub fn exchange(
+    bound: Duration,
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> std::io::Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(bound))?;
     let body = body.unwrap_or_default();
-    write!(
-        stream,
+    let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: ballast\r\nConnection: close\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n{body}",
+         Content-Length: {}\r\n\r\n",
         body.len()
-    )?;
+    );
+    // Who is refused for the head may find the other end closed before all of the body is sent.
+    let sent = stream.write_all([head.as_bytes(), body.as_bytes()].concat().as_slice());
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
+    match stream.read_to_end(&mut answer) {
+        Err(error) if answer.is_empty() || error.kind() != std::io::ErrorKind::ConnectionReset => return Err(error),
+        _ if answer.is_empty() => sent?,
+        _ => {}
+    }
     parse_http(&answer).ok_or_else(|| std::io::Error::other("the answer is not HTTP"))
 }
 
-fn parse_http(answer: &[u8]) -> Option<(u16, String)> {
+fn parse_http(answer: &[u8]) -> Option<Answer> {
     let end = answer.windows(4).position(|w| w == b"\r\n\r\n")?;
-    let head = std::str::from_utf8(&answer[..end]).ok()?;
+    let head = std::str::from_utf8(&answer[..end]).ok()?.to_owned();
     let status = head.split_ascii_whitespace().nth(1)?.parse().ok()?;
     let raw = &answer[end + 4..];
     let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
     let body = if chunked { dechunk(raw)? } else { raw.to_vec() };
-    Some((status, String::from_utf8_lossy(&body).into_owned()))
+    Some(Answer { status, head, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
 fn dechunk(mut raw: &[u8]) -> Option<Vec<u8>> {

@@ -4,9 +4,11 @@
 //! methods and bodies, is a [`Refusal`] in JSON.
 
 mod connection;
+mod document;
 mod events;
 mod groups;
 mod memory;
+pub mod reference;
 pub mod server;
 mod vms;
 
@@ -49,7 +51,19 @@ struct Shared {
 }
 
 #[derive(OpenApi)]
-#[openapi(info(title = "ballast", description = "KVM guests under memory limits that hold"))]
+#[openapi(info(
+    title = "ballast",
+    description = "\
+HTTP/1.1 over a unix socket that its user and root can open, for example \
+`curl --unix-socket $XDG_RUNTIME_DIR/ballast/ballast.sock http://ballast/vms`. The document itself is at `/openapi.json`.
+
+Numbers are integers with their unit in the name. Bodies are JSON objects; an unknown key, and a query where there is none, \
+is refused. What is asked for twice is done once. What changes something is carried out to its end when the client hangs up.
+
+There are at most 256 connections at a time, those that follow events included. A client has 30 s for the head of a \
+request (64 KiB, 100 headers), 10 s for its body (64 KiB), and 30 s in which it may read nothing of its answer. What is no \
+HTTP, or too large a head, is answered 400, 414 or 431 without a body, or closed; every other refusal is a `Refusal`."
+))]
 struct Document;
 
 /// The bytes of a request that is not too large. A length that is announced is believed before it is waited for.
@@ -127,18 +141,20 @@ fn described() -> OpenApiRouter<Shared> {
 
 /// The OpenAPI document as JSON.
 pub fn document() -> String {
-    // Made of strings and maps with string keys: cannot fail.
-    described().into_openapi().to_pretty_json().unwrap_or_default()
+    format!("{:#}", document::complete(described().into_openapi()))
 }
 
 /// The routes, served by `controller`, with `service` also those that make VMs; followers of events end when `stopping`
 /// becomes true.
 pub fn router(controller: Controller, service: Option<Arc<Service>>, stopping: watch::Receiver<bool>) -> Router {
-    let (router, _) = described().split_for_parts();
-    let document = document();
+    let (router, described) = described().split_for_parts();
+    let document = document::complete(described);
+    let with_query = document::with_query(&document);
+    let document = format!("{document:#}");
     let openapi = move || async move { ([("content-type", "application/json")], document.clone()) };
     router
         .route("/openapi.json", axum::routing::get(openapi))
+        .route_layer(axum::middleware::from_fn_with_state(with_query, document::refuse_unknown_queries))
         .fallback(async |uri: axum::http::Uri| {
             Refusal::new(Code::NotFound, format!("there is nothing at {}", uri.path()))
         })

@@ -1,6 +1,8 @@
 //! A VM as it is asked for: one description, whether it comes as the flags of `ballast run`, or as JSON over HTTP.
 
+use std::fmt;
 use std::fs::File;
+use std::marker::PhantomData;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,6 +10,8 @@ use std::time::Duration;
 use balloon::QueueKind;
 use memcg_core::tree::{LimitPatch, Limits};
 use memcg_core::units::{Limit, Pages, SizeArg};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
@@ -110,12 +114,13 @@ pub struct VmConfig {
     #[serde(default = "one")]
     pub cpus: u32,
     /// RAM and limits.
+    #[serde(deserialize_with = "object")]
     pub memory: MemoryConfig,
     /// The balloon.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub balloon: BalloonConfig,
     /// What is done when the VM is held at its limit too long.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub oom: OomConfig,
     /// The ports of freestanding payloads are offered: exit, wait and print.
     #[serde(default)]
@@ -179,6 +184,23 @@ fn root() -> String {
 #[expect(clippy::option_option, reason = "absent, null and a number are three things")]
 pub(crate) fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::Error> {
     Option::deserialize(from).map(Some)
+}
+
+/// A structure from an object alone. Serde takes a list of its values as well, and `[]` where all have defaults.
+pub(crate) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    struct Object<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    from.deserialize_map(Object(PhantomData))
 }
 
 /// A limit in pages; `null` is no limit.
@@ -354,7 +376,12 @@ mod tests {
             let refusal = config(json).plan("web").expect_err(json);
             assert!(refusal.message.contains(part), "{json}: {refusal}");
         }
-        for json in [r#"{"kernel": "/k"}"#, r#"{"kernel": "/k", "memory": {"size_bytes": 1}, "frob": 1}"#] {
+        for json in [
+            r#"{"kernel": "/k"}"#,
+            r#"{"kernel": "/k", "memory": {"size_bytes": 1}, "frob": 1}"#,
+            r#"{"kernel": "/k", "memory": [67108864]}"#,
+            r#"{"kernel": "/k", "memory": {"size_bytes": 67108864}, "oom": []}"#,
+        ] {
             assert!(serde_json::from_str::<VmConfig>(json).is_err(), "{json}");
         }
     }

@@ -79,6 +79,56 @@ impl Code {
             Self::Busy | Self::Stopping => 503,
         }
     }
+
+    /// What it means and what to do, for the reference: a sentence or two without a full stop at the end.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::BadRequest => "the request makes no sense: correct what `message` names",
+            Self::InvalidLimit => {
+                "a limit contradicts another one, is no multiple of 4096, or is out of range: correct it"
+            }
+            Self::Forbidden => "another user's controller: ask as the user who started it, or as root",
+            Self::NotFound => "nothing of this name or path is here: `GET /vms` has those that are",
+            Self::MethodNotAllowed => {
+                "the path has no such method, or `ballast run` is asked for what only `serve` does"
+            }
+            Self::BodyTimeout => "the body did not come in time: send it at once, and as much as `content-length` says",
+            Self::TooLarge => "the body is larger than 64 KiB: no request needs that",
+            Self::GenerationMismatch => {
+                "somebody changed the limits since that `generation`: read them again, and ask again with the present one"
+            }
+            Self::LimitBelowUsage => {
+                "`usage_bytes` are in use and `mode=refuse` was asked for: ask for more, or with `mode=reclaim`"
+            }
+            Self::LimitNotReached => {
+                "the guest did not give back enough in time, the old limit holds: ask for more than `usage_bytes`, give it \
+                 longer (`wait_ms`), or use `mode=force`"
+            }
+            Self::Superseded => "a later request took this one's place: nothing to do, unless yours was the right one",
+            Self::OverheadRefused => {
+                "no room for what the VM costs beside its pages: raise the limit that `message` names, or end another VM"
+            }
+            Self::NotAccounted => {
+                "the VM runs without accounting and that cannot begin: `message` says what is missing"
+            }
+            Self::DoesNotFit => {
+                "the members of a group would be promised more than its limit: raise the limit that `message` names, or \
+                 promise less (`min_bytes`, overhead)"
+            }
+            Self::NoSuchGroup => "a group that is named is not here: make it first with `PUT /groups/{path}`",
+            Self::NotEmpty => "the group has VMs or groups in it: remove or move those first",
+            Self::WrongState => "the VM has ended, is starting, or is otherwise not as it must be: look at its `state`",
+            Self::ResumeRefused => "the memory that the VM needs does not fit: raise its `max_bytes`, then resume",
+            Self::AlreadyExists => {
+                "another VM or group of this name is here: choose another name, or `DELETE` that one first"
+            }
+            Self::StartFailed => "the VM could not be started: `message` has what its worker said",
+            Self::Busy => {
+                "a worker does not answer, or there are too many connections: try again; if it stays so, kill the VM"
+            }
+            Self::Stopping => "the controller is going away: ask again when it is back",
+        }
+    }
 }
 
 /// A refusal, also the body of every HTTP answer from 400 upwards.

@@ -55,7 +55,7 @@ pub enum EventKind {
     Dropped,
 }
 
-/// One event.
+/// One event. The numbers that explain it are in further keys, their units in the names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
     /// Sequence number, from 1, without gaps.

@@ -1,0 +1,100 @@
+//! The `curl --unix-socket` lines of README.md and docs/, run as they stand.
+//!
+//! A block of `sh` with such a line in it is run from its top, all of its commands, where a reader would run it: there is
+//! a `ballast serve`, a VM called `web` of `ballast run` beside it, and the variables that the text above sets. What a
+//! document takes for granted beyond that is in [`BEFORE`].
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use ballast_tests::serve::Serve;
+use ballast_tests::{TestVm, ballast, payload};
+
+use super::skipped;
+
+/// Commands for the VMs and groups of `serve` that a document has made by the time of its first `curl`.
+const BEFORE: &[(&str, &str)] = &[];
+
+/// What a reader's shell is: a command that fails ends it, and an answer from 400 upwards is a failure.
+const SHELL: &str = r#"
+set -euo pipefail
+curl() { command curl --fail-with-body --max-time 60 "$@"; }
+ballast() { "$BALLAST" "$@"; }
+"#;
+
+/// The checkout.
+fn top() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace")
+}
+
+fn documents() -> Vec<PathBuf> {
+    let docs = std::fs::read_dir(top().join("docs")).expect("docs").flatten().map(|entry| entry.path());
+    let mut found: Vec<_> = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect();
+    found.push(top().join("README.md"));
+    found.sort();
+    found
+}
+
+/// The blocks of `sh` that ask a socket.
+fn blocks(text: &str) -> Vec<String> {
+    let mut blocks = Vec::new();
+    let mut lines = text.lines();
+    while lines.any(|line| line.trim() == "```sh") {
+        let block: Vec<_> = lines.by_ref().take_while(|line| line.trim() != "```").collect();
+        blocks.push(block.join("\n"));
+    }
+    blocks.retain(|block| block.contains("curl") && block.contains("--unix-socket"));
+    blocks
+}
+
+#[test]
+fn the_curl_lines_of_the_documentation_work() {
+    let curl = Command::new("curl").arg("--version").stdout(Stdio::null()).status();
+    if !curl.is_ok_and(|status| status.success()) {
+        println!("SKIP docs-curl reason=there-is-no-curl");
+        return;
+    }
+    if skipped("docs-curl") {
+        return;
+    }
+    let mut run = 0;
+    for path in documents() {
+        let name = path.strip_prefix(top()).expect("below").to_str().expect("text").to_owned();
+        let blocks = blocks(&std::fs::read_to_string(&path).expect("readable"));
+        if blocks.is_empty() {
+            continue;
+        }
+        let serve = Serve::start(&[]);
+        let vm = TestVm::builder("web").memory("size=64M,max=48M").cmdline("shell").start();
+        vm.wait_state("running", 10);
+        let runtime = tempfile::Builder::new().prefix("bd").tempdir().expect("a temporary directory");
+        let sockets = runtime.path().join("ballast");
+        std::fs::create_dir(&sockets).expect("made");
+        symlink(serve.socket(), sockets.join("ballast.sock")).expect("made");
+        symlink(vm.socket(), sockets.join("web.sock")).expect("made");
+        let shell = |commands: &str| {
+            let mut command = Command::new("bash");
+            command.arg("-c").arg(format!("{SHELL}{commands}")).stdin(Stdio::null());
+            command.env("XDG_RUNTIME_DIR", runtime.path()).env("BALLAST", ballast()).env("PAYLOAD", payload());
+            let output = command.env_remove("BALLAST_SOCKET").output().expect("bash");
+            let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{name}:\n{commands}\n-- {}\n{out}\n{err}", output.status);
+        };
+        if let Some((_, before)) = BEFORE.iter().find(|(document, _)| *document == name) {
+            shell(before);
+        }
+        for block in blocks {
+            shell(&block);
+            run += block.matches("curl ").count();
+        }
+    }
+    println!("{run} lines");
+    assert!(run > 5, "{run} lines only: have they another form now?");
+}
+
+#[test]
+fn blocks_of_other_languages_and_without_curl_are_left_alone() {
+    let text = "```sh\necho\n```\n```json\ncurl --unix-socket\n```\n  ```sh\nS=1\ncurl --unix-socket $S\n```\n";
+    assert_eq!(blocks(text), ["S=1\ncurl --unix-socket $S"]);
+}
