@@ -41,6 +41,21 @@ const QUIET_GUEST: [u8; 38] = [
 
 /// Measures one of [`IDS`].
 pub fn measure(id: &str) -> Outcome {
+    // What else the machine does is not what is measured; everybody started from here inherits it.
+    schedule(libc::SCHED_FIFO, 10);
+    let outcome = outcome(id);
+    schedule(libc::SCHED_OTHER, 0);
+    outcome
+}
+
+/// Sets how this thread is scheduled, as far as that is allowed.
+fn schedule(policy: libc::c_int, priority: libc::c_int) {
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: the call reads the parameters.
+    let _ = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+}
+
+fn outcome(id: &str) -> Outcome {
     match id {
         "R25" => create(),
         "create_rate" => create_rate("create_rate", 1),
