@@ -119,6 +119,17 @@ fn linux_lives_under_a_limit_that_is_lowered_and_raised_and_is_exact_at_ten_poin
     assert!(!vm.socket().exists());
 }
 
+/// What `ballast stop` does: the kernel hears of the button by ACPI, and its init turns the machine off.
+#[test]
+fn linux_powers_itself_off_when_the_button_is_pressed() {
+    let mut vm = linux("button").cmdline(CMDLINE).memory("size=256M").start();
+    vm.expect("READY", 60);
+    let (status, stopped) = vm.post("stop?timeout_ms=300000");
+    assert_eq!((status, &stopped["killed"]), (200, &json!(false)), "{stopped}");
+    assert_eq!(stopped["end"], "the guest powered itself off");
+    assert_eq!(vm.wait(30).code(), Some(0));
+}
+
 #[test]
 fn linux_held_at_its_limit_is_paused_and_goes_on_when_the_limit_is_raised() {
     // Without a balloon driver nothing keeps the guest below its limit.

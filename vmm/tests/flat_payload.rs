@@ -10,6 +10,7 @@ use std::time::Duration;
 use ballast::devices::bus::Buses;
 use ballast::devices::console::{self, Console};
 use ballast::devices::debug_port::{self, DebugPort};
+use ballast::devices::power::PowerButton;
 use ballast::devices::serial::{self, SerialPort};
 use ballast::machine::boot::{BootPlan, BootRequest};
 use ballast::machine::kvm::{NewVm, supported_cpuid};
@@ -129,7 +130,8 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let port = Arc::new(Mutex::new(SerialPort::new(Arc::clone(&console), irq)));
     let mut buses = Buses::default();
     buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port).unwrap();
-    let debug = Arc::new(Mutex::new(DebugPort::new(console)));
+    let button = Arc::new(PowerButton::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+    let debug = Arc::new(Mutex::new(DebugPort::new(console, button)));
     buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, debug).unwrap();
 
     let kernel = payload();

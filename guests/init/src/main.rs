@@ -4,9 +4,12 @@
 //! exactly one last line that begins with `OK` or `ERR`. Nothing is echoed and there is no prompt. `help` lists the
 //! commands.
 //!
+//! It powers the machine off when somebody presses the power button, as `ballast stop` does.
+//!
 //! The memory that `touch` takes belongs to a second process, the *holder*: when the guest's own OOM killer strikes, it
 //! finds that one, the console still answers, and the next command says what happened.
 
+mod button;
 mod console;
 mod holder;
 mod sys;
@@ -44,6 +47,7 @@ fn main() {
     }
     // Only emergencies reach the console from here on: anything else would end up inside an answer. `dmesg` has it all.
     sys::console_level(1);
+    button::watch();
     println!("READY");
     let mut holder = None;
     loop {

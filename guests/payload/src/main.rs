@@ -6,7 +6,7 @@
 //!
 //! Commands stand one after the other, separated by `;`. Each answers with one line that begins with `OK` or `ERR`. The
 //! first error ends the guest with status 1, the end of the command line with 0; `shell` reads on from the serial port,
-//! where an error ends nothing. Numbers are decimal or `0x`, with K, M, G, T.
+//! where an error ends nothing, and ends with 0 when the power button is pressed. Numbers are decimal or `0x`, with K, M, G, T.
 //!
 //! ```text
 //! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1] [cpus=all]

@@ -10,6 +10,7 @@ mod groups;
 mod memory;
 pub mod reference;
 pub mod server;
+mod stop;
 mod vms;
 
 use std::sync::Arc;
@@ -135,6 +136,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(pause))
         .routes(routes!(resume))
         .routes(routes!(kill))
+        .routes(routes!(stop::stop))
+        .routes(routes!(stop::start))
         .routes(routes!(events::events))
         .merge(groups::described())
 }

@@ -15,7 +15,7 @@ use crate::controller::view::VmView;
 
 impl Shared {
     /// What makes VMs here.
-    fn service(&self) -> Result<&Arc<Service>, Refusal> {
+    pub(super) fn service(&self) -> Result<&Arc<Service>, Refusal> {
         self.service.as_ref().ok_or_else(|| {
             let message = "this is the controller of one `ballast run`: `ballast serve` makes and removes VMs";
             Refusal::new(Code::MethodNotAllowed, message)

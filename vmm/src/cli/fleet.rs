@@ -6,8 +6,9 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{group_path, name};
+use super::verbs::each;
 use super::vm_args::VmArgs;
-use super::{DONE, Failure, NameArg, SocketArg, client, show, socket, usage};
+use super::{DONE, Failure, NamesArg, SocketArg, client, show, socket, usage};
 use crate::controller::config::VmConfig;
 use crate::controller::view::VmView;
 
@@ -35,12 +36,13 @@ pub async fn create(args: CreateArgs) -> Result<u8, Failure> {
     Ok(DONE)
 }
 
-/// Ends a VM and forgets it.
-pub async fn rm(args: &NameArg) -> Result<u8, Failure> {
-    let vm = name(&args.name).map_err(Failure::usage)?;
-    let socket = socket::to_reach(&args.socket, &vm)?;
-    client::request(&socket, Method::DELETE, &format!("/vms/{vm}"), String::new()).await?;
-    Ok(DONE)
+/// Ends VMs and forgets them.
+pub async fn rm(args: NamesArg) -> Result<u8, Failure> {
+    each(&args.names, &args.socket, |vm, socket| async move {
+        client::request(&socket, Method::DELETE, &format!("/vms/{vm}"), String::new()).await?;
+        Ok(())
+    })
+    .await
 }
 
 /// `ballast ps`.

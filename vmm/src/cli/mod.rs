@@ -38,7 +38,7 @@ pub use group::GroupArgs;
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
 pub use serve::ServeArgs;
-pub use verbs::{EventsArgs, SetArgs};
+pub use verbs::{EventsArgs, SetArgs, StopArgs};
 pub use vm_args::VmArgs;
 
 /// Done.
@@ -81,8 +81,12 @@ pub enum Verb {
     Create(Box<CreateArgs>),
     /// List the VMs
     Ps(PsArgs),
-    /// End a VM of `serve` and forget it
-    Rm(NameArg),
+    /// End VMs of `serve` and forget them
+    Rm(NamesArg),
+    /// Start VMs of `serve` that have ended again
+    Start(NamesArg),
+    /// Ask the guests of VMs to power themselves off, and kill those that do not
+    Stop(StopArgs),
     /// Go to the console of a VM (Ctrl-] leaves it alone again)
     Console(ConsoleArgs),
     /// Show a VM
@@ -100,12 +104,12 @@ pub enum Verb {
     Set(SetArgs),
     /// Make, change, list and remove groups of VMs
     Group(GroupArgs),
-    /// Stop the vCPUs of a VM
-    Pause(NameArg),
-    /// Let the vCPUs of a VM go on
-    Resume(NameArg),
-    /// End a VM at once
-    Kill(NameArg),
+    /// Stop the vCPUs of VMs
+    Pause(NamesArg),
+    /// Let the vCPUs of VMs go on
+    Resume(NamesArg),
+    /// End VMs at once
+    Kill(NamesArg),
     /// Print what has happened, and what happens
     Events(EventsArgs),
     /// Say whether this host can run VMs, and what to do if not
@@ -120,11 +124,12 @@ pub struct SocketArg {
     pub socket: Option<PathBuf>,
 }
 
-/// A verb that needs a name only.
+/// A verb that needs names only.
 #[derive(Debug, clap::Args)]
-pub struct NameArg {
-    /// Name of the VM
-    pub name: String,
+pub struct NamesArg {
+    /// Name of the VM, or of several
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
     #[command(flatten)]
     socket: SocketArg,
 }
@@ -193,14 +198,16 @@ pub fn main() -> ExitCode {
             Verb::Serve(args) => serve::serve(args, &cli.log).await,
             Verb::Create(args) => fleet::create(*args).await,
             Verb::Ps(args) => fleet::ps(args).await,
-            Verb::Rm(args) => fleet::rm(&args).await,
+            Verb::Rm(args) => fleet::rm(args).await,
+            Verb::Start(args) => verbs::act(args, "start").await,
+            Verb::Stop(args) => verbs::stop(args).await,
             Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
             Verb::Group(args) => group::group(args).await,
-            Verb::Pause(args) => verbs::act(&args, "pause").await,
-            Verb::Resume(args) => verbs::act(&args, "resume").await,
-            Verb::Kill(args) => verbs::act(&args, "kill").await,
+            Verb::Pause(args) => verbs::act(args, "pause").await,
+            Verb::Resume(args) => verbs::act(args, "resume").await,
+            Verb::Kill(args) => verbs::act(args, "kill").await,
             Verb::Events(args) => verbs::events(args).await,
             Verb::Doctor => Ok(doctor::doctor()),
         }

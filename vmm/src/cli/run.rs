@@ -121,6 +121,10 @@ fn conclude(end: VmEnd, name: &str, memory: &Memory) -> Result<u8, Failure> {
         VmEnd::Killed(KilledBy::Request) => {
             Err(Failure { message: format!("the VM {name} was killed on request"), status: KILLED })
         }
+        VmEnd::Killed(KilledBy::Stop) => Err(Failure {
+            message: format!("the VM {name} was killed: it did not power itself off in time"),
+            status: KILLED,
+        }),
         VmEnd::Killed(KilledBy::Policy) => Err(Failure {
             message: format!(
                 "the VM {name} was killed: it was held at memory.max {} for too long; raise max, or choose --oom \
@@ -160,6 +164,7 @@ mod tests {
         assert_eq!(status(VmEnd::Guest(ExitReason::Error)), 125);
         assert_eq!(status(VmEnd::Killed(KilledBy::Policy)), 137);
         assert_eq!(status(VmEnd::Killed(KilledBy::Request)), 137);
+        assert_eq!(status(VmEnd::Killed(KilledBy::Stop)), 137);
         assert_eq!(status(VmEnd::Died { message: "vanished".to_owned() }), 125);
         assert_eq!(signal_status(15), 143);
     }

@@ -1,6 +1,7 @@
-//! `set`, `pause`, `resume`, `kill`, `events`.
+//! `set`, `start`, `stop`, `pause`, `resume`, `kill`, `events`.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use http_body_util::BodyExt;
@@ -8,9 +9,10 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{duration, limit, name, on_off};
-use super::{DONE, Failure, NOT_REACHED, NameArg, SocketArg, client, show, socket};
+use super::{DONE, Failure, NOT_REACHED, NamesArg, SocketArg, client, show, socket, usage};
 use crate::api::MemoryPatch;
 use crate::controller::events::{Event, EventKind};
+use crate::controller::stop::StopView;
 use crate::controller::view::{VmState, VmView};
 use crate::controller::{DEADLINE, host};
 
@@ -116,16 +118,70 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
     Ok(DONE)
 }
 
-/// Does one of the verbs that are a word and a name.
-pub async fn act(args: &NameArg, verb: &str) -> Result<u8, Failure> {
-    let vm = name(&args.name).map_err(Failure::usage)?;
-    let socket = socket::to_reach(&args.socket, &vm)?;
-    let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
-    let view: VmView = client::decode(&body)?;
-    if verb == "resume" && view.state == VmState::Running && view.held.now {
-        eprintln!("ballast: {vm} goes on when it has memory: it is held at its limit");
+/// Requests under way at one time.
+const AT_ONCE: usize = 16;
+
+/// Does something with each of several VMs, many at a time. What fails is said in one line each and keeps no other from being
+/// done; the exit status is that of the last failure.
+pub async fn each<F>(names: &[String], at: &SocketArg, one: impl Fn(String, PathBuf) -> F) -> Result<u8, Failure>
+where
+    F: Future<Output = Result<(), Failure>> + Send + 'static,
+{
+    let names: Vec<_> = names.iter().map(|text| name(text)).collect::<Result<_, _>>().map_err(Failure::usage)?;
+    let mut failed: Option<Failure> = None;
+    for some in names.chunks(AT_ONCE) {
+        let begin = |vm: &String| socket::to_reach(at, vm).map(|socket| tokio::spawn(one(vm.clone(), socket)));
+        for begun in some.iter().map(begin).collect::<Vec<_>>() {
+            let done = match begun {
+                Ok(task) => task.await.unwrap_or_else(|error| Err(Failure::error(error.to_string()))),
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = done
+                && let Some(before) = failed.replace(failure)
+            {
+                eprintln!("ballast: {}", usage::printable(&before.message));
+            }
+        }
     }
-    Ok(DONE)
+    failed.map_or(Ok(DONE), Err)
+}
+
+/// Does one of the verbs that are a word and names.
+pub async fn act(args: NamesArg, verb: &'static str) -> Result<u8, Failure> {
+    each(&args.names, &args.socket, move |vm, socket| async move {
+        let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
+        let view: VmView = client::decode(&body)?;
+        if verb == "resume" && view.state == VmState::Running && view.held.now {
+            eprintln!("ballast: {vm} goes on when it has memory: it is held at its limit");
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// `ballast stop`.
+#[derive(Debug, clap::Args)]
+pub struct StopArgs {
+    #[command(flatten)]
+    vms: NamesArg,
+    /// How long a guest has to power itself off before its VM is killed
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s")]
+    timeout: Duration,
+}
+
+/// Asks guests to power themselves off, and says which had to be killed.
+pub async fn stop(args: StopArgs) -> Result<u8, Failure> {
+    let timeout = host::scaled(args.timeout);
+    each(&args.vms.names, &args.vms.socket, move |vm, socket| async move {
+        let target = format!("/vms/{vm}/stop?timeout_ms={}", timeout.as_millis());
+        let (_, body) = client::request(&socket, Method::POST, &target, String::new()).await?;
+        let stopped: StopView = client::decode(&body)?;
+        if stopped.killed {
+            eprintln!("ballast: {vm} did not power itself off and was killed");
+        }
+        Ok(())
+    })
+    .await
 }
 
 /// `ballast events`.

@@ -15,10 +15,12 @@
 //! | `groups.rs` | groups, and what is asked of a VM or of a group alike |
 //! | `promises.rs` | whether what is promised fits |
 //! | `recall.rs` | stocks that are wanted back |
+//! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `show.rs` | what the interface sees |
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::tree::{NodeId, Tree};
@@ -68,7 +70,10 @@ pub(super) enum Input {
 
 /// A VM that has ended and whose memory is back.
 pub(super) struct Past {
+    pub id: VmId,
     pub view: VmView,
+    /// As it was asked for, so that it can be started again.
+    pub config: Option<Arc<VmConfig>>,
     pub console: Option<ConsoleLog>,
 }
 
@@ -203,7 +208,7 @@ impl Actor {
         self.past.values().map(|past| past.view.clone()).chain(shown).collect()
     }
 
-    fn past_view(&self, name: &str) -> Option<VmView> {
+    pub fn past_view(&self, name: &str) -> Option<VmView> {
         self.past.get(name).map(|past| past.view.clone())
     }
 
@@ -437,6 +442,7 @@ impl Actor {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
             self.overdue_hold(id, now);
+            self.overdue_stop(id, now);
             self.overdue_worker(id, now);
         }
     }

@@ -142,6 +142,7 @@ impl Actor {
             hold: None,
             seq: 0,
             waiting: Vec::new(),
+            stopping: None,
             killers: Vec::new(),
             removers: Vec::new(),
             starters: Vec::new(),

@@ -22,9 +22,13 @@ use super::events::EventKind;
 use super::host;
 use super::link::FromLink;
 use super::spawn::Death;
+use super::stop::StopView;
 use super::view::{RamView, VmState};
 use super::vm::{Awaited, KilledBy, VmEnd, VmId};
 use crate::worker::protocol::{ExitReason, FromWorker, MAX_SLOTS, RamSlot, ToWorker};
+
+/// Most VMs that are remembered after their end; the newest are.
+pub(super) const MOST_ENDED: usize = 1000;
 
 /// How long last words are waited for once the process is dead.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -208,6 +212,7 @@ impl Actor {
         if let Some(console) = &mut vm.console {
             console.keep();
         }
+        let killed = matches!(cause, VmEnd::Killed(_));
         if let Some(ended) = vm.ended.take() {
             // Nobody may be waiting (a VM that outlives its starter).
             let _ = ended.send(cause);
@@ -219,6 +224,7 @@ impl Actor {
         }
         let removers = std::mem::take(&mut vm.removers);
         let killers = std::mem::take(&mut vm.killers);
+        let stoppers = vm.stopping.take().map(|stopping| stopping.replies).unwrap_or_default();
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
         self.refuse_waiting(id, &gone);
@@ -227,6 +233,9 @@ impl Actor {
         self.event(kind, Some(&name), details);
         for reply in killers {
             answer(reply, Ok(self.vm_view(id, false)));
+        }
+        for reply in stoppers {
+            answer(reply, Ok(StopView { killed, vm: self.vm_view(id, false) }));
         }
         for waiting in waiting {
             match waiting.what {
@@ -260,7 +269,13 @@ impl Actor {
         if let Some(vm) = self.vms.remove(&id)
             && !vm.forgotten
         {
-            self.past.insert(vm.name, Past { view, console: vm.console });
+            self.past.insert(vm.name, Past { id, view, config: vm.config, console: vm.console });
+            let oldest = || self.past.iter().min_by_key(|(_, past)| past.id).map(|(name, _)| name.clone());
+            if self.past.len() > MOST_ENDED
+                && let Some(name) = oldest()
+            {
+                self.past.remove(&name);
+            }
         }
         self.reap();
         self.roomier = true;
@@ -290,7 +305,12 @@ fn describe(cause: &VmEnd) -> (EventKind, serde_json::Value) {
             (EventKind::Stopped, json!({ "reason": reason, "status": status }))
         }
         VmEnd::Killed(by) => {
-            (EventKind::Killed, json!({ "by": if *by == KilledBy::Policy { "policy" } else { "request" } }))
+            let by = match by {
+                KilledBy::Policy => "policy",
+                KilledBy::Request => "request",
+                KilledBy::Stop => "stop",
+            };
+            (EventKind::Killed, json!({ "by": by }))
         }
         VmEnd::Failed { message, smallest_max } => {
             (EventKind::WorkerDied, json!({ "reason": message, "smallest_max_bytes": smallest_max.map(Pages::bytes) }))

@@ -22,6 +22,7 @@ mod recall;
 mod show;
 pub mod spawn;
 pub mod start;
+pub mod stop;
 #[cfg(test)]
 mod tests;
 pub mod view;

@@ -17,8 +17,9 @@ use super::config::{Plan, VmConfig};
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::spawn::{self, Launch, SpawnError};
+use super::stop::STOP_PATIENCE;
 use super::view::{VmState, VmView};
-use super::{Controller, VmEnd, VmId};
+use super::{Controller, VmEnd, VmId, host};
 use crate::chain::chain;
 
 /// Why a VM could not be started.
@@ -160,16 +161,21 @@ impl Service {
         lock.lock_owned().await
     }
 
-    /// Makes no more VMs and ends those there are, the newest first.
+    /// Makes no more VMs and stops those there are, the newest first: all guests are asked to power themselves off, and
+    /// what has not when the time of [`STOP_PATIENCE`] is over is killed.
     ///
     /// # Errors
     /// When the controller has gone.
     pub async fn stop(&self, controller: &Controller) -> Result<(), Refusal> {
         *self.open.write().await = false;
-        let mut names: Vec<_> = controller.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended).collect();
-        while let Some(vm) = names.pop() {
+        let running = controller.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended);
+        let stop = |vm: VmView| {
+            let controller = controller.clone();
+            tokio::spawn(async move { controller.stop(&vm.name, host::scaled(STOP_PATIENCE)).await })
+        };
+        for stopped in running.rev().map(stop).collect::<Vec<_>>() {
             // One that has ended meanwhile is as good.
-            let _ = controller.kill(&vm.name).await;
+            let _ = stopped.await;
         }
         Ok(())
     }

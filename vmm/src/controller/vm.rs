@@ -15,6 +15,7 @@ use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
 use super::spawn::Death;
+use super::stop::Stopping;
 use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
 use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
 
@@ -78,6 +79,8 @@ pub enum KilledBy {
     Policy,
     /// Somebody at the interface.
     Request,
+    /// Somebody at the interface who had asked the guest to end, and it did not in time.
+    Stop,
 }
 
 /// How a VM ended.
@@ -110,6 +113,7 @@ impl fmt::Display for VmEnd {
             Self::Guest(ExitReason::TripleFault) => write!(f, "the guest stopped with a triple fault"),
             Self::Guest(ExitReason::Error) => write!(f, "the VM failed"),
             Self::Killed(KilledBy::Request) => write!(f, "it was killed on request"),
+            Self::Killed(KilledBy::Stop) => write!(f, "it was killed: it did not power itself off in time"),
             Self::Killed(KilledBy::Policy) => write!(f, "it was killed: it was held at its limit for too long"),
             Self::Failed { message, smallest_max: None } => write!(f, "{message}"),
             Self::Failed { message, smallest_max: Some(smallest) } => {
@@ -201,6 +205,8 @@ pub(super) struct Vm {
     pub hold: Option<Hold>,
     pub seq: u32,
     pub waiting: Vec<Waiting>,
+    /// Its guest was asked to power itself off.
+    pub stopping: Option<Stopping>,
     /// Answers to `kill`, given when the process is gone.
     pub killers: Vec<Reply<VmView>>,
     /// Answers to `remove`, given when the process is gone.

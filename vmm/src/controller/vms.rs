@@ -197,6 +197,7 @@ impl Vm {
             Accounting::Beginning(beginning) => beginning.next_deadline(),
             Accounting::Off | Accounting::On => None,
         };
-        answers.chain(hold).chain(activation).chain(self.patience).min()
+        let stop = self.stopping.as_ref().and_then(|stopping| stopping.until);
+        answers.chain(hold).chain(activation).chain(stop).chain(self.patience).min()
     }
 }

@@ -1,12 +1,13 @@
-//! Ports for freestanding payloads: end with a status, wait, and print a mark. Off unless asked for.
+//! Ports for freestanding payloads: end with a status, hear that one should, wait, and print a mark. Off unless asked for.
 //!
 //! | port | access | what happens |
 //! | --- | --- | --- |
 //! | 0x504 | 32-bit write | the VM ends with the low 8 bits as its status |
+//! | 0x504 | 32-bit read | bit 0: somebody wants the guest to end (`ballast stop`); the others are 0 |
 //! | 0x508 | 32-bit write | the instruction takes that many milliseconds: a payload at CPL 3 has no `HLT` |
 //! | 0x50c | 32-bit write | `MARK <value> <nanoseconds of the host's monotonic clock>` on the console |
 //!
-//! All read as zero. A waiting vCPU is in user space and can be stopped and ended like any other.
+//! The others read as zero. A waiting vCPU is in user space and can be stopped and ended like any other.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::bus::{BusDevice, Effect};
 use super::console::Console;
+use super::power::PowerButton;
 use crate::worker::protocol::ExitReason;
 
 /// Offset of the port that ends the VM.
@@ -30,18 +32,24 @@ pub const PORTS: u64 = 12;
 #[derive(Debug)]
 pub struct DebugPort {
     console: Arc<Console>,
+    button: Arc<PowerButton>,
 }
 
 impl DebugPort {
-    /// Prints its marks on `console`.
-    pub fn new(console: Arc<Console>) -> Self {
-        Self { console }
+    /// Prints its marks on `console`, and says whether `button` was pressed.
+    pub fn new(console: Arc<Console>, button: Arc<PowerButton>) -> Self {
+        Self { console, button }
     }
 }
 
 impl BusDevice for DebugPort {
-    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
+        if offset == EXIT
+            && let Some(first) = data.first_mut()
+        {
+            *first = self.button.was_pressed().into();
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
@@ -64,18 +72,29 @@ impl BusDevice for DebugPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmm_sys_util::eventfd::EventFd;
+
     use crate::devices::console;
 
     #[test]
     fn each_port_does_its_job() {
         let memory = console::create().unwrap();
         let console = Arc::new(Console::new(&memory).unwrap());
-        let mut port = DebugPort::new(Arc::clone(&console));
+        let button = Arc::new(PowerButton::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+        let mut port = DebugPort::new(Arc::clone(&console), Arc::clone(&button));
         assert_eq!(port.write(EXIT, &0x107u32.to_le_bytes()), Effect::Exit(ExitReason::Status(7)));
         assert_eq!(port.write(EXIT, &[3]), Effect::Exit(ExitReason::Status(3)));
         assert_eq!(port.write(WAIT, &1500u32.to_le_bytes()), Effect::Wait(Duration::from_millis(1500)));
         assert_eq!(port.write(MARK, &42u32.to_le_bytes()), Effect::None);
         assert_eq!(port.write(5, &[1]), Effect::None);
+        let mut read = |offset| {
+            let mut data = [0xff; 4];
+            port.read(offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!((0..PORTS).map(&mut read).sum::<u32>(), 0);
+        button.press();
+        assert_eq!((read(EXIT), (1..PORTS).map(&mut read).sum::<u32>()), (1, 0));
         let printed = String::from_utf8(console::read(&memory).unwrap()).unwrap();
         let words: Vec<_> = printed.split_whitespace().collect();
         assert_eq!(words[..2], ["MARK", "42"]);

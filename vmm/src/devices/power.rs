@@ -1,7 +1,11 @@
-//! Turning off and resetting: the ACPI registers of a hardware-reduced platform, and the keyboard controller's reset.
+//! The power button, turning off and resetting: the ACPI registers of a hardware-reduced platform, and the keyboard controller's reset.
 //!
 //! ACPI 6.4, 4.8.3.7: writing the sleep type with the enable bit to the sleep control register enters that state. The
 //! DSDT names type [`S5_TYPE`] for soft-off and offers no other. The FADT names the reset register and its value.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::{BusDevice, Effect};
 use crate::worker::protocol::ExitReason;
@@ -21,6 +25,33 @@ pub const S5_TYPE: u8 = 5;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
+
+/// The button by which somebody asks the guest to turn itself off. A guest with ACPI is interrupted; one without looks at
+/// the debug port ([`super::debug_port`]).
+#[derive(Debug)]
+pub struct PowerButton {
+    pressed: AtomicBool,
+    line: EventFd,
+}
+
+impl PowerButton {
+    /// A button that interrupts by `line`.
+    pub fn new(line: EventFd) -> Self {
+        Self { pressed: AtomicBool::new(false), line }
+    }
+
+    /// Presses it.
+    pub fn press(&self) {
+        self.pressed.store(true, Ordering::Relaxed);
+        // It fails only when the counter is full, and then the interrupt is pending anyway.
+        let _ = self.line.write(1);
+    }
+
+    /// Whether it was ever pressed.
+    pub fn was_pressed(&self) -> bool {
+        self.pressed.load(Ordering::Relaxed)
+    }
+}
 
 /// The ACPI registers.
 #[derive(Debug, Default)]
@@ -64,6 +95,17 @@ impl BusDevice for I8042Reset {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_button_interrupts_each_time_and_remembers() {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let button = PowerButton::new(line.try_clone().unwrap());
+        assert!(!button.was_pressed() && line.read().is_err());
+        button.press();
+        button.press();
+        assert!(button.was_pressed());
+        assert_eq!(line.read().unwrap(), 2);
+    }
 
     #[test]
     fn only_the_documented_writes_end_the_vm() {

@@ -1,7 +1,8 @@
 //! The firmware tables: a hardware-reduced ACPI platform with local APICs, one I/O APIC, COM1 and virtio-mmio devices.
 //!
 //! Hardware-reduced means: no legacy timer, no legacy interrupt controller, no power management block; soft-off and
-//! reset are two ports ([`crate::devices::power`]). Device interrupts are edge-triggered and active high, because they
+//! reset are two ports ([`crate::devices::power`]), and the power button is an interrupt of the *generic event device*
+//! (ACPI 6.4, 5.6.9), whose method tells the button's driver. Device interrupts are edge-triggered and active high, because they
 //! come from eventfds, which raise and lower the line at once.
 
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -21,6 +22,8 @@ const REVISION: u32 = 1;
 /// FADT: there is no VGA and no CMOS clock; without bit 1 there is no keyboard controller either.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_RTC: u16 = 1 << 5;
+/// What a power button is notified of (ACPI 6.4, table 5.152).
+const PRESSED: u8 = 0x80;
 
 /// What the tables describe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +102,7 @@ fn dsdt(request: AcpiRequest) -> impl Aml {
     let (type_, zero) = (power::S5_TYPE, aml::ZERO);
     aml::Name::new("_S5_".into(), &aml::Package::new(vec![&type_, &zero, &zero, &zero])).to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
+    power_button(&mut dsdt);
     for n in 0..request.virtio_devices {
         virtio(&mut dsdt, n);
     }
@@ -117,6 +121,37 @@ fn com1(dsdt: &mut Sdt) {
                     &aml::Interrupt::new(true, true, false, false, layout::COM1_GSI),
                     &aml::IO::new(layout::COM1, layout::COM1, 1, serial::PORTS as u8),
                 ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(dsdt);
+}
+
+/// The button, and the device that says when it is pressed. Nothing else raises that interrupt, so the method need not ask
+/// which one it was.
+fn power_button(dsdt: &mut Sdt) {
+    let id = aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C0C"));
+    aml::Device::new("_SB_.PWRB".into(), vec![&id]).to_aml_bytes(dsdt);
+    aml::Device::new(
+        "_SB_.GED_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"ACPI0013"),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    layout::POWER_BUTTON_GSI,
+                )]),
+            ),
+            &aml::Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&aml::Notify::new(&aml::Path::new("\\_SB_.PWRB"), &PRESSED)],
             ),
         ],
     )
@@ -182,6 +217,9 @@ mod tests {
             assert_eq!(&dsdt[..4], b"DSDT");
             let devices = dsdt.windows(8).filter(|w| *w == b"LNRO0005").count();
             assert_eq!(devices, virtio_devices as usize);
+            // NotifyOp, the button's path from the root, and what it is told.
+            let notify = b"\x86\\\x2e_SB_PWRB\x0a\x80";
+            assert!(dsdt.windows(notify.len()).any(|w| w == notify) && dsdt.windows(8).any(|w| w == b"ACPI0013"));
         }
     }
 }

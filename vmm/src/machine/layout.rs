@@ -72,6 +72,8 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 pub const COM1: u16 = 0x3f8;
 /// Interrupt of the first serial port.
 pub const COM1_GSI: u32 = 4;
+/// Interrupt of the power button, raised once for each time it is pressed.
+pub const POWER_BUTTON_GSI: u32 = 3;
 /// Ports for freestanding payloads, 12 of them; see [`crate::devices::debug_port`].
 pub const DEBUG_PORT: u16 = 0x504;
 /// ACPI registers, 3 ports; see [`crate::devices::power`].

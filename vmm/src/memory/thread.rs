@@ -32,6 +32,7 @@ use super::pages::{Pages, reserve_target};
 use super::place::Placement;
 use super::ram::Ram;
 use crate::devices::balloon::BalloonHandle;
+use crate::devices::power::PowerButton;
 use crate::worker::channel::{Channel, Received};
 use crate::worker::gate::{self, Gate, monotonic_ns};
 use crate::worker::protocol::{FromWorker, GuestStats, Report, ToWorker};
@@ -62,6 +63,8 @@ pub struct Parts {
     pub outside: Arc<AtomicU64>,
     /// Written to make the device thread ask [`Request::Quiet`].
     pub quiet: EventFd,
+    /// What the controller presses for the guest to end.
+    pub button: Arc<PowerButton>,
     /// Where the thread runs.
     pub placement: Placement,
     /// Guest RAM.
@@ -94,6 +97,7 @@ pub struct FaultThread {
     /// Pages that the guest named to its balloon and that are not RAM.
     outside: Arc<AtomicU64>,
     placement: Placement,
+    button: Arc<PowerButton>,
     quiet: EventFd,
     ram: Arc<Ram>,
     cpus: u32,
@@ -119,7 +123,7 @@ struct Told {
 impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
-        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, placement, ram, cpus } = parts;
+        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, button, placement, ram, cpus } = parts;
         let told = Told::default();
         Self {
             pages,
@@ -132,6 +136,7 @@ impl FaultThread {
             balloon,
             outside,
             placement,
+            button,
             quiet,
             ram,
             cpus,
@@ -412,6 +417,7 @@ impl FaultThread {
             }
             ToWorker::Activate { seq, epoch } => self.prepare_activation(seq, epoch),
             ToWorker::BalloonTarget { pages } => self.balloon.set_target(pages),
+            ToWorker::PowerButton => self.button.press(),
         }
     }
 

@@ -97,6 +97,8 @@ pub enum ToWorker {
         /// Pages of 4 KiB.
         pages: u32,
     },
+    /// Press the power button: the guest is to end by itself.
+    PowerButton,
 }
 
 /// Why a worker's VM ended.

@@ -31,7 +31,7 @@ use crate::devices::balloon::{BalloonConfig, BalloonDevice, BalloonHandle, Ballo
 use crate::devices::bus::{BusDevice, Buses, Effect};
 use crate::devices::console::{Console, ConsolePump};
 use crate::devices::debug_port::{self, DebugPort};
-use crate::devices::power::{self, AcpiPower, I8042Reset};
+use crate::devices::power::{self, AcpiPower, I8042Reset, PowerButton};
 use crate::devices::serial::{self, SerialPort};
 use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
 use crate::machine::kvm::NewVm;
@@ -160,6 +160,7 @@ struct Built {
     client: Arc<Mutex<Client>>,
     balloon: BalloonHandle,
     outside: Arc<AtomicU64>,
+    button: Arc<PowerButton>,
     vcpus: Vec<Vcpu>,
     buses: Arc<Buses>,
     console: Arc<Mutex<ConsolePump>>,
@@ -187,7 +188,8 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
 
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));
-    let (serial_irq, balloon_irq) = (event()?, event()?);
+    let (serial_irq, balloon_irq, button_irq) = (event()?, event()?, event()?);
+    let button = Arc::new(PowerButton::new(clone_event(&button_irq)?));
     // It stays open for a later controller.
     let ring = ManuallyDrop::new(File::from(handed(fd::CONSOLE_RING)));
     let console = Arc::new(Console::new(&ring).map_err(os("the console cannot be used"))?);
@@ -212,7 +214,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     buses.pio.insert(u64::from(layout::POWER_PORT), power::PORTS, Arc::new(Mutex::new(AcpiPower)))?;
     buses.pio.insert(u64::from(layout::I8042_COMMAND), 1, Arc::new(Mutex::new(I8042Reset)))?;
     if config.debug_port {
-        let ports = Arc::new(Mutex::new(DebugPort::new(console)));
+        let ports = Arc::new(Mutex::new(DebugPort::new(console, button.clone())));
         buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, ports)?;
     }
     let window_at = layout::virtio_window(0);
@@ -223,6 +225,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     // SAFETY: the mappings are guest RAM and nothing else, and stay until the process ends.
     let mut vm = unsafe { vm.set_ram(&layout, ram.slots()) }?;
     vm.add_irqfd(&serial_irq, layout::COM1_GSI)?;
+    vm.add_irqfd(&button_irq, layout::POWER_BUTTON_GSI)?;
     vm.add_irqfd(&balloon_irq, layout::virtio_gsi(0))?;
     for (queue, doorbell) in (0..).zip(balloon_device.doorbells()) {
         vm.add_ioeventfd(doorbell, window_at + QUEUE_NOTIFY, Some(queue))?;
@@ -239,6 +242,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         client,
         balloon,
         outside,
+        button,
         buses: Arc::new(buses),
         console: Arc::new(Mutex::new(pump)),
         balloon_device: Arc::new(Mutex::new(balloon_device)),
@@ -261,7 +265,7 @@ fn register(ram: &Ram, tools: &Result<Tools, String>) -> Result<Uffd, StartError
 
 /// Starts the threads, loads the kernel, and serves the devices until the guest ends.
 fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartError> {
-    let Built { config, layout, ram, uffd, tools, gate, desk, client, balloon, outside, vcpus, buses, .. } = vm;
+    let Built { config, layout, ram, uffd, tools, gate, desk, client, balloon, outside, button, vcpus, buses, .. } = vm;
     let console = vm.console;
     let (end_sender, ends) = sync_channel(1);
     let end_event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(os("no eventfd is left"))?);
@@ -280,6 +284,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         balloon,
         outside,
         quiet: clone_event(&quiet)?,
+        button,
         placement: if config.follow_vcpu { Placement::with(stat.clone()) } else { Placement::free() },
         ram: ram.clone(),
         cpus: config.cpus,

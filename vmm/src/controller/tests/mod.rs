@@ -8,6 +8,7 @@ mod fleet;
 mod grants;
 mod limits;
 mod requests;
+mod stop;
 mod wire;
 
 use std::sync::Arc;
