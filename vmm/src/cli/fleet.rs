@@ -9,18 +9,17 @@ use super::options::{group_path, name};
 use super::verbs::each;
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NamesArg, SocketArg, client, show, socket, usage};
-use crate::controller::config::VmConfig;
 use crate::controller::view::VmView;
 
 /// `ballast create`.
 #[derive(Debug, clap::Args)]
 pub struct CreateArgs {
-    /// Name of the VM
-    #[arg(value_parser = name)]
-    name: String,
-    /// Group that the VM is made in, such as /gold
-    #[arg(long, value_name = "PATH", value_parser = group_path, default_value = "/")]
-    group: String,
+    /// Name of the VM [default: that of --config]
+    #[arg(value_parser = name, required_unless_present = "config")]
+    name: Option<String>,
+    /// Group that the VM is made in, such as /gold [default: that of --config, or /]
+    #[arg(long, value_name = "PATH", value_parser = group_path)]
+    group: Option<String>,
     #[command(flatten)]
     vm: VmArgs,
     #[command(flatten)]
@@ -29,10 +28,14 @@ pub struct CreateArgs {
 
 /// Makes a VM in `serve` and waits until its guest runs.
 pub async fn create(args: CreateArgs) -> Result<u8, Failure> {
-    let config = VmConfig { group: args.group, ..args.vm.absolute_config()? };
+    let (name_in_file, mut config) = args.vm.absolute_config()?;
+    let name = args.name.or(name_in_file);
+    let name =
+        name.ok_or_else(|| Failure::usage("the file gives the VM no name: write one there, or before --config"))?;
+    config.group = args.group.unwrap_or(config.group);
     let socket = socket::to_reach_service(&args.socket)?;
     let body = serde_json::to_string(&config).map_err(|error| Failure::error(error.to_string()))?;
-    client::request(&socket, Method::PUT, &format!("/vms/{}", args.name), body).await?;
+    client::request(&socket, Method::PUT, &format!("/vms/{name}"), body).await?;
     Ok(DONE)
 }
 

@@ -14,6 +14,7 @@ mod attach;
 mod client;
 mod console;
 mod doctor;
+mod file;
 mod fleet;
 mod group;
 mod options;

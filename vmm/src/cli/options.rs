@@ -15,21 +15,66 @@ use crate::controller::view::{OomAction, OomPreference};
 /// Longest duration that is believed.
 const MAX_DURATION: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Goes through `key=value` pairs; every key may occur once.
-fn each_pair(text: &str, known: &[&str], mut set: impl FnMut(&str, &str) -> Result<(), String>) -> Result<(), String> {
-    let mut seen = Vec::new();
-    for pair in text.split(',') {
-        let Some((key, value)) = pair.split_once('=') else {
-            return Err(format!("{pair:?} is not KEY=VALUE; the keys are {}", known.join(", ")));
+/// Why pairs make no sense.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PairError {
+    /// Of the pair that is wrong, if it is one.
+    pub key: Option<String>,
+    /// One sentence.
+    pub message: String,
+}
+
+impl From<String> for PairError {
+    fn from(message: String) -> Self {
+        Self { key: None, message }
+    }
+}
+
+/// An option with several words in it.
+pub trait Pairs: Sized {
+    /// The keys that there are.
+    const KEYS: &[&str];
+
+    /// Understands what is said, each key once.
+    ///
+    /// # Errors
+    /// A sentence that says what to write.
+    fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError>;
+
+    /// Understands `key=value,key=value`.
+    ///
+    /// # Errors
+    /// A sentence that says what to write.
+    fn from_words(text: &str) -> Result<Self, String> {
+        let pair = |text: &'_ str| -> Result<(String, String), String> {
+            let (key, value) = text
+                .split_once('=')
+                .ok_or_else(|| format!("{text:?} is not KEY=VALUE; the keys are {}", Self::KEYS.join(", ")))?;
+            Ok((key.to_owned(), value.to_owned()))
         };
+        let pairs = text.split(',').map(pair).collect::<Result<Vec<_>, _>>()?;
+        let pairs = pairs.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        Self::from_pairs(pairs).map_err(|error| error.message)
+    }
+}
+
+/// Goes through pairs; every key may occur once.
+fn each_pair<'p>(
+    pairs: impl Iterator<Item = (&'p str, &'p str)>,
+    known: &[&str],
+    mut set: impl FnMut(&str, &str) -> Result<(), String>,
+) -> Result<(), PairError> {
+    let mut seen = Vec::new();
+    for (key, value) in pairs {
+        let wrong = |message| PairError { key: Some(key.to_owned()), message };
         if !known.contains(&key) {
-            return Err(format!("there is no key {key:?}; the keys are {}", known.join(", ")));
+            return Err(wrong(format!("there is no key {key:?}; the keys are {}", known.join(", "))));
         }
         if seen.contains(&key) {
-            return Err(format!("{key} is given twice"));
+            return Err(wrong(format!("{key} is given twice")));
         }
         seen.push(key);
-        set(key, value).map_err(|error| format!("{key}: {error}"))?;
+        set(key, value).map_err(|error| wrong(format!("{key}: {error}")))?;
     }
     Ok(())
 }
@@ -92,9 +137,16 @@ impl FromStr for MemoryArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let keys = ["size", "max", "high", "low", "min", "swap", "vmm", "track"];
+        Self::from_words(text)
+    }
+}
+
+impl Pairs for MemoryArg {
+    const KEYS: &[&str] = &["size", "max", "high", "low", "min", "swap", "vmm", "track"];
+
+    fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let (mut size, mut config) = (None, MemoryConfig::default());
-        each_pair(text, &keys, |key, value| {
+        each_pair(pairs, Self::KEYS, |key, value| {
             let place = match key {
                 "size" => {
                     size = Some(ram(value)?);
@@ -114,7 +166,7 @@ impl FromStr for MemoryArg {
             *place = Some(limit(value)?.as_bytes());
             Ok(())
         })?;
-        config.size_bytes = size.ok_or("size is missing: write for example size=1G")?.bytes();
+        config.size_bytes = size.ok_or("size is missing: write for example size=1G".to_owned())?.bytes();
         let memory = config.check().map_err(|refusal| refusal.message)?;
         Ok(Self { config, memory })
     }
@@ -128,8 +180,16 @@ impl FromStr for BalloonArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        Self::from_words(text)
+    }
+}
+
+impl Pairs for BalloonArg {
+    const KEYS: &[&str] = &["free_page_reporting", "deflate_on_oom", "stats_interval"];
+
+    fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let mut arg = BalloonConfig::default();
-        each_pair(text, &["free_page_reporting", "deflate_on_oom", "stats_interval"], |key, value| {
+        each_pair(pairs, Self::KEYS, |key, value| {
             match key {
                 "deflate_on_oom" => arg.deflate_on_oom = on_off(value)?,
                 "stats_interval" => {
@@ -159,8 +219,16 @@ impl FromStr for OomArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        Self::from_words(text)
+    }
+}
+
+impl Pairs for OomArg {
+    const KEYS: &[&str] = &["action", "priority", "preference", "deadline"];
+
+    fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let mut policy = OomPolicy::default();
-        each_pair(text, &["action", "priority", "preference", "deadline"], |key, value| {
+        each_pair(pairs, Self::KEYS, |key, value| {
             match key {
                 "action" => {
                     policy.action = match value {

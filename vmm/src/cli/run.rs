@@ -19,7 +19,7 @@ use crate::worker::protocol::ExitReason;
 /// `ballast run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
-    /// Name of the VM [default: vm-PID]
+    /// Name of the VM [default: that of --config, or vm-PID]
     #[arg(long, value_parser = name)]
     name: Option<String>,
     #[command(flatten)]
@@ -38,13 +38,15 @@ pub fn signal_status(signal: i32) -> u8 {
 
 /// Runs a VM until it ends.
 pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
-    let vm_name = args.name.clone().unwrap_or_else(|| format!("vm-{}", process::id()));
+    let (name_in_file, config) = args.vm.config()?;
+    let vm_name = args.name.or(name_in_file).unwrap_or_else(|| format!("vm-{}", process::id()));
     let listen = socket::to_listen(&args.socket, &vm_name);
     let directory = socket::vm_directory(&listen);
     let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
     spawn::check_socket_path(&spawn::console_socket(&directory)).map_err(|error| as_failure(&error))?;
-    let plan = args.vm.config().plan(&vm_name).map_err(|error| as_failure(&error))?;
+    let memory = config.memory.check().map_err(|error| as_failure(&error))?;
+    let plan = config.plan(&vm_name).map_err(|error| as_failure(&error))?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
     if plan.spec.accounting {
@@ -105,7 +107,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let ended = ended.map_err(|_| Failure::run("the controller has ended before the VM"))?;
     match status {
         Some(status) => Ok(status),
-        None => conclude(ended, &vm_name, &args.vm.memory.memory),
+        None => conclude(ended, &vm_name, &memory),
     }
 }
 
