@@ -20,6 +20,7 @@
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
+//! | [`pressure`] | how much time goes to waiting for memory: PSI of a VM or a group | controller |
 //! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
@@ -39,6 +40,7 @@
 //! | the per-CPU stock | [`stock::Stock`], one a VM |
 //! | moving a process | [`tree::Tree::move_node`], with all that is charged |
 //! | rmdir, dying cgroups | [`tree::Tree::remove`], [`tree::Tree::set_offline`], [`tree::Tree::reap`] |
+//! | `memory.pressure` | [`pressure::Pressure`], with the kernel's averages |
 //! | effective protection | [`protection::protections`], recursive |
 //! | `memory.reclaim` of a subtree | [`spread::spread`] says who gives, [`frame::FrameTable::isolate`] which pages |
 //! | LRU lists, generations, workingset refaults | [`frame`] |
@@ -52,6 +54,7 @@
 pub mod frame;
 pub mod limit_change;
 pub mod oom;
+pub mod pressure;
 pub mod protection;
 pub mod reclaim;
 pub mod shared;

@@ -17,6 +17,7 @@ mod moving;
 mod nodes;
 mod oom;
 mod overhead;
+mod pressure;
 mod protection;
 mod reclaim;
 mod shared;
