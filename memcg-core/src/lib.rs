@@ -21,6 +21,7 @@
 //! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
 //! | [`pressure`] | how much time goes to waiting for memory: PSI of a VM or a group | controller |
+//! | [`audit`] | the invariants of a running host, as findings with numbers | controller |
 //! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
@@ -51,6 +52,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod frame;
 pub mod limit_change;
 pub mod oom;

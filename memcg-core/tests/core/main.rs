@@ -1,6 +1,7 @@
 //! Tests of `memcg-core` through its public interface. One binary, one file per module.
 
 mod accounting;
+mod audit;
 mod cases;
 mod charge;
 mod events;

@@ -8,6 +8,8 @@ mod document;
 mod events;
 mod groups;
 mod memory;
+mod metrics;
+mod observe;
 pub mod reference;
 pub mod server;
 mod stop;
@@ -139,6 +141,10 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(stop::stop))
         .routes(routes!(stop::start))
         .routes(routes!(events::events))
+        .routes(routes!(observe::overview))
+        .routes(routes!(observe::check))
+        .routes(routes!(observe::oom_rank))
+        .routes(routes!(metrics::metrics))
         .merge(groups::described())
 }
 

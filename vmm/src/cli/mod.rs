@@ -17,6 +17,7 @@ mod doctor;
 mod file;
 mod fleet;
 mod group;
+mod observe;
 mod options;
 mod run;
 mod serve;
@@ -115,6 +116,11 @@ pub enum Verb {
     Events(EventsArgs),
     /// Say whether this host can run VMs, and what to do if not
     Doctor,
+    /// Look whether the invariants hold on this host, now
+    Check(observe::CheckArgs),
+    /// What happens when there is no memory left
+    #[command(subcommand)]
+    Oom(observe::OomVerb),
 }
 
 /// Where the controller listens.
@@ -210,6 +216,8 @@ pub fn main() -> ExitCode {
             Verb::Resume(args) => verbs::act(args, "resume").await,
             Verb::Kill(args) => verbs::act(args, "kill").await,
             Verb::Events(args) => verbs::events(args).await,
+            Verb::Check(args) => observe::check(args).await,
+            Verb::Oom(verb) => observe::oom(verb).await,
             Verb::Doctor => Ok(doctor::doctor()),
         }
     });

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::options::name;
 use super::{DONE, Failure, SocketArg, client, socket};
-use crate::controller::view::{VmState, VmView};
+use crate::controller::view::{PressureLine, VmState, VmView};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -151,5 +151,8 @@ fn table(vm: &VmView) -> String {
         held.push_str(&format!(", the policy acts in {:.1} s", deadline as f64 / 1e3));
     }
     line("  held", held);
+    let share = |line: &PressureLine| format!("{:.2} {:.2} {:.2}", line.avg10, line.avg60, line.avg300);
+    let pressure = &vm.pressure;
+    line("  pressure", format!(" some {}, full {} % of 10, 60, 300 s", share(&pressure.some), share(&pressure.full)));
     out
 }

@@ -133,12 +133,17 @@ pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
     let mut alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
     match alive.len() {
         1 => Ok(alive.remove(0)),
-        0 => Err(Failure::error("no VM is running; `ballast run …` starts one, --socket says where else to look")),
+        0 => Err(none_runs()),
         _ => {
             let names: Vec<_> = alive.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
             Err(Failure::error(format!("several VMs are running, name one: {}", names.join(", "))))
         }
     }
+}
+
+/// There is no controller.
+pub fn none_runs() -> Failure {
+    Failure::error("no VM is running; `ballast run …` starts one, --socket says where else to look")
 }
 
 /// All controllers that run.

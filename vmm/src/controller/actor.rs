@@ -17,6 +17,7 @@
 //! | `recall.rs` | stocks that are wanted back |
 //! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
+//! | `pressure.rs` | how long VMs and groups wait for memory |
 //! | `show.rs` | what the interface sees |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +38,7 @@ use super::error::{Code, Refusal};
 use super::events::{EventKind, EventLog, Subject};
 use super::host;
 use super::link::FromLink;
+use super::pressure::Pressures;
 use super::recall::Recall;
 use super::spawn::Death;
 use super::view::{VmState, VmView};
@@ -97,6 +99,7 @@ pub(super) struct Actor {
     /// Stocks that are on their way back.
     pub recalls: Vec<Recall>,
     pub events: EventLog,
+    pub pressures: Pressures,
     pub news: watch::Sender<u64>,
     /// To send inputs to itself from helper tasks; weak, so that the actor ends with its users.
     pub inbox: mpsc::WeakSender<Input>,
@@ -122,6 +125,7 @@ impl Actor {
             changes: Vec::new(),
             recalls: Vec::new(),
             events: EventLog::default(),
+            pressures: Pressures::default(),
             news,
             inbox,
             start: Instant::now(),
@@ -465,6 +469,7 @@ impl Actor {
         self.advance_changes();
         self.serve_refused();
         self.send_due();
+        self.feel_pressure();
         debug_assert!(self.vms.in_order(), "a VM was changed behind the back of its index");
     }
 }

@@ -123,6 +123,7 @@ impl Actor {
             oom: spec.oom,
             process,
             to_worker,
+            since: Instant::now(),
             state: VmState::Starting,
             paused_by: None,
             ram: Vec::new(),

@@ -3,7 +3,7 @@
 //! The ring is bounded. A reader that comes late is told how many events it has missed rather than being given a
 //! story with holes.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 pub const RING: usize = 1024;
 
 /// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
     /// A VM was made: its worker runs, its guest does not yet. Or a group was made.
@@ -92,12 +92,14 @@ pub enum Subject<'a> {
 pub struct EventLog {
     ring: VecDeque<Event>,
     last: u64,
+    counts: BTreeMap<EventKind, u64>,
 }
 
 impl EventLog {
     /// Adds an event and returns its sequence number. `details` must be a JSON object; anything else is left out.
     pub fn push(&mut self, event: EventKind, subject: Subject<'_>, details: Value) -> u64 {
         self.last += 1;
+        *self.counts.entry(event).or_default() += 1;
         let details = if let Value::Object(map) = details { map } else { Map::new() };
         let (vm, group) = match subject {
             Subject::Host => (None, None),
@@ -115,6 +117,11 @@ impl EventLog {
     /// Sequence number of the newest event, 0 before the first.
     pub fn last(&self) -> u64 {
         self.last
+    }
+
+    /// How often what has happened, of all that ever has.
+    pub fn counts(&self) -> Vec<(EventKind, u64)> {
+        self.counts.iter().map(|(kind, count)| (*kind, *count)).collect()
     }
 
     /// The events after number `since`, oldest first; led by an event `dropped` when some are no longer there.

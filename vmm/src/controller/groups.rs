@@ -193,6 +193,7 @@ impl Actor {
     pub fn reap(&mut self) {
         self.tree.reap();
         self.groups.retain(|node| self.tree.contains(*node));
+        self.pressures.prune(&self.tree);
     }
 
     /// The group with this path.
@@ -311,7 +312,7 @@ impl Actor {
         }
     }
 
-    fn group_views(&self) -> Vec<GroupView> {
+    pub fn group_views(&self) -> Vec<GroupView> {
         let groups: Vec<_> = self.groups.iter().copied().collect();
         let mut views = self.views([self.root].into_iter().chain(groups));
         views.sort_by(|a, b| a.path.cmp(&b.path));
@@ -364,6 +365,7 @@ impl Actor {
             },
             vmm: counter(node.vmm, node.limits.vmm_max),
             swap: counter(node.swap, node.limits.swap_max),
+            pressure: self.pressure_view(group),
         }
     }
 

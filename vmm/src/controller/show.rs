@@ -21,6 +21,7 @@ impl Actor {
             group: self.tree.parent(vm.node).map_or_else(String::new, |group| self.tree.path(group)),
             state: vm.state,
             pid: vm.process.pid(),
+            age_ms: millis_since(vm.since),
             generation: self.tree.generation(vm.node),
             size_bytes: vm.size.bytes(),
             cpus: vm.cpus,
@@ -44,6 +45,7 @@ impl Actor {
                 .as_ref()
                 .map(|(stats, at)| GuestStatsView::new(stats, stats.age_ms.saturating_add(millis_since(*at)))),
             held: held_view(vm),
+            pressure: self.pressure_view(vm.node),
             oom: OomView {
                 action: vm.oom.action,
                 deadline_ms: u64::try_from(vm.oom.deadline.as_millis()).unwrap_or(u64::MAX),

@@ -98,6 +98,11 @@ impl Service {
         Self { state, log, open: RwLock::new(true), names: sync::Mutex::default() }
     }
 
+    /// The directory in which each VM has its own.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
     /// Makes and starts a VM, and waits until its guest runs. True: it is new; false: it was there, and is the same.
     ///
     /// # Errors

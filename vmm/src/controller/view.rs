@@ -32,6 +32,8 @@ pub struct VmView {
     pub state: VmState,
     /// Process id of its worker.
     pub pid: i32,
+    /// Time since its worker was started, in milliseconds.
+    pub age_ms: u64,
     /// Number of the last change of its limits, for compare-and-set.
     pub generation: u64,
     /// Guest RAM.
@@ -62,6 +64,8 @@ pub struct VmView {
     pub guest_stats: Option<GuestStatsView>,
     /// Whether the vCPUs are stopped for want of memory.
     pub held: HeldView,
+    /// `memory.pressure`: how much of the time they wait for memory.
+    pub pressure: PressureView,
     /// What happens when the VM stays held.
     pub oom: OomView,
     /// Where guest RAM is mapped in the worker.
@@ -127,6 +131,8 @@ pub struct GroupView {
     pub vmm: CounterView,
     /// Evicted pages.
     pub swap: CounterView,
+    /// `memory.pressure` of all VMs below it together.
+    pub pressure: PressureView,
 }
 
 /// The memory counter of a group and its limits; `null` is no limit.
@@ -231,6 +237,29 @@ pub struct HeldView {
     pub total_us: u64,
     /// Time until the policy acts, while it is going to.
     pub deadline_ms: Option<u64>,
+}
+
+/// `memory.pressure` of a VM or of a group, as the kernel's PSI has it. A group's is that of all its VMs together: `some`
+/// while any vCPU waits, `full` while all that would run do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PressureView {
+    /// At least one vCPU waits for memory.
+    pub some: PressureLine,
+    /// Every vCPU that would run waits.
+    pub full: PressureLine,
+}
+
+/// One line of `memory.pressure`. The averages are updated every 2 s.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PressureLine {
+    /// Per cent of the last 10 s, with two decimals.
+    pub avg10: f64,
+    /// Per cent of the last 60 s.
+    pub avg60: f64,
+    /// Per cent of the last 300 s.
+    pub avg300: f64,
+    /// Time in all, in microseconds; counted anew by every controller.
+    pub total_us: u64,
 }
 
 /// What happens to a VM that stays held.

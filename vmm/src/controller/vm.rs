@@ -176,6 +176,8 @@ pub(super) struct Vm {
     pub oom: OomPolicy,
     pub process: Box<dyn WorkerProcess>,
     pub to_worker: mpsc::Sender<ToWorker>,
+    /// When its worker was started.
+    pub since: Instant,
     pub state: VmState,
     pub paused_by: Option<PausedBy>,
     pub ram: Vec<RamView>,

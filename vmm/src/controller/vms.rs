@@ -8,7 +8,8 @@
 //! ```text
 //!  get_mut(id) ─► touched ─► refresh: Needs::of(vm) ─┬─► deadlines  ordered by time
 //!  insert         {id, …}    the only writer of the  ├─► refused    a want could not be served
-//!  remove                    sets on the right       └─► due        a message was dropped
+//!  remove                    sets on the right       ├─► due        a message was dropped
+//!                                                    └─► restless   held, or not any more
 //! ```
 //!
 //! Nobody else keeps these sets, so none of them can be forgotten. What [`Needs::of`] looks at is only changed through
@@ -20,6 +21,7 @@ use std::ops::Index;
 use tokio::time::Instant;
 
 use super::activation::Accounting;
+use super::pressure::Stall;
 use super::view::VmState;
 use super::vm::{Vm, VmId};
 
@@ -47,6 +49,7 @@ struct Entry {
     vm: Vm,
     /// As it is sorted in.
     needs: Needs,
+    stall: Stall,
 }
 
 /// All VMs that have not left the accounts yet, by number.
@@ -59,6 +62,7 @@ pub(super) struct Vms {
     deadlines: BTreeSet<(Instant, VmId)>,
     refused: BTreeSet<VmId>,
     due: BTreeSet<VmId>,
+    restless: BTreeSet<VmId>,
     crowded: bool,
 }
 
@@ -67,13 +71,13 @@ impl Vms {
     pub fn insert(&mut self, id: VmId, vm: Vm) {
         self.named.entry(vm.name.clone()).or_default().insert(id);
         self.touched.insert(id);
-        let before = self.entries.insert(id, Entry { vm, needs: Needs::default() });
+        let before = self.entries.insert(id, Entry { vm, needs: Needs::default(), stall: Stall::default() });
         debug_assert!(before.is_none(), "numbers are never used twice");
     }
 
     /// Gives a VM away.
     pub fn remove(&mut self, id: &VmId) -> Option<Vm> {
-        let Entry { vm, needs } = self.entries.remove(id)?;
+        let Entry { vm, needs, .. } = self.entries.remove(id)?;
         if let Some(ids) = self.named.get_mut(&vm.name) {
             ids.remove(id);
             if ids.is_empty() {
@@ -135,6 +139,12 @@ impl Vms {
         self.due.iter().copied().collect()
     }
 
+    /// Those that have begun or ceased to wait for memory, or have waited, since the last time.
+    pub fn restless(&mut self) -> BTreeSet<VmId> {
+        self.refresh();
+        std::mem::take(&mut self.restless)
+    }
+
     /// Whether the queue of a worker that was written to since the last time is more than half full.
     pub fn crowded(&mut self) -> bool {
         self.refresh();
@@ -155,6 +165,10 @@ impl Vms {
             self.crowded |= vm.alive() && vm.to_worker.capacity() < vm.to_worker.max_capacity() / 2;
             let now = Needs::of(vm);
             let before = std::mem::replace(&mut entry.needs, now);
+            let stall = Stall::of(vm);
+            if std::mem::replace(&mut entry.stall, stall) != stall {
+                self.restless.insert(id);
+            }
             self.sort(id, before, now);
         }
     }

@@ -7,6 +7,7 @@ mod clients;
 mod fleet;
 mod grants;
 mod limits;
+mod pressure;
 mod requests;
 mod stop;
 mod wire;

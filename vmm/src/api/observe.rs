@@ -1,0 +1,77 @@
+//! Looking at a whole host: `GET /overview`, `GET /check`, `GET /oom/rank`.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::Shared;
+use crate::controller::check::CheckView;
+use crate::controller::error::{Code, Refusal};
+use crate::controller::overview::Overview;
+use crate::controller::rank::RankView;
+
+/// The query of a request for an overview.
+#[derive(Clone, Copy, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct OverviewQuery {
+    /// How many of the newest events to show, at most 100.
+    #[serde(default)]
+    events: usize,
+}
+
+/// The query of a request for a ranking.
+#[derive(Clone, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct RankQuery {
+    /// Path of the group that would have no room, `/` for the host.
+    #[serde(default = "host")]
+    group: String,
+}
+
+fn host() -> String {
+    "/".to_owned()
+}
+
+fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Refusal> {
+    let Query(query) = query.map_err(|error| Refusal::new(Code::BadRequest, error.body_text()))?;
+    Ok(query)
+}
+
+/// Everything at one moment: the host, all groups and VMs, and the newest events.
+#[utoipa::path(
+    get, path = "/overview", params(OverviewQuery),
+    responses((status = 200, body = Overview), (status = 400, body = Refusal)),
+)]
+pub(super) async fn overview(
+    State(shared): State<Shared>,
+    query: Result<Query<OverviewQuery>, QueryRejection>,
+) -> Result<Json<Overview>, Refusal> {
+    shared.controller.overview(understood(query)?.events).await.map(Json)
+}
+
+/// Whether the invariants hold on this host now. Takes as long as counting the pages of all guests does.
+#[utoipa::path(
+    get, path = "/check",
+    responses((status = 200, description = "looked at; `ok` says whether all hold", body = CheckView),
+        (status = 503, body = Refusal)),
+)]
+pub(super) async fn check(State(shared): State<Shared>) -> Result<Json<CheckView>, Refusal> {
+    let state = shared.service.as_ref().map(|service| service.state().to_owned());
+    shared.controller.check(state).await.map(Json)
+}
+
+/// Who would be paused or killed first if a group had no room left: a dry run with every number that decides it.
+#[utoipa::path(
+    get, path = "/oom/rank", params(RankQuery),
+    responses((status = 200, body = RankView), (status = 400, body = Refusal), (status = 404, body = Refusal)),
+)]
+pub(super) async fn oom_rank(
+    State(shared): State<Shared>,
+    query: Result<Query<RankQuery>, QueryRejection>,
+) -> Result<Json<RankView>, Refusal> {
+    shared.controller.oom_rank(&understood(query)?.group).await.map(Json)
+}

@@ -1,0 +1,200 @@
+//! `check` and `oom rank`: looking at a whole host.
+
+use std::fmt::Write;
+
+use hyper::Method;
+use memcg_core::units::human;
+use serde::Serialize;
+
+use super::{DONE, ERROR, Failure, SocketArg, client, show, socket};
+use crate::controller::check::CheckView;
+use crate::controller::rank::{RankView, RankedView};
+use crate::controller::view::{OomAction, OomPreference};
+
+/// `ballast check`.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Looks whether the invariants hold under every controller that runs. Ends with an error when one does not.
+pub async fn check(args: CheckArgs) -> Result<u8, Failure> {
+    let sockets = socket::all(&args.socket)?;
+    if sockets.is_empty() {
+        return Err(socket::none_runs());
+    }
+    let mut status = DONE;
+    let mut views = Vec::new();
+    for socket in &sockets {
+        let (_, body) = client::request(socket, Method::GET, "/check", String::new()).await?;
+        let view: CheckView = client::decode(&body)?;
+        if !view.ok {
+            status = ERROR;
+        }
+        views.push((socket.display().to_string(), view));
+    }
+    let text = if args.json {
+        match views.as_slice() {
+            [(_, only)] => pretty(only)?,
+            all => pretty(&all.iter().map(|(_, view)| view).collect::<Vec<_>>())?,
+        }
+    } else {
+        let several = views.len() > 1;
+        views.iter().map(|(socket, view)| report(several.then_some(socket), view)).collect()
+    };
+    print(&text);
+    Ok(status)
+}
+
+/// The findings, one a line.
+fn report(socket: Option<&String>, view: &CheckView) -> String {
+    let mut out = socket.map(|socket| format!("{socket}\n")).unwrap_or_default();
+    for invariant in &view.invariants {
+        let verdict = if invariant.ok { "ok" } else { "WRONG" };
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{verdict:6} {:10} {}", invariant.name, invariant.message);
+    }
+    out
+}
+
+/// `ballast oom`.
+#[derive(Debug, clap::Subcommand)]
+pub enum OomVerb {
+    /// Show who would be paused or killed first if there were no room, and why; nothing is done
+    Rank(RankArgs),
+}
+
+/// `ballast oom rank`.
+#[derive(Debug, clap::Args)]
+pub struct RankArgs {
+    /// Path of the group that would have no room
+    #[arg(default_value = "/")]
+    group: String,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Shows who would go first.
+pub async fn oom(verb: OomVerb) -> Result<u8, Failure> {
+    let OomVerb::Rank(args) = verb;
+    if !args.group.starts_with('/') || !args.group.chars().all(|c| c.is_ascii_alphanumeric() || "/-_.".contains(c)) {
+        let message = format!("{:?} is not the path of a group: write for example / or /gold", args.group);
+        return Err(Failure::usage(message));
+    }
+    let socket = socket::the_only(&args.socket)?;
+    let target = format!("/oom/rank?group={}", args.group);
+    let (_, body) = client::request(&socket, Method::GET, &target, String::new()).await?;
+    let view: RankView = client::decode(&body)?;
+    print(&if args.json { pretty(&view)? } else { ranking(&view) });
+    Ok(DONE)
+}
+
+/// The list, with what decides it from left to right.
+fn ranking(view: &RankView) -> String {
+    let max = view.max_bytes.map_or("no limit".to_owned(), human);
+    let mut out = format!("If {} had no room left ({} in use, {max}):\n", view.group, human(view.usage_bytes));
+    if view.candidates.is_empty() {
+        out.push_str("nobody would go: there is no VM in it\n");
+        return out;
+    }
+    let header = ["#", "NAME", "GROUP", "WOULD", "PREF", "PRIO", "USED", "PROTECTED", "ABOVE", "FREES"];
+    let rows = [header.map(str::to_owned)].into_iter().chain(view.candidates.iter().map(row));
+    out.push_str(&show::columns(&rows.collect::<Vec<_>>(), 5));
+    out.push('\n');
+    for candidate in &view.candidates {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{}. {}", candidate.rank, candidate.why);
+    }
+    out
+}
+
+fn row(candidate: &RankedView) -> [String; 10] {
+    let would = match (candidate.spared, candidate.action) {
+        (Some(_), _) => "-",
+        (None, OomAction::Pause) => "pause",
+        (None, OomAction::Kill) => "kill",
+    };
+    let preference = match candidate.preference {
+        OomPreference::None => "none",
+        OomPreference::Avoid => "avoid",
+        OomPreference::Omit => "omit",
+    };
+    [
+        candidate.rank.to_string(),
+        candidate.vm.clone(),
+        candidate.group.clone(),
+        would.to_owned(),
+        preference.to_owned(),
+        candidate.priority.to_string(),
+        human(candidate.usage_bytes),
+        human(candidate.min_bytes.max(candidate.low_bytes)),
+        human(candidate.above_bytes),
+        human(candidate.frees_bytes),
+    ]
+}
+
+fn pretty(value: &impl Serialize) -> Result<String, Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::error(error.to_string()))?;
+    Ok(format!("{text}\n"))
+}
+
+fn print(text: &str) {
+    // A closed pipe is the reader's choice.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::check::InvariantView;
+    use crate::controller::rank::SparedBy;
+
+    #[test]
+    fn a_violation_stands_out() {
+        let invariant =
+            |name: &str, ok, message: &str| InvariantView { name: name.into(), ok, message: message.into() };
+        let invariants = vec![invariant("limits", true, "fine"), invariant("parts", false, "web: 7 pages too many")];
+        let view = CheckView { ok: false, invariants };
+        assert_eq!(report(None, &view), "ok     limits     fine\nWRONG  parts      web: 7 pages too many\n");
+        assert!(report(Some(&"/run/a.sock".to_owned()), &view).starts_with("/run/a.sock\nok "));
+    }
+
+    #[test]
+    fn the_list_has_every_term_and_the_sentences() {
+        let candidate = |rank, vm: &str, spared| RankedView {
+            rank,
+            vm: vm.to_owned(),
+            group: "/gold".to_owned(),
+            usage_bytes: 100 << 20,
+            vmm_bytes: 2 << 20,
+            stock_bytes: 0,
+            min_bytes: 0,
+            low_bytes: 30 << 20,
+            above_bytes: 70 << 20,
+            action: OomAction::Kill,
+            frees_bytes: 100 << 20,
+            score_bytes: 70 << 20,
+            preference: OomPreference::Avoid,
+            priority: -3,
+            spared,
+            why: format!("{vm}: because"),
+        };
+        let candidates = vec![candidate(1, "web", None), candidate(2, "db", Some(SparedBy::Omit))];
+        let view =
+            RankView { group: "/gold".to_owned(), usage_bytes: 200 << 20, max_bytes: Some(256 << 20), candidates };
+        let expected = "If /gold had no room left (200M in use, 256M):\n\
+            #  NAME  GROUP  WOULD  PREF   PRIO  USED  PROTECTED  ABOVE  FREES\n\
+            1  web   /gold  kill   avoid    -3  100M        30M    70M   100M\n\
+            2  db    /gold  -      avoid    -3  100M        30M    70M   100M\n\
+            \n1. web: because\n2. db: because\n";
+        assert_eq!(ranking(&view), expected);
+        assert!(ranking(&RankView { candidates: Vec::new(), ..view }).ends_with("there is no VM in it\n"));
+    }
+}

@@ -1,0 +1,69 @@
+//! Everything at one moment: what a dashboard and a collector of metrics want, in one request.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Controller;
+use super::actor::answer;
+use super::error::Refusal;
+use super::events::{Event, EventKind};
+use super::view::{GroupView, HostView, VmView};
+
+/// Events that an overview shows at most.
+pub const MOST_EVENTS: usize = 100;
+
+/// The host with all that is on it, of one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Overview {
+    /// The host and the controller.
+    pub host: HostView,
+    /// All groups, the root first.
+    pub groups: Vec<GroupView>,
+    /// All VMs, with their last known numbers.
+    pub vms: Vec<VmView>,
+    /// The newest events, the oldest of them first.
+    pub events: Vec<Event>,
+}
+
+/// What is counted since the controller began, whatever VMs there are by now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tally {
+    /// How often what has happened.
+    pub events: Vec<(EventKind, u64)>,
+    /// VMs that the policy paused and killed.
+    pub victims: [u64; 2],
+}
+
+impl Controller {
+    /// Everything at one moment, with at most `events` events.
+    ///
+    /// # Errors
+    /// See [`Self::host`].
+    pub async fn overview(&self, events: usize) -> Result<Overview, Refusal> {
+        self.ask(move |actor, reply| {
+            let since = actor.events.last().saturating_sub(events.min(MOST_EVENTS) as u64);
+            let overview = Overview {
+                host: actor.host_view(),
+                groups: actor.group_views(),
+                vms: actor.list(),
+                events: actor.events.after(since),
+            };
+            answer(reply, Ok(overview));
+        })
+        .await
+    }
+
+    /// Everything at one moment, and what has been counted.
+    ///
+    /// # Errors
+    /// See [`Self::host`].
+    pub async fn tally(&self) -> Result<(Overview, Tally), Refusal> {
+        let overview = self.overview(0).await?;
+        let tally = self.ask(|actor, reply| {
+            let events = actor.tree.snapshot(actor.root).events;
+            let tally = Tally { events: actor.events.counts(), victims: [events.oom_pause, events.oom_kill] };
+            answer(reply, Ok(tally));
+        });
+        Ok((overview, tally.await?))
+    }
+}
