@@ -33,7 +33,7 @@ fn a_vm_that_is_held_has_pressure_and_one_that_is_not_has_none() {
     let mut config = hungry();
     config["group"] = "/gold".into();
     serve.create_with("hungry", &config);
-    let pressed = wait_until("an average rises", 20, || {
+    let pressed = wait_until("an average rises", 90, || {
         let (_, overview) = serve.ask("GET", "/overview?events=5", None);
         let vm = |name: &str| overview["vms"].as_array()?.iter().find(|vm| vm["name"] == name).cloned();
         let (calm, hungry) = (vm("calm")?, vm("hungry")?);

@@ -202,7 +202,7 @@ fn verbs_work_on_the_vms_of_serve() {
     ok(serve.verb(&["pause", "web"]));
     let table = ok(serve.verb(&["ps"]));
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(lines[0], ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"]);
+    assert_eq!(lines[0], ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "%", "VMM", "BALLOON", "PRESSURE", "AGE"]);
     assert_eq!((&lines[1][..3], lines[1][4]), (&["db", "/", "running"][..], "48M"), "{table}");
     assert_eq!((&lines[2][..3], lines[2][4]), (&["web", "/", "paused"][..], "44M"), "{table}");
     let list: Value = serde_json::from_str(&ok(serve.verb(&["ps", "--json"]))).expect("JSON");

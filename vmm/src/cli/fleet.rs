@@ -9,7 +9,7 @@ use super::options::{group_path, name};
 use super::verbs::each;
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NamesArg, SocketArg, client, show, socket, usage};
-use crate::controller::view::VmView;
+use crate::controller::view::{VmState, VmView};
 
 /// `ballast create`.
 #[derive(Debug, clap::Args)]
@@ -92,7 +92,8 @@ async fn list(socket: &Path) -> Result<Vec<VmView>, Failure> {
 
 /// One line for each VM, in columns as wide as what is in them.
 fn table(vms: &[VmView]) -> String {
-    let header = ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "VMM", "BALLOON", "HELD"].map(str::to_owned);
+    let header =
+        ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "%", "VMM", "BALLOON", "PRESSURE", "AGE"].map(str::to_owned);
     let rows = vms.iter().map(|vm| {
         let charged = |bytes: u64| if vm.accounting { human(bytes) } else { "-".to_owned() };
         [
@@ -101,9 +102,11 @@ fn table(vms: &[VmView]) -> String {
             show::state(vm).to_owned(),
             charged(vm.memory.current_bytes),
             vm.memory.max_bytes.map_or("max".to_owned(), human),
+            show::share(vm).map_or("-".to_owned(), |share| format!("{:.0}", share * 100.0)),
             charged(vm.vmm.current_bytes),
             human(vm.balloon.actual_bytes),
-            format!("{:.1} s", vm.held.total_us as f64 / 1e6),
+            format!("{:.2}", vm.pressure.some.avg10),
+            if vm.state == VmState::Ended { "-".to_owned() } else { show::age(vm.age_ms) },
         ]
     });
     show::columns(&[header].into_iter().chain(rows).collect::<Vec<_>>(), 3)
@@ -115,6 +118,6 @@ mod tests {
 
     #[test]
     fn an_empty_list_has_a_header() {
-        assert_eq!(table(&[]), "NAME  GROUP  STATE  CURRENT  MAX  VMM  BALLOON  HELD\n");
+        assert_eq!(table(&[]), "NAME  GROUP  STATE  CURRENT  MAX  %  VMM  BALLOON  PRESSURE  AGE\n");
     }
 }

@@ -24,6 +24,7 @@ mod serve;
 mod show;
 mod signals;
 mod socket;
+mod top;
 mod usage;
 mod verbs;
 mod vm_args;
@@ -40,6 +41,7 @@ pub use group::GroupArgs;
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
 pub use serve::ServeArgs;
+pub use top::TopArgs;
 pub use verbs::{EventsArgs, SetArgs, StopArgs};
 pub use vm_args::VmArgs;
 
@@ -114,6 +116,8 @@ pub enum Verb {
     Kill(NamesArg),
     /// Print what has happened, and what happens
     Events(EventsArgs),
+    /// Look at a host while it runs: usage, balloons, pressure, events
+    Top(TopArgs),
     /// Say whether this host can run VMs, and what to do if not
     Doctor,
     /// Look whether the invariants hold on this host, now
@@ -216,6 +220,7 @@ pub fn main() -> ExitCode {
             Verb::Resume(args) => verbs::act(args, "resume").await,
             Verb::Kill(args) => verbs::act(args, "kill").await,
             Verb::Events(args) => verbs::events(args).await,
+            Verb::Top(args) => top::top(args).await,
             Verb::Check(args) => observe::check(args).await,
             Verb::Oom(verb) => observe::oom(verb).await,
             Verb::Doctor => Ok(doctor::doctor()),

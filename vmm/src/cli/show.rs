@@ -47,6 +47,22 @@ pub fn state(vm: &VmView) -> &'static str {
     }
 }
 
+/// Usage as a share of the limit, where there is one.
+pub fn share(vm: &VmView) -> Option<f64> {
+    let max = vm.memory.max_bytes.filter(|max| *max > 0 && vm.accounting && vm.state != VmState::Ended)?;
+    Some(vm.memory.current_bytes as f64 / max as f64)
+}
+
+/// A time that has passed, in its largest unit.
+pub fn age(ms: u64) -> String {
+    match ms / 1000 {
+        seconds @ 0..120 => format!("{seconds}s"),
+        seconds @ 120..7_200 => format!("{}m", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{}h", seconds / 3_600),
+        seconds => format!("{}d", seconds / 86_400),
+    }
+}
+
 /// Lines of columns as wide as what is in them. The first `words` begin where their column does, numbers end there.
 pub fn columns<const N: usize>(rows: &[[String; N]], words: usize) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
@@ -77,9 +93,11 @@ fn table(vm: &VmView) -> String {
     line(
         &vm.name,
         format!(
-            " {state}{}, pid {}, {} vCPU{plural}, {} of RAM{stale}",
+            " {state}{}, in {}, pid {}, {} old, {} vCPU{plural}, {} of RAM{stale}",
             vm.end.as_ref().map_or(String::new(), |end| format!(" ({end})")),
+            vm.group,
             vm.pid,
+            age(vm.age_ms),
             vm.cpus,
             human(vm.size_bytes)
         ),

@@ -189,6 +189,9 @@ pub async fn stop(args: StopArgs) -> Result<u8, Failure> {
 pub struct EventsArgs {
     /// Name of the VM; not needed when only one is running
     pub name: Option<String>,
+    /// The same
+    #[arg(long, value_name = "NAME", conflicts_with = "name")]
+    pub vm: Option<String>,
     /// Wait for more
     #[arg(short, long)]
     pub follow: bool,
@@ -204,7 +207,8 @@ pub struct EventsArgs {
 
 /// Prints events.
 pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
-    let socket = match &args.name {
+    let only = args.name.or(args.vm);
+    let socket = match &only {
         Some(vm) => socket::to_reach(&args.socket, &name(vm).map_err(Failure::usage)?)?,
         None => socket::the_only(&args.socket)?,
     };
@@ -224,8 +228,8 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
         {
             let line: Vec<_> = pending.drain(..=end).collect();
             let event: Event = client::decode(&line)?;
-            // A controller with many VMs tells of all.
-            if event.vm.is_some() && args.name.is_some() && event.vm != args.name {
+            // A controller with many VMs tells of all. What is lost may have been of this one.
+            if only.is_some() && event.vm != only && event.event != EventKind::Dropped {
                 continue;
             }
             let text = if args.json { line } else { event_line(&event).into_bytes() };
@@ -240,7 +244,7 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
 }
 
 /// An event for people: time of day (UTC), VM, what happened, and the numbers.
-fn event_line(event: &Event) -> String {
+pub fn event_line(event: &Event) -> String {
     let seconds = event.time_ms / 1000;
     let (hours, minutes, seconds) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     let kind = serde_json::to_value(event.event).ok();
