@@ -38,7 +38,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 const MAX_HEAD: usize = 64 * 1024;
 
 /// The routes, as one connection uses them.
-pub(super) struct Service {
+pub(crate) struct Service {
     router: TowerToHyperService<Router>,
     place: Arc<OwnedSemaphorePermit>,
     stopping: watch::Receiver<bool>,
@@ -88,7 +88,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 }
 
 /// Answers the requests of one client until it hangs up, takes too long, or the server stops.
-pub(super) async fn converse<S>(stream: S, service: Service, mut stopping: watch::Receiver<bool>)
+pub(crate) async fn converse<S>(stream: S, service: Service, mut stopping: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

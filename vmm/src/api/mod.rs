@@ -3,7 +3,7 @@
 //! Handlers hold no state of their own: each asks the controller and shows the answer. Every refusal, also of paths,
 //! methods and bodies, is a [`Refusal`] in JSON.
 
-mod connection;
+pub(crate) mod connection;
 mod document;
 mod events;
 mod groups;

@@ -5,6 +5,7 @@ mod activation;
 mod admission;
 mod clients;
 mod fleet;
+mod fuzz;
 mod grants;
 mod limits;
 mod pressure;
