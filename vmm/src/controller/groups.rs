@@ -189,10 +189,17 @@ impl Actor {
         Ok(())
     }
 
-    /// Frees the nodes that nothing is left of.
+    /// Frees the nodes of groups that nothing is left of. That of a VM goes when its last view has been taken.
     pub fn reap(&mut self) {
-        self.tree.reap();
         self.groups.retain(|node| self.tree.contains(*node));
+        let mut dying: Vec<_> = self.groups.iter().copied().filter(|node| !self.tree.is_online(*node)).collect();
+        // Members before what they are in.
+        dying.sort_by_key(|node| std::cmp::Reverse(self.tree.ancestry(*node).count()));
+        for node in dying {
+            if self.tree.remove(node).is_ok() {
+                self.groups.remove(&node);
+            }
+        }
         self.pressures.prune(&self.tree);
     }
 

@@ -264,7 +264,8 @@ impl Actor {
         let Some(vm) = self.vms.get(&id) else {
             return;
         };
-        self.tree.uncharge_all(vm.node);
+        let node = vm.node;
+        self.tree.uncharge_all(node);
         let view = self.vm_view(id, false);
         if let Some(vm) = self.vms.remove(&id)
             && !vm.forgotten
@@ -277,6 +278,8 @@ impl Actor {
                 self.past.remove(&name);
             }
         }
+        // This one alone: another VM that was never charged is still looked at until its own memory is back.
+        let _ = self.tree.remove(node);
         self.reap();
         self.roomier = true;
     }

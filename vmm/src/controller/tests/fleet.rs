@@ -92,6 +92,25 @@ async fn an_ended_vm_stays_visible_until_it_is_removed_or_replaced() {
     assert!(controller.list().await.expect("listed").is_empty());
 }
 
+/// What was never charged is empty at once, and must not be taken away with another's.
+#[tokio::test(start_paused = true)]
+async fn two_vms_without_an_account_end_one_after_the_other() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let mut ends = Vec::new();
+    for name in ["web", "db"] {
+        let setup = Setup { accounting: false, max: Limit::Max, ..Setup::default() };
+        let mut worker = FakeWorker::add_to(&controller, name, setup).await.expect("added");
+        worker.hello().await;
+        ends.push(worker);
+    }
+    for worker in ends {
+        worker.die(Death::Signal(9)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(controller.list().await.expect("the controller lives").len(), 2);
+}
+
 /// Its charges stay until the host has the memory, whether or not anybody can still see the VM.
 /// Semantics: 90.
 #[tokio::test(start_paused = true)]
