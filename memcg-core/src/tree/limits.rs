@@ -226,6 +226,12 @@ pub(crate) struct Waits {
 }
 
 impl Tree {
+    /// The limits that this node has are those of generation `generation`: for an owner that remembers them from before
+    /// the tree, so that a client's compare-and-set does not meet a number that meant something else.
+    pub fn restore_generation(&mut self, id: NodeId, generation: u64) {
+        self.node_mut(id).generation = generation;
+    }
+
     /// Sets limits at once. `max` is **not** compared with usage: below it, the change is forced and the excess is an
     /// overcharge; [`crate::limit_change`] offers the alternatives, and many nodes in one step. A new `max` supersedes a
     /// pending one. Returns the node's new generation, or the old one when nothing was different (row 69).

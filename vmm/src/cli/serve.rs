@@ -12,8 +12,12 @@ use super::signals::Signals;
 use super::{DONE, Failure, SocketArg, socket};
 use crate::api::server;
 use crate::chain::chain;
+use crate::controller::journal::Journal;
 use crate::controller::start::Service;
 use crate::controller::{Controller, host, spawn};
+
+/// The journal, in the directory of the VMs.
+const JOURNAL: &str = "journal";
 
 /// `ballast serve`.
 #[derive(Debug, clap::Args)]
@@ -24,12 +28,15 @@ pub struct ServeArgs {
     /// Directory with what belongs to the VMs [default: beside the socket, ballast.d]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// At SIGTERM, leave the VMs running: the next `ballast serve` takes them over
+    #[arg(long)]
+    leave_running: bool,
     /// Where to listen, or a directory for ballast.sock [default: in $XDG_RUNTIME_DIR/ballast or /run/ballast]
     #[command(flatten)]
     socket: SocketArg,
 }
 
-/// Serves until a signal comes, then ends all VMs.
+/// Takes over what an earlier one has left, serves until a signal comes, then ends all VMs or leaves them.
 pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::error(chain(error));
     let listen = socket::to_serve(&args.socket);
@@ -45,18 +52,29 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
     let state = args.state_dir.clone().unwrap_or_else(|| socket::vm_directory(&listen));
     let lock = take(&state)?;
+    let journal = state.join(JOURNAL);
+    let (remembered, opened) = Journal::open(&journal).map_err(|error| as_failure(&error))?;
 
-    let (controller, actor) = Controller::start(args.budget);
+    let (controller, actor) = Controller::start_with(args.budget, opened);
+    controller.take_over(&state, &remembered).await.map_err(|error| as_failure(&error))?;
     let service = Arc::new(Service::new(&state, log));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
     let signal = signals.next().await;
-    tracing::info!(signal, "ending all VMs");
-    service.stop(&controller).await.map_err(|error| as_failure(&error))?;
+    if args.leave_running {
+        tracing::info!(signal, "leaving all VMs running");
+        service.close().await;
+        // Before its last user goes: it would end its workers then.
+        actor.abort();
+    } else {
+        tracing::info!(signal, "ending all VMs");
+        service.stop(&controller).await.map_err(|error| as_failure(&error))?;
+    }
     server.stop().await;
     drop(controller);
     // The actor ends with its last user; connections that did not let go may keep it.
     actor.abort();
+    Journal::remove_if_empty(&journal);
     if args.state_dir.is_none() {
         // What is not empty has something in it that is not ours.
         let _ = std::fs::remove_dir(&state);
@@ -65,7 +83,7 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     Ok(DONE)
 }
 
-/// Takes the directory of the VMs for this process alone, and removes what a killed one has left in it.
+/// Takes the directory of the VMs for this process alone.
 fn take(state: &Path) -> Result<File, Failure> {
     spawn::make_directory(state).map_err(|error| Failure::error(chain(&error)))?;
     let failed = |error: std::io::Error| {
@@ -82,9 +100,6 @@ fn take(state: &Path) -> Result<File, Failure> {
         )),
         error => failed(error.into()),
     })?;
-    for left in std::fs::read_dir(state).map_err(failed)?.flatten() {
-        spawn::tidy(&left.path());
-    }
     Ok(lock)
 }
 
@@ -93,15 +108,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_is_taken_once_and_tidied() {
+    fn a_directory_is_taken_once() {
         let place = tempfile::tempdir().unwrap();
         let state = place.path().join("ballast.d");
-        let left = state.join("web");
-        spawn::make_directory(&left).unwrap();
-        drop(std::os::unix::net::UnixListener::bind(spawn::worker_socket(&left)).unwrap());
-        std::fs::set_permissions(&state, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let lock = take(&state).expect("taken");
-        assert!(!left.exists() && state.exists());
         assert!(take(&state).unwrap_err().message.contains("in use by another ballast serve"));
         drop(lock);
         take(&state).expect("free again");

@@ -15,7 +15,6 @@
 
 use std::time::Duration;
 
-use memcg_core::tree::{Kind, Mode};
 use memcg_core::units::Pages;
 use serde_json::json;
 use tokio::time::Instant;
@@ -23,7 +22,6 @@ use tokio::time::Instant;
 use super::actor::{Actor, silent};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
-use super::grants::EPOCH;
 use super::host;
 use super::vm::{Vm, VmId};
 use crate::worker::protocol::ToWorker;
@@ -107,7 +105,7 @@ impl Actor {
             Accounting::Beginning(_) => {}
             Accounting::Off => {
                 let seq = vm.next_seq();
-                if !vm.send(ToWorker::Activate { seq, epoch: EPOCH }) {
+                if !vm.send(ToWorker::Activate { seq, epoch: self.epoch }) {
                     return Err(silent(&vm.name));
                 }
                 vm.accounting = Accounting::Beginning(Beginning { seq, until, waiting: Vec::new() });
@@ -153,14 +151,12 @@ impl Actor {
         vm.granted_total = resident.0;
         vm.report.granted_total = resident.0;
         vm.report.guest = resident.0;
+        vm.report.debt = reserve_target.0;
         let node = vm.node;
         let name = vm.name.clone();
         self.tree.activate(node, |_| resident).expect("what fits into RAM fits into a counter");
-        for (part, pages) in &vm.overhead {
-            // It is there already; that it is counted late is no reason to refuse it.
-            let charged = self.tree.try_charge_as(node, Kind::Overhead(*part), *pages, Mode::NoFail);
-            let _no_limit_yet = charged.expect("what fits into RAM fits into a counter");
-        }
+        let overhead = vm.overhead.clone();
+        self.charge_what_is_there(node, &overhead);
         self.fund(id);
         let details = self.account(id, json!({ "resident_bytes": resident.bytes() }));
         self.event(EventKind::AccountingBegan, Some(&name), details);

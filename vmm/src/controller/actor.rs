@@ -9,6 +9,7 @@
 //! | this one | the loop, the requests |
 //! | `admission.rs` | a VM before it has a process: node, limits, overhead |
 //! | `lifecycle.rs` | from hello to the end of a worker |
+//! | `journal.rs`, `adopt.rs` | what is remembered, and taking over what an earlier controller has left |
 //! | `grants.rs` | reports, wants, grants, holds |
 //! | `activation.rs` | accounting that begins on a running VM |
 //! | `changes.rs` | changes of limits, of one node or many |
@@ -31,12 +32,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::admission::Created;
+use super::adopt::Stray;
 use super::changes::Change;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, EventLog, Subject};
 use super::host;
+use super::journal::{Entry, Journal};
 use super::link::FromLink;
 use super::pressure::Pressures;
 use super::recall::Recall;
@@ -107,10 +110,16 @@ pub(super) struct Actor {
     pub start: Instant,
     /// Something was uncharged or a limit rose: refused wants may fit now.
     pub roomier: bool,
+    /// What a next controller must know.
+    pub journal: Journal,
+    /// Number of this controller's life: totals of workers count from its first grant.
+    pub epoch: u32,
+    /// Workers that run and could not be taken over, by the name of their VM.
+    pub strays: BTreeMap<String, Stray>,
 }
 
 impl Actor {
-    pub fn new(budget: Limit, news: watch::Sender<u64>, inbox: mpsc::WeakSender<Input>) -> Self {
+    pub fn new(budget: Limit, news: watch::Sender<u64>, inbox: mpsc::WeakSender<Input>, journal: Journal) -> Self {
         let tree = Tree::new(budget);
         let root = tree.root();
         Self {
@@ -130,6 +139,9 @@ impl Actor {
             inbox,
             start: Instant::now(),
             roomier: false,
+            epoch: journal.epoch(),
+            journal,
+            strays: BTreeMap::new(),
         }
     }
 
@@ -190,11 +202,7 @@ impl Actor {
     /// The VM of this name that runs, else the one that ended last.
     pub fn find(&self, name: &str) -> Result<VmId, Refusal> {
         let ended = || self.vms.named(name).rfind(|(_, vm)| !vm.forgotten);
-        self.vms
-            .running(name)
-            .or_else(ended)
-            .map(|(id, _)| id)
-            .ok_or_else(|| Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here")))
+        self.vms.running(name).or_else(ended).map(|(id, _)| id).ok_or_else(|| self.unknown(name))
     }
 
     /// Like [`Self::find`] for requests that need a worker.
@@ -249,9 +257,10 @@ impl Actor {
                 self.vms.get_mut(&id).expect("found").removers.push(reply);
                 self.kill(id, VmEnd::Killed(KilledBy::Request));
             }
-            Err(refusal) if !self.past.contains_key(name) => answer(reply, Err(refusal)),
+            Err(refusal) if !self.past.contains_key(name) => self.remove_stray(name, refusal, reply),
             _ => {
                 self.forget(name);
+                self.remember(Entry::Gone { vm: name.to_owned() });
                 self.event(EventKind::Removed, Some(name), json!({}));
                 answer(reply, Ok(()));
             }
@@ -295,8 +304,10 @@ impl Actor {
             return;
         }
         if vm.state == VmState::Paused {
-            if by == PausedBy::User {
+            if by == PausedBy::User && vm.paused_by != Some(by) {
                 vm.paused_by = Some(by);
+                let entry = Entry::Paused { vm: vm.name.clone(), by };
+                self.remember(entry);
             }
             if let Some(reply) = reply {
                 self.pause_again(id, reply);
@@ -314,12 +325,13 @@ impl Actor {
         }
         vm.state = VmState::Paused;
         vm.paused_by = Some(by);
+        let name = vm.name.clone();
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
             vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
         }
         let details = self.account(id, json!({ "by": if by == PausedBy::User { "request" } else { "policy" } }));
-        let name = self.vms[&id].name.clone();
+        self.remember(Entry::Paused { vm: name.clone(), by });
         self.event(EventKind::Paused, Some(&name), details);
     }
 
@@ -342,7 +354,7 @@ impl Actor {
 
     /// Stops the vCPUs for somebody at the interface.
     pub fn pause_on_request(&mut self, name: &str, reply: Reply<VmView>) {
-        match self.find_alive(name) {
+        match self.find_alive(name).and_then(|id| self.can_remember().map(|()| id)) {
             Ok(id) => self.pause(id, PausedBy::User, Some(reply)),
             Err(refusal) => answer(reply, Err(refusal)),
         }
@@ -350,7 +362,7 @@ impl Actor {
 
     /// Lets the vCPUs go on for somebody at the interface.
     pub fn resume_on_request(&mut self, name: &str, reply: Reply<VmView>) {
-        let id = match self.find_alive(name) {
+        let id = match self.find_alive(name).and_then(|id| self.can_remember().map(|()| id)) {
             Ok(id) => id,
             Err(refusal) => return answer(reply, Err(refusal)),
         };
@@ -405,6 +417,7 @@ impl Actor {
         }
         let details = self.account(id, json!({ "by": by }));
         let name = self.vms[&id].name.clone();
+        self.remember(Entry::Resumed { vm: name.clone() });
         self.event(EventKind::Resumed, Some(&name), details);
     }
 

@@ -8,17 +8,19 @@
 //! Overhead is charged before the thing exists (semantics rows 98, 114): what cannot be paid for is not started, and
 //! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can.
 
-use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
+use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId, Overhead};
 use memcg_core::units::{Limit, Pages, exact, human};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::actor::{Actor, WORKER_PATIENCE};
+use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
+use super::journal::Entry;
 use super::view::VmState;
-use super::vm::{Vm, VmEnd, VmId, WorkerProcess, reserve};
+use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
 
@@ -26,11 +28,17 @@ use crate::worker::protocol::{Report, ToWorker};
 pub(super) struct Created {
     pub spec: VmSpec,
     pub node: NodeId,
+    /// It runs already: an earlier controller has started it.
+    pub adopted: bool,
+    /// Who has paused it.
+    pub paused_by: Option<PausedBy>,
 }
 
 impl Actor {
     /// Makes a VM's node, sets its limits and charges its overhead; all or nothing.
     pub fn create(&mut self, mut spec: VmSpec) -> Result<VmId, Refusal> {
+        self.can_remember()?;
+        self.no_stray(&spec.name)?;
         if self.is_taken(&spec.name) {
             return Err(Refusal::new(Code::AlreadyExists, format!("a VM named {:?} runs already", spec.name)));
         }
@@ -42,8 +50,38 @@ impl Actor {
             }
             spec.accounting = true;
         }
+        let node = self.add_node(group, &spec)?;
+        if let Err(refusal) = self.charge_overhead(node, &spec).and_then(|()| self.check_place(node, group)) {
+            self.discard(node);
+            return Err(refusal);
+        }
+        if let Some(config) = &spec.config {
+            let (vm, group, config) = (spec.name.clone(), spec.group.clone(), Box::new(VmConfig::clone(config)));
+            self.remember(Entry::Made { vm, group, instance: spec.instance, accounting: spec.accounting, config });
+        }
+        Ok(self.created(Created { spec, node, adopted: false, paused_by: None }))
+    }
+
+    /// Makes the node of a VM that runs already, and charges its overhead whatever the limits.
+    pub fn create_again(&mut self, spec: VmSpec, paused_by: Option<PausedBy>) -> Result<(VmId, NodeId), Refusal> {
+        let node = self.add_node(self.group_for(&spec.group)?, &spec)?;
+        if spec.accounting {
+            self.charge_what_is_there(node, &spec.overhead);
+        }
+        Ok((self.created(Created { spec, node, adopted: true, paused_by }), node))
+    }
+
+    fn created(&mut self, created: Created) -> VmId {
+        let id = VmId(self.next_id);
+        self.next_id += 1;
+        self.created.insert(id, created);
+        id
+    }
+
+    /// Makes a VM's node and sets its limits.
+    pub fn add_node(&mut self, group: NodeId, spec: &VmSpec) -> Result<NodeId, Refusal> {
         let accounting = if spec.accounting { Accounting::On } else { Accounting::Off };
-        let node = self.tree.add_with(group, &spec.name, &spec.limits, accounting).map_err(|error| match error {
+        self.tree.add_with(group, &spec.name, &spec.limits, accounting).map_err(|error| match error {
             AddError::BadName(_) | AddError::TooDeep => Refusal::new(Code::BadRequest, error.to_string()),
             AddError::Limits(_) => Refusal::new(Code::InvalidLimit, error.to_string()),
             AddError::Exists(_) => {
@@ -51,15 +89,15 @@ impl Actor {
                 Refusal::new(Code::AlreadyExists, message)
             }
             _ => Refusal::new(Code::WrongState, error.to_string()),
-        })?;
-        if let Err(refusal) = self.charge_overhead(node, &spec).and_then(|()| self.check_place(node, group)) {
-            self.discard(node);
-            return Err(refusal);
+        })
+    }
+
+    /// Charges overhead that is there already: that it is counted late is no reason to refuse it.
+    pub fn charge_what_is_there(&mut self, node: NodeId, overhead: &[(Overhead, Pages)]) {
+        for (part, pages) in overhead {
+            let charged = self.tree.try_charge_as(node, Kind::Overhead(*part), *pages, Mode::NoFail);
+            let _whatever_the_limits = charged.expect("what fits into RAM fits into a counter");
         }
-        let id = VmId(self.next_id);
-        self.next_id += 1;
-        self.created.insert(id, Created { spec, node });
-        Ok(id)
     }
 
     /// Whether a VM that was created is accounted from the start.
@@ -103,7 +141,7 @@ impl Actor {
         process: Box<dyn WorkerProcess>,
         to_worker: mpsc::Sender<ToWorker>,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        let Created { spec, node } = self.created.remove(&id).ok_or_else(unknown)?;
+        let Created { spec, node, adopted, paused_by } = self.created.remove(&id).ok_or_else(unknown)?;
         let (ended, end) = oneshot::channel();
         let details = json!({
             "pid": process.pid(),
@@ -125,8 +163,10 @@ impl Actor {
             to_worker,
             since: Instant::now(),
             state: VmState::Starting,
-            paused_by: None,
+            paused_by,
             ram: Vec::new(),
+            instance: spec.instance,
+            adopted,
             greeted: false,
             reserve_target: Pages::ZERO,
             granted_total: 0,
@@ -159,20 +199,23 @@ impl Actor {
             warned: None,
         };
         self.forget(&vm.name);
-        self.event(EventKind::Created, Some(&vm.name), details);
+        if !adopted {
+            self.event(EventKind::Created, Some(&vm.name), details);
+        }
         self.vms.insert(id, vm);
         Ok(end)
     }
 
     /// No worker could be started for a VM that was created: nothing is left of it.
     pub fn withdraw(&mut self, id: VmId) -> Result<(), Refusal> {
-        let Created { node, .. } = self.created.remove(&id).ok_or_else(unknown)?;
+        let Created { node, spec, .. } = self.created.remove(&id).ok_or_else(unknown)?;
         self.discard(node);
+        self.remember(Entry::Gone { vm: spec.name });
         Ok(())
     }
 
     /// Frees the node of a VM that never ran.
-    fn discard(&mut self, node: NodeId) {
+    pub fn discard(&mut self, node: NodeId) {
         self.tree.uncharge_all(node);
         // It has neither members nor charges.
         let _ = self.tree.remove(node);

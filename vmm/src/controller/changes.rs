@@ -30,6 +30,7 @@ use super::actor::{Actor, answer};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::host;
+use super::journal::{Entry, NodeLimits};
 use super::view::VmView;
 use super::vm::{Reply, VmId};
 use crate::worker::protocol::ToWorker;
@@ -124,6 +125,9 @@ impl Actor {
     /// Takes a request for any number of nodes: all of it, or nothing.
     pub fn change_all(&mut self, parts: Vec<Part>, mode: Mode, wait: Option<Duration>, done: Done) {
         let until = Instant::now() + wait.unwrap_or_else(|| host::scaled(DEADLINE));
+        if let Err(refusal) = self.can_remember() {
+            return done(self, Err(refusal));
+        }
         self.request(Requested { parts, mode, wait, until, done });
     }
 
@@ -223,11 +227,12 @@ impl Actor {
             }
             Ok(change) if change.state() == State::Committed => {
                 self.drop_superseded();
-                for (part, generation) in parts.iter().zip(before) {
-                    if self.tree.generation(self.node_of(part.target)) != generation {
-                        self.limits_changed(part.target);
-                    }
-                }
+                let changed: Vec<_> = parts.iter().zip(before).collect();
+                let changed = changed
+                    .into_iter()
+                    .filter(|(part, generation)| self.tree.generation(self.node_of(part.target)) != *generation);
+                let changed: Vec<_> = changed.map(|(part, _)| part.target).collect();
+                self.limits_changed(&changed);
                 done(self, Ok(true));
             }
             Ok(pending) => {
@@ -318,9 +323,7 @@ impl Actor {
             }
             State::Committed => {
                 let change = self.changes.swap_remove(at);
-                for part in &change.parts {
-                    self.limits_changed(part.target);
-                }
+                self.limits_changed(&change.parts.iter().map(|part| part.target).collect::<Vec<_>>());
                 for waiter in change.waiters {
                     (waiter.done)(self, Ok(true));
                 }
@@ -454,9 +457,30 @@ impl Actor {
         }
     }
 
-    /// Limits have come into force: everybody concerned learns of it.
-    fn limits_changed(&mut self, target: Target) {
+    /// Limits have come into force, all at once: that is remembered, and everybody concerned learns of it.
+    fn limits_changed(&mut self, targets: &[Target]) {
+        if targets.is_empty() {
+            return;
+        }
         self.roomier = true;
+        let nodes = targets.iter().map(|target| self.limits_of(*target)).collect();
+        self.remember(Entry::Limits { nodes });
+        for target in targets {
+            self.say_limits_changed(*target);
+        }
+    }
+
+    /// The limits of a target, to be remembered.
+    fn limits_of(&self, target: Target) -> NodeLimits {
+        let at = self.node_of(target);
+        let node = match target {
+            Target::Vm(id) => self.vms[&id].name.clone(),
+            Target::Group(_) => self.tree.path(at),
+        };
+        NodeLimits { node, generation: self.tree.generation(at), limits: self.tree.limits(at).into() }
+    }
+
+    fn say_limits_changed(&mut self, target: Target) {
         let counters = self.tree.snapshot(self.node_of(target));
         let limits = counters.limits;
         let details = json!({

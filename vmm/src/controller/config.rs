@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::marker::PhantomData;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -282,6 +283,33 @@ impl VmConfig {
     /// # Errors
     /// What makes no sense, or the file that cannot be opened.
     pub fn plan(&self, name: &str) -> Result<Plan, Refusal> {
+        let spec = self.spec(name)?;
+        let kernel = open("kernel", &self.kernel)?;
+        let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+        let worker = WorkerConfig {
+            name: name.to_owned(),
+            size_bytes: spec.size.bytes(),
+            cpus: self.cpus,
+            cmdline: self.cmdline.clone(),
+            initrd: initrd.is_some(),
+            accounting: spec.accounting,
+            obstacle: None,
+            debug_port: self.debug_port,
+            stats_interval_s: self.balloon.stats_interval_s,
+            deflate_on_oom: self.balloon.deflate_on_oom,
+            cpuid: Vec::new(),
+            follow_vcpu: false,
+            die_with_parent: true,
+            instance: spec.instance,
+        };
+        Ok(Plan { spec, worker, kernel, initrd })
+    }
+
+    /// What the actor needs to know, without the files. `instance` is drawn anew.
+    ///
+    /// # Errors
+    /// What makes no sense.
+    pub fn spec(&self, name: &str) -> Result<VmSpec, Refusal> {
         let wrong = |message: String| Refusal::new(Code::BadRequest, message);
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(wrong(format!("cpus: {} is not possible: write a number from 1 to {MAX_CPUS}", self.cpus)));
@@ -294,24 +322,7 @@ impl VmConfig {
             return Err(wrong("oom: deadline_ms is longer than a day".to_owned()));
         }
         let Memory { size, limits, accounting } = self.memory.check()?;
-        let kernel = open("kernel", &self.kernel)?;
-        let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
-        let worker = WorkerConfig {
-            name: name.to_owned(),
-            size_bytes: size.bytes(),
-            cpus: self.cpus,
-            cmdline: self.cmdline.clone(),
-            initrd: initrd.is_some(),
-            accounting,
-            obstacle: None,
-            debug_port: self.debug_port,
-            stats_interval_s: self.balloon.stats_interval_s,
-            deflate_on_oom: self.balloon.deflate_on_oom,
-            cpuid: Vec::new(),
-            follow_vcpu: false,
-            die_with_parent: true,
-        };
-        let spec = VmSpec {
+        Ok(VmSpec {
             name: name.to_owned(),
             group: self.group.clone(),
             size,
@@ -320,10 +331,10 @@ impl VmConfig {
             limits,
             oom,
             overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32),
+            instance: RandomState::new().hash_one(name),
             config: None,
             console: None,
-        };
-        Ok(Plan { spec, worker, kernel, initrd })
+        })
     }
 }
 

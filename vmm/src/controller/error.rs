@@ -47,6 +47,8 @@ pub enum Code {
     AlreadyExists,
     /// The VM could not be started, or ended before its guest ran.
     StartFailed,
+    /// The controller could not remember it, so it was not done.
+    CannotRemember,
     /// The worker does not answer, or there are too many connections.
     Busy,
     /// The controller is going away.
@@ -77,6 +79,7 @@ impl Code {
             | Self::AlreadyExists
             | Self::StartFailed => 409,
             Self::Busy | Self::Stopping => 503,
+            Self::CannotRemember => 507,
         }
     }
 
@@ -123,6 +126,9 @@ impl Code {
                 "another VM or group of this name is here: choose another name, or `DELETE` that one first"
             }
             Self::StartFailed => "the VM could not be started: `message` has what its worker said",
+            Self::CannotRemember => {
+                "the controller's journal cannot be written, so nothing was done: make room where its state directory is"
+            }
             Self::Busy => {
                 "a worker does not answer, or there are too many connections: try again; if it stays so, kill the VM"
             }

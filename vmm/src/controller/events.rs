@@ -21,6 +21,10 @@ pub enum EventKind {
     Created,
     /// The guest runs.
     Started,
+    /// The VM was taken over from a controller that is gone; the numbers are what its worker holds.
+    Adopted,
+    /// The worker of a VM runs and cannot be taken over: it is left alone.
+    NotAdopted,
     /// The guest has ended by itself.
     Stopped,
     /// What the VM uses is charged from now on: it was started without a limit and has got its first.

@@ -24,9 +24,6 @@ use super::view::{OomAction, VmState};
 use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
 
-/// The only life of a controller there is until workers are taken over.
-pub const EPOCH: u32 = 1;
-
 /// Time after which the policy tries again to pause a VM whose worker does not read.
 const SILENT_RETRY: Duration = Duration::from_secs(1);
 
@@ -34,6 +31,10 @@ impl Actor {
     /// Takes a report.
     pub fn report(&mut self, id: VmId, report: Report) {
         let vm = self.vms.get_mut(&id).expect("checked");
+        if vm.accounted() && report.epoch != 0 && report.epoch < self.epoch {
+            // It counts as an earlier controller did, and has not read the first grant of this one.
+            return;
+        }
         if let Err(reason) = check(vm, &report) {
             self.lie(id, reason);
             return;
@@ -69,6 +70,26 @@ impl Actor {
         }
     }
 
+    /// The first grant of this controller: what is missing from the reserve, what faults wait for, and a first stock.
+    pub fn fund(&mut self, id: VmId) {
+        let vm = &self.vms[&id];
+        if !vm.accounted() {
+            return;
+        }
+        let need = vm.need().min(vm.most().saturating_sub(vm.outstanding()).0);
+        // What does not fit is missing from the reserve, and the loader's first want is refused too: only the worker
+        // knows what the kernel needs, so it is the one to fail and to name the smallest limit that would do.
+        let got = self.charge_need(id, need, Mode::Wait);
+        let vm = self.vms.get_mut(&id).expect("checked");
+        vm.missing = need - got;
+        let (short, stock) = (got < need, vm.report.stock);
+        if vm.state != VmState::Paused && !short {
+            let most = self.tree.stock_max(self.vms[&id].node).0;
+            self.charge_ahead(id, most.saturating_sub(stock));
+        }
+        self.send_grant(id, short);
+    }
+
     /// Charges what the VM wants, as far as it fits, and tells its worker. `fresh` when the worker has just reported:
     /// then a want gets an answer in any case, and a refusal counts, unless it is of what has been refused before: a
     /// worker says what it wants with every report, also when somebody has only asked for its numbers.
@@ -78,9 +99,7 @@ impl Actor {
             return;
         }
         let asked = fresh && vm.report.want.max(vm.report.want_now) > 0;
-        // It cannot use more than its RAM, its reserve and a full stock, whatever it says.
-        let most = vm.size + vm.reserve_target + reclaim::STOCK_CAP;
-        let useful = most.saturating_sub(vm.outstanding()).0;
+        let useful = vm.most().saturating_sub(vm.outstanding()).0;
         let need = vm.need().min(useful);
         let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
         let was_refused = vm.refused();
@@ -152,7 +171,7 @@ impl Actor {
         let granted_total = vm.granted_total;
         // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.
         vm.grant_due =
-            vm.accounted() && !vm.send(ToWorker::Grant { epoch: EPOCH, granted_total, stock_max, room, refused });
+            vm.accounted() && !vm.send(ToWorker::Grant { epoch: self.epoch, granted_total, stock_max, room, refused });
     }
 
     /// Sends the grants that are due: those that were dropped, and those after a change of limits.
@@ -239,7 +258,7 @@ impl Actor {
     }
 
     /// Begins, keeps or ends the time in which a VM is held.
-    fn watch_hold(&mut self, id: VmId) {
+    pub fn watch_hold(&mut self, id: VmId) {
         let vm = self.vms.get_mut(&id).expect("checked");
         if !vm.report.held {
             vm.hold = None;

@@ -25,6 +25,7 @@ use super::actor::{Actor, answer};
 use super::changes::{Changed, MemoryChange, Part, Target};
 use super::error::{Code, Refusal};
 use super::events::{EventKind, Subject};
+use super::journal::Entry;
 use super::view::{CounterView, GroupMemoryView, GroupView, MemoryEvents};
 use super::vm::{Reply, VmId};
 use super::{Controller, VmState};
@@ -61,7 +62,7 @@ pub fn path(text: &str) -> Result<String, Refusal> {
 }
 
 /// The path of the group that this one is in, and its name. `None` for the root.
-fn split(path: &str) -> Option<(&str, &str)> {
+pub fn split(path: &str) -> Option<(&str, &str)> {
     let (parent, name) = path.rsplit_once('/')?;
     (!name.is_empty()).then_some((if parent.is_empty() { "/" } else { parent }, name))
 }
@@ -120,6 +121,7 @@ impl Controller {
 impl Actor {
     fn put_group(&mut self, path: &str, change: &MemoryChange) -> Result<(bool, GroupView), Refusal> {
         let path = self::path(path)?;
+        self.can_remember()?;
         if let Ok(node) = self.find_group(&path) {
             let limits = self.tree.limits(node);
             let track = change.track.is_none_or(|track| track == self.tracked(Target::Group(node)));
@@ -151,6 +153,7 @@ impl Actor {
             return Err(refusal);
         }
         self.groups.insert(node);
+        self.remember(Entry::Group { path: path.clone(), accounting: on, limits: self.tree.limits(node).into() });
         let view = self.group_view(node);
         self.event_of(EventKind::Created, Subject::Group(&path), json!({ "max_bytes": view.memory.max_bytes }));
         Ok((true, view))
@@ -185,6 +188,7 @@ impl Actor {
             Refusal::new(Code::NotEmpty, message)
         })?;
         self.reap();
+        self.remember(Entry::GroupGone { path: path.clone() });
         self.event_of(EventKind::Removed, Subject::Group(&path), json!({}));
         Ok(())
     }

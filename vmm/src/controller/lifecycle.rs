@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use memcg_core::tree::Mode;
+use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::units::Pages;
 use serde_json::json;
 use tokio::time::Instant;
@@ -20,12 +20,13 @@ use super::actor::{Actor, Input, Past, WORKER_PATIENCE, answer};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::host;
+use super::journal::Entry;
 use super::link::FromLink;
 use super::spawn::Death;
 use super::stop::StopView;
 use super::view::{RamView, VmState};
-use super::vm::{Awaited, KilledBy, VmEnd, VmId};
-use crate::worker::protocol::{ExitReason, FromWorker, MAX_SLOTS, RamSlot, ToWorker};
+use super::vm::{Awaited, KilledBy, Vm, VmEnd, VmId};
+use crate::worker::protocol::{ExitReason, FromWorker, Hello, ToWorker};
 
 /// Most VMs that are remembered after their end; the newest are.
 pub(super) const MOST_ENDED: usize = 1000;
@@ -64,8 +65,8 @@ impl Actor {
         }
         let greeted = vm.greeted;
         match message {
-            FromWorker::Hello { ram, reserve_target, .. } if !greeted => self.hello(id, ram, Pages(reserve_target)),
-            FromWorker::Hello { .. } => self.lie(id, "said hello twice".to_owned()),
+            FromWorker::Hello(hello) if !greeted => self.hello(id, hello),
+            FromWorker::Hello(_) => self.lie(id, "said hello twice".to_owned()),
             FromWorker::Failed { message, smallest_max } => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
                 let message = message.chars().filter(|c| !c.is_control()).collect();
@@ -95,45 +96,28 @@ impl Actor {
         self.kill(id, VmEnd::Died { message });
     }
 
-    fn hello(&mut self, id: VmId, ram: [RamSlot; MAX_SLOTS], reserve_target: Pages) {
+    /// A worker says who it is and what it holds: that is what is charged for it from now on.
+    fn hello(&mut self, id: VmId, hello: Hello) {
         let vm = self.vms.get_mut(&id).expect("checked");
-        let slots: Vec<_> = ram.iter().filter(|slot| slot.bytes > 0).collect();
-        let total = slots.iter().try_fold(0u64, |sum, slot| {
-            // A slot that wraps around the address space is no slot.
-            slot.gpa.checked_add(slot.bytes)?;
-            slot.hva.checked_add(slot.bytes)?;
-            sum.checked_add(slot.bytes)
-        });
-        if total != Some(vm.size.bytes()) {
-            self.lie(id, "has mapped another amount of RAM than it was told".to_owned());
+        if let Err(lie) = check_hello(vm, &hello, self.epoch) {
+            self.lie(id, lie);
             return;
         }
-        let most = if vm.accounted() { vm.largest_reserve() } else { Pages::ZERO };
-        if reserve_target > most {
-            self.lie(id, format!("wants a reserve of {reserve_target}, at most {most} are needed"));
-            return;
-        }
-        vm.ram = slots.iter().map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
+        let slots = hello.ram.iter().filter(|slot| slot.bytes > 0);
+        vm.ram = slots.map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
         vm.greeted = true;
         vm.patience = None;
-        vm.reserve_target = reserve_target;
+        vm.reserve_target = Pages(hello.reserve_target);
+        self.recount(id, &hello);
         self.fund(id);
-    }
-
-    /// Charges the reserve and a first stock, and grants them.
-    pub fn fund(&mut self, id: VmId) {
-        let reserve_target = self.vms[&id].reserve_target;
-        // What does not fit is missing from the reserve, and the loader's first want is refused too: only the worker
-        // knows what the kernel needs, so it is the one to fail and to name the smallest limit that would do.
-        let got = self.charge_need(id, reserve_target.0, Mode::Wait);
-        let short = got < reserve_target.0;
-        let vm = self.vms.get_mut(&id).expect("checked");
-        vm.missing = reserve_target.0 - got;
-        if vm.accounted() && vm.state != VmState::Paused && !short {
-            let stock = self.tree.stock_max(vm.node).0;
-            self.charge_ahead(id, stock);
+        if self.vms[&id].adopted {
+            self.adopted(id, &hello);
         }
-        self.send_grant(id, short);
+        if let Some(plan) = hello.loaded
+            && !hello.started
+        {
+            self.loaded(id, plan);
+        }
     }
 
     fn loaded(&mut self, id: VmId, plan: u64) {
@@ -227,9 +211,11 @@ impl Actor {
         let stoppers = vm.stopping.take().map(|stopping| stopping.replies).unwrap_or_default();
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
+        let how = vm.epitaph.clone().unwrap_or_default();
         self.refuse_waiting(id, &gone);
         self.recalled_in_vain(id);
         self.abandon_changes(id, &gone);
+        self.remember(Entry::Ended { vm: name.clone(), how });
         self.event(kind, Some(&name), details);
         for reply in killers {
             answer(reply, Ok(self.vm_view(id, false)));
@@ -245,6 +231,7 @@ impl Actor {
         }
         if !removers.is_empty() {
             self.forget(&name);
+            self.remember(Entry::Gone { vm: name.clone() });
             self.event(EventKind::Removed, Some(&name), json!({}));
         }
         for reply in removers {
@@ -276,6 +263,7 @@ impl Actor {
                 && let Some(name) = oldest()
             {
                 self.past.remove(&name);
+                self.remember(Entry::Gone { vm: name });
             }
         }
         // This one alone: another VM that was never charged is still looked at until its own memory is back.
@@ -292,6 +280,46 @@ impl Actor {
             self.vms.get_mut(&id).expect("found").forgotten = true;
         }
     }
+}
+
+/// Tests what a worker says first.
+fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
+    if hello.instance != vm.instance {
+        return Err("is another VM's".to_owned());
+    }
+    let total = hello.ram.iter().filter(|slot| slot.bytes > 0).try_fold(0u64, |sum, slot| {
+        // A slot that wraps around the address space is no slot.
+        slot.gpa.checked_add(slot.bytes)?;
+        slot.hva.checked_add(slot.bytes)?;
+        sum.checked_add(slot.bytes)
+    });
+    if total != Some(vm.size.bytes()) {
+        return Err("has mapped another amount of RAM than it was told".to_owned());
+    }
+    // Accounting may have begun when nobody was left to remember it; it does not end.
+    if hello.accounting != vm.accounted() && !(vm.adopted && hello.accounting) {
+        return Err("does not charge as it was told".to_owned());
+    }
+    let (target, most) = (Pages(hello.reserve_target), vm.largest_reserve());
+    if target > if hello.accounting { most } else { Pages::ZERO } {
+        return Err(format!("wants a reserve of {target}, at most {most} are needed"));
+    }
+    let report = &hello.report;
+    if report.epoch >= epoch {
+        return Err(format!("has heard of the controller's life {}, this is {epoch}", report.epoch));
+    }
+    let holds = [report.guest, report.stock, report.reserve].into_iter().try_fold(0u64, u64::checked_add);
+    if holds != report.granted_total.checked_sub(report.returned_total) {
+        return Err("says that it holds other pages than it was granted".to_owned());
+    }
+    let most = if hello.accounting { (vm.size + target + STOCK_CAP).0 } else { 0 };
+    if holds.is_none_or(|holds| holds > most) || report.guest > vm.size.0 || report.ballooned > vm.size.0 {
+        return Err(format!("says that it holds {holds:?} pages, it can hold {most}"));
+    }
+    if !vm.adopted && (holds != Some(0) || hello.started || report.epoch != 0) {
+        return Err("says that it has run already".to_owned());
+    }
+    Ok(())
 }
 
 /// The event of an end, with what explains it.

@@ -7,7 +7,7 @@
 //! The worker is not trusted: whatever does not decode becomes [`FromLink::Garbage`], and the actor ends the VM.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -31,6 +31,17 @@ pub enum FromLink {
     Garbage(String),
     /// The worker has closed its end.
     Closed,
+}
+
+/// A worker that answers at a socket.
+#[derive(Debug)]
+pub struct Peer {
+    /// The connection.
+    pub socket: OwnedFd,
+    /// Process that listens.
+    pub pid: i32,
+    /// User of that process.
+    pub uid: u32,
 }
 
 /// Why a worker could not be reached.
@@ -58,6 +69,41 @@ pub enum ConnectError {
     },
 }
 
+/// Connects to whoever listens at `path`, a socket of this kind.
+///
+/// # Errors
+/// When nobody does.
+pub fn reach(kind: SocketType, path: &Path) -> Result<Peer, Errno> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    // The credentials are those of the process that called listen().
+    let peer = rustix::net::sockopt::socket_peercred(&socket)?;
+    Ok(Peer { socket, pid: peer.pid.as_raw_nonzero().get(), uid: peer.uid.as_raw() })
+}
+
+/// The process that listens at the other end of `socket`: a descriptor of it, which no later process of its number can be
+/// mistaken for.
+///
+/// # Errors
+/// When the process is gone.
+pub fn process(socket: &OwnedFd) -> io::Result<OwnedFd> {
+    /// From `asm-generic/socket.h`, since Linux 6.5.
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut pidfd: RawFd = -1;
+    let mut length = size_of::<RawFd>() as libc::socklen_t;
+    // SAFETY: the kernel writes one descriptor's number to `pidfd` and its size to `length`; both live until it returns.
+    let done = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, (&raw mut pidfd).cast(), &raw mut length)
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for this process; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
 /// Connects to the worker `pid` at `path` and checks that it is this process of this user that listens there.
 ///
 /// # Errors
@@ -72,18 +118,11 @@ pub fn connect(path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
 /// When nobody listens or somebody else does.
 pub fn connect_as(kind: SocketType, path: &Path, pid: i32) -> Result<OwnedFd, ConnectError> {
     let name = || path.display().to_string();
-    let failed = |e: Errno| ConnectError::Connect { path: name(), source: e.into() };
-    let address = SocketAddrUnix::new(path).map_err(failed)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
-    rustix::net::connect(&socket, &address).map_err(failed)?;
-    // The credentials are those of the process that called listen().
-    let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;
-    let found = peer.pid.as_raw_nonzero().get();
-    if found != pid || peer.uid != rustix::process::geteuid() {
-        return Err(ConnectError::Stranger { path: name(), found, uid: peer.uid.as_raw(), expected: pid });
+    let peer = reach(kind, path).map_err(|e| ConnectError::Connect { path: name(), source: e.into() })?;
+    if peer.pid != pid || peer.uid != rustix::process::geteuid().as_raw() {
+        return Err(ConnectError::Stranger { path: name(), found: peer.pid, uid: peer.uid, expected: pid });
     }
-    Ok(socket)
+    Ok(peer.socket)
 }
 
 /// Takes `socket` over: starts the task that writes it and returns its queue together with the future that reads.

@@ -6,6 +6,7 @@
 mod activation;
 mod actor;
 mod admission;
+pub mod adopt;
 mod changes;
 pub mod check;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod events;
 mod grants;
 pub mod groups;
 pub mod host;
+pub mod journal;
 mod lifecycle;
 pub mod link;
 pub mod overhead;
@@ -48,7 +50,7 @@ use config::VmConfig;
 use console::ConsoleLog;
 use error::{Code, Refusal};
 use events::Event;
-pub use grants::EPOCH;
+use journal::Journal;
 use link::FromLink;
 use spawn::{DeathWatch, WorkerHandle};
 use view::{HostView, VmState, VmView};
@@ -85,6 +87,8 @@ pub struct VmSpec {
     pub oom: OomPolicy,
     /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.
     pub overhead: Vec<(Overhead, Pages)>,
+    /// What its worker calls itself, drawn at random.
+    pub instance: u64,
     /// As it was asked for, so that the same request is known again.
     pub config: Option<Arc<VmConfig>>,
     /// What it prints, where that is kept.
@@ -115,9 +119,17 @@ impl Controller {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start(budget: Limit) -> (Self, JoinHandle<()>) {
+        Self::start_with(budget, Journal::default())
+    }
+
+    /// The same with a journal, which its VMs survive it by.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_with(budget: Limit, journal: Journal) -> (Self, JoinHandle<()>) {
         let (inbox, inputs) = mpsc::channel(INBOX);
         let (news_sender, news) = watch::channel(0);
-        let actor = Actor::new(budget, news_sender, inbox.downgrade());
+        let actor = Actor::new(budget, news_sender, inbox.downgrade(), journal);
         let task = tokio::spawn(actor.run(inputs));
         (Self { inbox, news }, task)
     }
@@ -158,15 +170,35 @@ impl Controller {
         watch: DeathWatch,
         socket: std::os::fd::OwnedFd,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
+        self.adopt_with(id, handle, watch, socket, None).await
+    }
+
+    /// The same with what the worker has said already.
+    async fn adopt_with(
+        &self,
+        id: VmId,
+        handle: WorkerHandle,
+        watch: DeathWatch,
+        socket: std::os::fd::OwnedFd,
+        said: Option<FromLink>,
+    ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
         let kill = handle.clone();
         let adopt = async {
             let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| Input::Worker(id, item))
                 .map_err(|e: io::Error| Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}")))?;
+            let log = handle.clone();
             let end = self.attach(id, Box::new(handle), to_worker).await?;
+            if let Some(said) = said {
+                self.heard(id, said).await;
+            }
             tokio::spawn(reader);
             let inbox = self.inbox.clone();
             tokio::spawn(async move {
                 let death = watch.ended().await;
+                let text = log.log_tail();
+                if !text.is_empty() {
+                    tracing::error!(pid = log.pid(), "the worker said: {}", text.trim_end());
+                }
                 // An actor that is gone has ended its workers itself.
                 let _ = inbox.send(Input::Died(id, death)).await;
             });

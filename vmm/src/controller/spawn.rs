@@ -4,10 +4,10 @@
 //! Between fork and exec the child runs `ChildPlan::apply`, which does system calls only: no allocation, no lock.
 
 use std::fs::{DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -129,6 +129,28 @@ pub fn worker_socket(directory: &Path) -> PathBuf {
 /// The socket on which the console of the VM in `directory` is.
 pub fn console_socket(directory: &Path) -> PathBuf {
     directory.join("console")
+}
+
+/// The file that takes what the worker of the VM in `directory` says on standard error, when it outlives its controller.
+pub fn worker_log(directory: &Path) -> PathBuf {
+    directory.join("log")
+}
+
+/// Most bytes that a worker can write to its log.
+pub const MAX_LOG: u64 = 256 * 1024;
+
+/// The end of a worker's log, for people and for [`adopt`](super::adopt); empty when there is none.
+pub fn log_tail(directory: &Path) -> String {
+    const TAIL: u64 = 4096;
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(worker_log(directory))?;
+        let from = file.metadata()?.len().saturating_sub(TAIL);
+        file.seek(io::SeekFrom::Start(from))?;
+        let mut text = Vec::new();
+        file.take(TAIL).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
 /// Starts a worker. Blocks for the time of a fork and an exec; the caller's thread must live as long as the
@@ -260,7 +282,10 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
             .map_err(system("no descriptor is left for the worker"))?;
         plan.give(copy, target);
     }
-    let child = spawn_child(&config.name, log, plan).map_err(system("the worker process cannot be started"))?;
+    let log_file = (!config.die_with_parent).then(|| make_log(directory)).transpose();
+    let log_file = log_file.map_err(system(format!("the log in {} cannot be made", directory.display())))?;
+    let child =
+        spawn_child(&config.name, log, log_file, plan).map_err(system("the worker process cannot be started"))?;
     let (handle, watch) = supervise(child, directory).map_err(system("the worker process cannot be watched"))?;
     let attach = |pid| -> Result<_, SpawnError> {
         let console = UnixStream::from(link::connect_as(SocketType::STREAM, &console_socket(directory), pid)?);
@@ -305,6 +330,7 @@ pub fn tidy(directory: &Path) {
     // What is not there need not be removed; what is not ours stays.
     let _ = remove_socket(&worker_socket(directory));
     let _ = remove_socket(&console_socket(directory));
+    let _ = std::fs::remove_file(worker_log(directory));
     let _ = std::fs::remove_dir(directory);
 }
 
@@ -316,6 +342,16 @@ fn remove_socket(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
     }
+}
+
+/// An empty log. A worker that outlives its controller has nobody who reads a pipe, and must never wait for one.
+fn make_log(directory: &Path) -> io::Result<File> {
+    let path = worker_log(directory);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    File::options().append(true).create_new(true).mode(0o600).open(path)
 }
 
 fn config_memfd(config: &WorkerConfig) -> io::Result<OwnedFd> {
@@ -377,6 +413,9 @@ impl ChildPlan {
         check(unsafe {
             libc::syscall(libc::SYS_close_range, FIXED_END, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
         })?;
+        // A session of its own: no terminal, and no signal that is meant for the controller's process group.
+        // SAFETY: setsid takes nothing; the child of a fork leads no process group yet.
+        check(unsafe { libc::setsid() }.into())?;
         for socket in [fd::LISTEN, fd::CONSOLE] {
             // SAFETY: listen takes a number and a length.
             check(unsafe { libc::listen(socket, BACKLOG) }.into())?;
@@ -390,12 +429,17 @@ impl ChildPlan {
             if unsafe { libc::getppid() } != self.parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
+        } else {
+            // The only file that a worker can write is its log: a guest that has broken in must not fill the disk.
+            let most = libc::rlimit { rlim_cur: MAX_LOG, rlim_max: MAX_LOG };
+            // SAFETY: this reads one `rlimit`, which lives until the call returns.
+            check(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most) }.into())?;
         }
         Ok(())
     }
 }
 
-fn spawn_child(name: &str, log: &str, plan: ChildPlan) -> io::Result<Child> {
+fn spawn_child(name: &str, log: &str, log_file: Option<File>, plan: ChildPlan) -> io::Result<Child> {
     // Occupies the fixed numbers, so that the pipe by which the standard library reports a failed exec is
     // not at one of them.
     let mut placeholders = vec![rustix::io::fcntl_dupfd_cloexec(&plan.owned[0], fd::CONFIG)?];
@@ -404,7 +448,10 @@ fn spawn_child(name: &str, log: &str, plan: ChildPlan) -> io::Result<Child> {
     }
     let mut command = Command::new("/proc/self/exe");
     command.arg0("ballast").arg("worker").arg(name).env("BALLAST_LOG", log);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).current_dir("/");
+    if let Some(file) = log_file {
+        command.stderr(file);
+    }
     // SAFETY: `apply` calls async-signal-safe functions only and touches no memory but its own.
     unsafe { command.pre_exec(move || plan.apply()) };
     command.spawn()
@@ -444,6 +491,11 @@ pub struct WorkerHandle {
 }
 
 impl WorkerHandle {
+    /// The end of what it has said on standard error, when that is a file of its own.
+    pub fn log_tail(&self) -> String {
+        log_tail(&self.directory)
+    }
+
     /// Process id.
     pub fn pid(&self) -> i32 {
         self.pid
@@ -470,7 +522,8 @@ impl WorkerHandle {
 /// Waits for the end of a worker and collects its status.
 #[derive(Debug)]
 pub struct DeathWatch {
-    child: Child,
+    /// Absent when it is another process's child: then nobody tells how it ended.
+    child: Option<Child>,
     pidfd: AsyncFd<Arc<OwnedFd>>,
 }
 
@@ -480,7 +533,10 @@ impl DeathWatch {
         if self.pidfd.readable().await.is_err() {
             return Death::Unknown;
         }
-        match self.child.wait() {
+        let Some(child) = &mut self.child else {
+            return Death::Unknown;
+        };
+        match child.wait() {
             Ok(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => Death::Exited(code),
                 (None, Some(signal)) => Death::Signal(signal),
@@ -496,14 +552,13 @@ fn supervise(mut child: Child, directory: &Path) -> io::Result<(WorkerHandle, De
     let watch = || -> io::Result<_> {
         let id = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         // Not reaped yet, so the number is still this child's.
-        let pidfd = Arc::new(rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?);
-        let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into() };
-        // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
-        let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-        Ok((handle, watched))
+        watch_over(pid, rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?, directory)
     };
     match watch() {
-        Ok((handle, pidfd)) => Ok((handle, DeathWatch { child, pidfd })),
+        Ok((handle, mut watch)) => {
+            watch.child = Some(child);
+            Ok((handle, watch))
+        }
         Err(error) => {
             // Nobody else would end it.
             let _ = child.kill();
@@ -511,4 +566,19 @@ fn supervise(mut child: Child, directory: &Path) -> io::Result<(WorkerHandle, De
             Err(error)
         }
     }
+}
+
+/// The handle and the watch of a process that is another one's child.
+///
+/// # Errors
+/// When the descriptor cannot be watched.
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn watch_over(pid: i32, pidfd: OwnedFd, directory: &Path) -> io::Result<(WorkerHandle, DeathWatch)> {
+    let pidfd = Arc::new(pidfd);
+    let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into() };
+    // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
+    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+    Ok((handle, DeathWatch { child: None, pidfd }))
 }

@@ -144,6 +144,7 @@ impl Service {
         }
         spawn::check_descriptors().map_err(|error| Refusal::new(Code::StartFailed, chain(&error)))?;
         let mut plan = config.plan(name)?;
+        plan.worker.die_with_parent = false;
         plan.spec.config = Some(Arc::clone(&config));
         let started = start(controller, plan, self.state.join(name), &self.log, false).await;
         let started = started.map_err(|error| match error {
@@ -166,13 +167,18 @@ impl Service {
         lock.lock_owned().await
     }
 
+    /// Makes no more VMs. Completes when none is being made.
+    pub async fn close(&self) {
+        *self.open.write().await = false;
+    }
+
     /// Makes no more VMs and stops those there are, the newest first: all guests are asked to power themselves off, and
     /// what has not when the time of [`STOP_PATIENCE`] is over is killed.
     ///
     /// # Errors
     /// When the controller has gone.
     pub async fn stop(&self, controller: &Controller) -> Result<(), Refusal> {
-        *self.open.write().await = false;
+        self.close().await;
         let running = controller.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended);
         let stop = |vm: VmView| {
             let controller = controller.clone();

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::{NodeId, Overhead};
 use memcg_core::units::{Pages, exact};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -156,8 +158,9 @@ pub(super) struct Hold {
 }
 
 /// Who stopped the vCPUs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PausedBy {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PausedBy {
     /// Somebody at the interface: only they let it go on.
     User,
     /// The policy: it goes on when its debt can be paid.
@@ -181,6 +184,10 @@ pub(super) struct Vm {
     pub state: VmState,
     pub paused_by: Option<PausedBy>,
     pub ram: Vec<RamView>,
+    /// What its worker calls itself.
+    pub instance: u64,
+    /// Its worker was started by an earlier controller.
+    pub adopted: bool,
     /// The worker has said hello.
     pub greeted: bool,
     /// Pages that the reserve needs, as the worker said.
@@ -271,6 +278,11 @@ impl Vm {
     pub fn next_seq(&mut self) -> u32 {
         self.seq = self.seq.wrapping_add(1);
         self.seq
+    }
+
+    /// Pages that it can use at most, whatever it says: its RAM, its reserve and a full stock.
+    pub fn most(&self) -> Pages {
+        self.size + self.reserve_target + STOCK_CAP
     }
 
     /// Pages that a reserve needs at most.

@@ -78,7 +78,7 @@ impl GuestPages for BalloonPages {
         let runs = self.ask(Request::Claim(runs));
         if let Err(e) = self.discarder.discard(&self.ram, &runs) {
             // Claimed pages of unknown content: neither charging nor uncharging them would be true.
-            eprintln!("ballast: the host refuses to discard guest memory: {e}");
+            crate::worker::complain(format_args!("the host refuses to discard guest memory: {e}"));
             std::process::abort();
         }
         self.runs = self.ask(Request::Discarded(runs));

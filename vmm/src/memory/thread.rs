@@ -15,12 +15,17 @@
 //!  Activate ─► hold the vCPUs ─► all out: call the devices ─► Quiet: register, count, adopt ─► Activated ─► Grant ─► go on
 //! ```
 //! The devices come last, because their thread is also the one that tells of the guest's end: it must not wait for vCPUs.
+//!
+//! The controller may go at any moment. Then the guest goes on with what is in stock, its vCPUs are held when half of the
+//! reserve is gone, and the next controller is told everything in one [`Hello`]. What an earlier one had asked and got no
+//! answer to is forgotten: the next does not know of it. A worker whose guest was never started is nobody's when there is
+//! no controller, and ends itself ([`Alone`]).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memcg_core::units::Pages as Count;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
@@ -34,8 +39,9 @@ use super::ram::Ram;
 use crate::devices::balloon::BalloonHandle;
 use crate::devices::power::PowerButton;
 use crate::worker::channel::{Channel, Received};
+use crate::worker::complain;
 use crate::worker::gate::{self, Gate, monotonic_ns};
-use crate::worker::protocol::{FromWorker, GuestStats, Report, ToWorker};
+use crate::worker::protocol::{FromWorker, GuestStats, Hello, Report, ToWorker};
 use crate::worker::sandbox::{self, Thread};
 
 const FAULTS: u64 = 0;
@@ -71,6 +77,22 @@ pub struct Parts {
     pub ram: Arc<Ram>,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// [`WorkerConfig::instance`](crate::worker::config::WorkerConfig::instance).
+    pub instance: u64,
+}
+
+/// How long a guest that was never started waits for a controller.
+const ALONE: Duration = Duration::from_secs(60);
+
+/// Since when there is no controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Alone(Option<Instant>);
+
+impl Alone {
+    /// Time until the worker ends itself, if it does.
+    fn left(self, started: bool, now: Instant) -> Option<Duration> {
+        self.0.filter(|_| !started).map(|since| ALONE.saturating_sub(now.saturating_duration_since(since)))
+    }
 }
 
 /// Accounting that is to begin.
@@ -101,6 +123,8 @@ pub struct FaultThread {
     quiet: EventFd,
     ram: Arc<Ram>,
     cpus: u32,
+    instance: u64,
+    alone: Alone,
     pause_seq: Option<u32>,
     /// Pages that loading filled, once it is done.
     loaded: Option<u64>,
@@ -123,7 +147,21 @@ struct Told {
 impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
-        let Parts { pages, tools, channel, desk, gate, balloon, outside, quiet, button, placement, ram, cpus } = parts;
+        let Parts {
+            pages,
+            tools,
+            channel,
+            desk,
+            gate,
+            balloon,
+            outside,
+            quiet,
+            button,
+            placement,
+            ram,
+            cpus,
+            instance,
+        } = parts;
         let told = Told::default();
         Self {
             pages,
@@ -140,6 +178,8 @@ impl FaultThread {
             quiet,
             ram,
             cpus,
+            instance,
+            alone: Alone(Some(Instant::now())),
             pause_seq: None,
             loaded: None,
             stats_sent: None,
@@ -169,9 +209,14 @@ impl FaultThread {
             let mut events =
                 [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
             // A report that the socket had no room for is offered again: nothing else may happen while all vCPUs are held.
-            let again = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
-            let owes = self.told.owed && self.channel.peer().is_some();
-            let count = match epoll::wait(&epoll, &mut events, owes.then_some(&again)) {
+            let again = (self.told.owed && self.channel.peer().is_some()).then_some(Duration::from_millis(10));
+            let left = self.alone.left(!self.gate.closed_for(gate::NOT_STARTED), Instant::now());
+            if left == Some(Duration::ZERO) {
+                complain(format_args!("the guest was never started and no controller came: the worker ends"));
+                crate::worker::exit(1);
+            }
+            let until = again.or(left).map(timespec);
+            let count = match epoll::wait(&epoll, &mut events, until.as_ref()) {
                 Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(e) => return Err(e.into()),
@@ -190,7 +235,7 @@ impl FaultThread {
             if ready(CHANNEL) {
                 self.messages();
             }
-            if ready(LISTENER) && self.channel.accept() {
+            if ready(LISTENER) && self.accept() {
                 if let Some(peer) = self.channel.peer() {
                     epoll::add(&epoll, peer, epoll::EventData::new_u64(CHANNEL), epoll::EventFlags::IN)?;
                 }
@@ -200,14 +245,46 @@ impl FaultThread {
         }
     }
 
-    /// Tells a controller that has just connected who this is and how far it has got.
-    fn greet(&mut self) {
-        let reserve_target = if self.pages.is_some() { reserve_target(self.cpus) } else { 0 };
-        let hello = FromWorker::Hello { pid: std::process::id(), ram: self.ram.slot_array(), reserve_target };
-        let _ = self.channel.send(&hello);
-        if let Some(plan) = self.loaded {
-            let _ = self.channel.send(&FromWorker::Loaded { plan });
+    /// Takes the next controller in, unless there is one that lives.
+    fn accept(&mut self) -> bool {
+        if self.channel.hung_up() {
+            // What it said before it went still counts.
+            self.messages();
+            self.channel.close();
+            self.parted();
         }
+        self.channel.accept()
+    }
+
+    /// The controller is gone, and with it everything that it had asked.
+    fn parted(&mut self) {
+        self.alone = Alone(Some(Instant::now()));
+        self.unsent = None;
+        self.pause_seq = None;
+        if self.activation.take().is_some() {
+            // Not begun yet. What has begun waits for the reserve that the next controller grants.
+            self.gate.release(gate::ACTIVATING);
+        }
+        if let Some(pages) = &mut self.pages {
+            pages.unasked();
+        }
+    }
+
+    /// Tells a controller that has just connected who this is, how far it has got and what it holds.
+    fn greet(&mut self) {
+        self.alone = Alone(None);
+        let hello = Hello {
+            pid: std::process::id(),
+            instance: self.instance,
+            ram: self.ram.slot_array(),
+            reserve_target: if self.pages.is_some() { reserve_target(self.cpus) } else { 0 },
+            accounting: self.pages.is_some(),
+            loaded: self.loaded,
+            started: !self.gate.closed_for(gate::NOT_STARTED),
+            paused: self.gate.closed_for(gate::PAUSED),
+            report: self.measure(),
+        };
+        let _ = self.channel.send(&FromWorker::Hello(hello));
         self.told.owed = true;
     }
 
@@ -248,17 +325,7 @@ impl FaultThread {
     }
 
     fn report(&mut self, answers: Option<u32>, want: u64, want_now: u64) {
-        let memory = self.pages.as_ref().map(Pages::report).unwrap_or_default();
-        let mut report = Report {
-            answers,
-            want,
-            want_now,
-            balloon_actual: self.balloon.actual(),
-            balloon_ready: self.balloon.ready(),
-            paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
-            ..memory
-        };
-        report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
+        let report = Report { answers, want, want_now, ..self.measure() };
         let sent = self.say_unsent() && self.channel.send(&FromWorker::Report(report)).is_ok();
         if !sent
             && want > 0
@@ -273,6 +340,18 @@ impl FaultThread {
             balloon_ready: report.balloon_ready,
             owed: !sent,
         };
+    }
+
+    /// What the VM holds at this moment.
+    fn measure(&self) -> Report {
+        let mut report = Report {
+            balloon_actual: self.balloon.actual(),
+            balloon_ready: self.balloon.ready(),
+            paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
+            ..self.pages.as_ref().map(Pages::report).unwrap_or_default()
+        };
+        report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
+        report
     }
 
     /// Sends the guest's statistics when they are newer than the last ones sent.
@@ -335,7 +414,10 @@ impl FaultThread {
 
     /// Nobody touches RAM now: accounting begins, or all is as before.
     fn activate(&mut self) {
-        let Some(Activation { seq, epoch, .. }) = self.activation.take() else { return };
+        // A call that an earlier controller caused may be answered late, with vCPUs that are not out.
+        let Some(Activation { seq, epoch, .. }) = self.activation.take_if(|activation| activation.called) else {
+            return;
+        };
         match self.adopt(epoch) {
             Ok(pages) => {
                 let resident = pages.report().guest;
@@ -371,7 +453,8 @@ impl FaultThread {
         loop {
             match self.channel.receive() {
                 Received::Message(message) => self.message(message),
-                Received::Empty | Received::Closed => return,
+                Received::Empty => return,
+                Received::Closed => return self.parted(),
             }
         }
     }
@@ -477,12 +560,14 @@ impl FaultThread {
             poll(&mut [PollFd::from_borrowed_fd(fd, flags)], Some(&timeout)) == Ok(1)
         };
         // The guest may have ended before the controller has connected.
-        if self.channel.peer().is_none() && wait(self.channel.listener(), PollFlags::IN) && self.channel.accept() {
+        let absent = self.channel.peer().is_none() || self.channel.hung_up();
+        if absent && wait(self.channel.listener(), PollFlags::IN) && self.accept() {
             self.greet();
         }
         while let Err(e) = self.channel.send(&words) {
             let full = self.channel.peer().filter(|_| e.kind() == io::ErrorKind::WouldBlock);
             if !full.is_some_and(|peer| wait(peer, PollFlags::OUT)) {
+                crate::worker::leave(&words);
                 break;
             }
         }
@@ -490,7 +575,27 @@ impl FaultThread {
     }
 }
 
+fn timespec(time: Duration) -> Timespec {
+    Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) }
+}
+
 fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
     // SAFETY: the descriptors passed here belong to the thread's own state, which lives until the process ends.
     unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_was_never_started_is_given_up_without_a_controller() {
+        let begin = Instant::now();
+        let alone = Alone(Some(begin));
+        assert_eq!(alone.left(false, begin), Some(ALONE));
+        assert_eq!(alone.left(false, begin + ALONE / 2), Some(ALONE / 2));
+        assert_eq!(alone.left(false, begin + 2 * ALONE), Some(Duration::ZERO));
+        assert_eq!(alone.left(true, begin + 2 * ALONE), None);
+        assert_eq!(Alone(None).left(false, begin + 2 * ALONE), None);
+    }
 }

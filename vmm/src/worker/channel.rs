@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send, sockopt};
 
 use super::protocol::{FromWorker, MAX_MESSAGE, ToWorker, decode, encode};
@@ -65,6 +66,13 @@ impl Channel {
         true
     }
 
+    /// True when the controller has hung up. It may have left messages that were not read yet.
+    pub fn hung_up(&self) -> bool {
+        let Some(peer) = &self.peer else { return false };
+        let mut fds = [PollFd::new(peer, PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())) == Ok(1) && fds[0].revents().contains(PollFlags::HUP)
+    }
+
     /// Reads one message.
     pub fn receive(&mut self) -> Received {
         let Some(peer) = &self.peer else { return Received::Empty };
@@ -92,8 +100,50 @@ impl Channel {
         }
     }
 
-    fn close(&mut self) -> Received {
+    /// Forgets the controller; another may connect.
+    pub fn close(&mut self) -> Received {
         self.peer = None;
         Received::Closed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, connect, listen, socket_with};
+
+    use super::*;
+
+    fn socket() -> OwnedFd {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("a socket")
+    }
+
+    #[test]
+    fn a_controller_that_is_gone_makes_room_for_the_next_and_one_that_lives_does_not() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let address = SocketAddrUnix::new(dir.path().join("worker")).expect("short");
+        let listener = socket();
+        bind(&listener, &address).expect("bound");
+        listen(&listener, 4).expect("listens");
+        let mut channel = Channel::new(listener);
+        let meet = || {
+            let near = socket();
+            connect(&near, &address).expect("connected");
+            near
+        };
+        assert!(!channel.hung_up() && !channel.accept(), "nobody is there");
+        let first = meet();
+        assert!(channel.accept() && !channel.hung_up());
+        let second = meet();
+        assert!(!channel.accept(), "the first lives");
+        let mut buffer = [0; MAX_MESSAGE];
+        assert_eq!(recv(&second, &mut buffer, RecvFlags::DONTWAIT).map(|(n, _)| n), Ok(0), "sent away");
+        send(&first, encode(&ToWorker::Start, &mut buffer), SendFlags::empty()).expect("sent");
+        drop(first);
+        assert!(channel.hung_up(), "also with a message before the end");
+        assert!(matches!(channel.receive(), Received::Message(ToWorker::Start)));
+        assert!(matches!(channel.receive(), Received::Closed));
+        let _third = meet();
+        assert!(channel.accept() && !channel.hung_up());
     }
 }

@@ -51,6 +51,9 @@ pub struct WorkerConfig {
     pub cpuid: Vec<[u32; 7]>,
     /// The fault thread keeps to the CPU of the vCPU: on this host a wake there is much cheaper.
     pub follow_vcpu: bool,
-    /// Die with the process that started this one (`run`).
+    /// Die with the process that started this one (`run`). Otherwise it outlives its controller, and standard error is a
+    /// file of its own.
     pub die_with_parent: bool,
+    /// Drawn at random when the VM was made: by it a later controller knows that this is the worker it looks for.
+    pub instance: u64,
 }

@@ -17,7 +17,24 @@ pub mod sandbox;
 pub mod start;
 pub mod vcpu;
 
+use std::io::Write;
+
 pub use start::main;
+
+/// Says something on standard error, for people. That nobody takes it is no reason to end, as it is with `eprintln!`: the
+/// pipe of a controller that is gone, a file that is full.
+pub fn complain(what: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "ballast: {what}");
+}
+
+/// How a line of standard error begins that has words which no controller was there to hear.
+pub const LAST_WORDS: &str = "ballast: last words: ";
+
+/// Writes down what no controller hears: the next one reads it.
+pub fn leave(words: &protocol::FromWorker) {
+    let words = serde_json::to_string(words).unwrap_or_default();
+    let _ = writeln!(std::io::stderr(), "{LAST_WORDS}{words}");
+}
 
 /// Ends the process at once, all threads together, without running destructors.
 pub fn exit(status: i32) -> ! {

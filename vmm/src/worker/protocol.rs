@@ -2,14 +2,14 @@
 //!
 //! The socket is `SOCK_SEQPACKET`: one message a packet, at most [`MAX_MESSAGE`] bytes, encoded with postcard and
 //! led by [`VERSION`]. The worker listens on its own socket and the controller connects, so that a later controller
-//! can take a running worker over.
+//! can take a running worker over: it charges what [`Hello`] says, and its first grant begins a new epoch.
 //!
 //! Amounts are **cumulative totals**, never deltas: a message that is lost or repeated cannot count a page twice.
 //! The worker is not trusted: the controller bounds every field against what it has itself granted.
 //!
 //! ```text
 //!  controller                               worker
-//!      | <------------- Hello ---------------- |   after connect: who it is, where RAM is mapped
+//!      | <------------- Hello ---------------- |   after connect: who it is, what it holds
 //!      | ------------- Grant ----------------> |   reserve and first stock
 //!      | <------------- Report --------------- |   loaded, vCPUs not yet running
 //!      | ------------- Start ----------------> |
@@ -25,8 +25,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Version of this protocol; the two sides are one binary, so anything else is refused.
-pub const VERSION: u8 = 1;
+/// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
+/// a message changes this number: another version is refused, and its VM goes on unattended.
+pub const VERSION: u8 = 2;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -195,18 +196,34 @@ pub struct FaultCounts {
     pub hold: Quantiles,
 }
 
+/// What a worker says first on a connection: who it is, how far it has got, and what it holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Process id of the worker in its own namespace.
+    pub pid: u32,
+    /// [`WorkerConfig::instance`](super::config::WorkerConfig::instance).
+    pub instance: u64,
+    /// Where guest RAM is mapped.
+    pub ram: [RamSlot; MAX_SLOTS],
+    /// Pages that the reserve needs: 65 a vCPU + 64. 0 when nothing is charged.
+    pub reserve_target: u64,
+    /// Whether memory is charged.
+    pub accounting: bool,
+    /// Distinct pages that the loader has written, once it is done.
+    pub loaded: Option<u64>,
+    /// [`ToWorker::Start`] has come.
+    pub started: bool,
+    /// [`ToWorker::Pause`] has come last; vCPUs may still be on their way out.
+    pub paused: bool,
+    /// What it holds. Its totals are those of the last controller's life.
+    pub report: Report,
+}
+
 /// What a worker says to the controller.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromWorker {
     /// First message on a connection; the controller recounts from it.
-    Hello {
-        /// Process id of the worker in its own namespace.
-        pid: u32,
-        /// Where guest RAM is mapped.
-        ram: [RamSlot; MAX_SLOTS],
-        /// Pages that the reserve needs: 65 a vCPU + 64. 0 when nothing is charged.
-        reserve_target: u64,
-    },
+    Hello(Hello),
     /// The state of its memory.
     Report(Report),
     /// RAM is registered and charged from now on. The `resident` pages count as granted; totals go on from there. The

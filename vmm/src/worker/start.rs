@@ -21,6 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Channel;
+use super::complain;
 use super::config::{WorkerConfig, fd};
 use super::gate::{Gate, PAUSED};
 use super::protocol::FromWorker;
@@ -93,12 +94,12 @@ fn has_been_launched() -> bool {
 /// Runs one VM in this process, which does nothing else. Returns never; the controller learns why it ended.
 pub fn main() -> ! {
     if !has_been_launched() {
-        eprintln!("ballast: a worker is started by its controller, not by hand: start a VM with ballast run");
+        complain(format_args!("a worker is started by its controller, not by hand: start a VM with ballast run"));
         super::exit(2)
     }
     std::panic::set_hook(Box::new(|panic| {
         // A VM must not hang because one of its threads is gone.
-        eprintln!("ballast: worker failed: {panic}");
+        complain(format_args!("worker failed: {panic}"));
         std::process::abort();
     }));
     let mut channel = Channel::new(handed(fd::LISTEN));
@@ -138,7 +139,7 @@ fn tell_at_last(channel: &mut Channel, words: &FromWorker) {
     let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
     let connects = poll(&mut [PollFd::from_borrowed_fd(channel.listener(), PollFlags::IN)], Some(&timeout));
     if connects != Ok(1) || !channel.accept() || channel.send(words).is_err() {
-        eprintln!("ballast: nobody listens to: {words:?}");
+        super::leave(words);
     }
 }
 
@@ -288,16 +289,17 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         placement: if config.follow_vcpu { Placement::with(stat.clone()) } else { Placement::free() },
         ram: ram.clone(),
         cpus: config.cpus,
+        instance: config.instance,
     });
     let spawned = std::thread::Builder::new().name("channel".into()).stack_size(256 << 10).spawn(move || {
         if let Err(e) = thread.run() {
-            eprintln!("ballast: the fault thread cannot run: {e}");
+            complain(format_args!("the fault thread cannot run: {e}"));
         }
         // Without it the VM would hang at its next fault.
         std::process::abort();
     });
     if let Err(e) = spawned {
-        eprintln!("ballast: no thread for faults: {e}");
+        complain(format_args!("no thread for faults: {e}"));
         super::exit(1);
     }
 

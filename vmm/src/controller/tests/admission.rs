@@ -13,7 +13,8 @@ fn spec(name: &str, limits: LimitPatch) -> VmSpec {
     let overhead = overhead::of(Pages(SIZE), 1, 3);
     let oom = OomPolicy::default();
     let (name, group, size) = (name.to_owned(), "/".to_owned(), Pages(SIZE));
-    VmSpec { name, group, size, cpus: 1, accounting: true, limits, oom, overhead, config: None, console: None }
+    let (config, console, instance) = (None, None, super::INSTANCE);
+    VmSpec { name, group, size, cpus: 1, accounting: true, limits, oom, overhead, instance, config, console }
 }
 
 /// What each VM of [`spec`] costs beside its pages.

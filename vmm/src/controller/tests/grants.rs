@@ -32,9 +32,7 @@ async fn a_limit_below_the_reserve_is_answered_with_a_refusal_and_the_worker_nam
 async fn without_accounting_nothing_is_charged() {
     let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
     let mut worker = FakeWorker::add(setup).await;
-    let mut ram = [RamSlot::default(); 2];
-    ram[0] = RamSlot { gpa: 0, hva: 0, bytes: SIZE * 4096 };
-    worker.say(FromWorker::Hello { pid: 1, ram, reserve_target: 0 }).await;
+    worker.hello().await;
     worker.report.want = 100;
     worker.report.want_now = 100;
     worker.tell().await;
@@ -145,7 +143,7 @@ async fn a_total_that_falls_is_a_lie_and_so_is_a_second_hello() {
     assert!(worker.killed());
 
     let worker = FakeWorker::running(Setup::default()).await;
-    worker.say(FromWorker::Hello { pid: 1, ram: [RamSlot::default(); 2], reserve_target: 0 }).await;
+    worker.say(FromWorker::Hello(hello(true))).await;
     worker.controller.host().await.expect("alive");
     assert!(worker.killed());
 }
@@ -161,7 +159,7 @@ async fn a_hello_that_does_not_fit_the_vm_ends_the_worker() {
         ([slot(0, u64::MAX), slot(0, u64::MAX)], RESERVE),
     ] {
         let worker = FakeWorker::add(Setup::default()).await;
-        worker.say(FromWorker::Hello { pid: 1, ram, reserve_target }).await;
+        worker.say(FromWorker::Hello(Hello { ram, reserve_target, ..hello(true) })).await;
         worker.controller.host().await.expect("alive");
         assert!(worker.killed(), "{ram:?}");
     }

@@ -3,6 +3,7 @@
 
 mod activation;
 mod admission;
+mod adopt;
 mod clients;
 mod fleet;
 mod fuzz;
@@ -29,10 +30,13 @@ use super::link::FromLink;
 use super::spawn::Death;
 use super::view::{OomAction, VmView};
 use super::{Controller, OomPolicy, VmEnd, VmId, VmSpec, WorkerProcess};
-use crate::worker::protocol::{ExitReason, FromWorker, RamSlot, Report, ToWorker};
+use crate::worker::protocol::{ExitReason, FromWorker, Hello, RamSlot, Report, ToWorker};
 
 /// Pages of RAM of the VM under test: 256 MiB.
 const SIZE: u64 = 65536;
+
+/// What its worker calls itself.
+const INSTANCE: u64 = 99;
 
 /// Pages of its reserve: one vCPU.
 const RESERVE: u64 = 65 + 64;
@@ -83,6 +87,15 @@ impl Default for Setup {
     }
 }
 
+/// What a worker says first that has just been started.
+fn hello(accounting: bool) -> Hello {
+    let mut ram = [RamSlot::default(); 2];
+    ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
+    let reserve_target = if accounting { RESERVE } else { 0 };
+    let report = Report { debt: reserve_target, ..Report::default() };
+    Hello { pid: 4711, instance: INSTANCE, ram, reserve_target, accounting, report, ..Hello::default() }
+}
+
 fn pages(n: u64) -> Limit {
     Limit::Pages(Pages(n))
 }
@@ -106,6 +119,7 @@ impl FakeWorker {
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,
             overhead: setup.overhead,
+            instance: INSTANCE,
             console: setup.config.is_some().then(|| ConsoleLog::new().expect("a descriptor")),
             config: setup.config,
         };
@@ -131,14 +145,10 @@ impl FakeWorker {
 
     /// Says hello and takes the first grant, if there is any accounting.
     async fn hello(&mut self) {
-        let mut ram = [RamSlot::default(); 2];
-        ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
-        if !self.accounting {
-            self.say(FromWorker::Hello { pid: 4711, ram, reserve_target: 0 }).await;
-            return;
+        self.say(FromWorker::Hello(hello(self.accounting))).await;
+        if self.accounting {
+            self.first_grant().await;
         }
-        self.say(FromWorker::Hello { pid: 4711, ram, reserve_target: RESERVE }).await;
-        self.first_grant().await;
     }
 
     /// Takes the first grant after hello or activation: the reserve first, the rest is stock.

@@ -214,10 +214,8 @@ async fn what_did_not_fit_the_queue_is_sent_as_soon_as_there_is_room() {
 #[tokio::test(start_paused = true)]
 async fn a_worker_whose_queue_is_full_when_it_has_loaded_is_started_when_there_is_room() {
     let mut worker = FakeWorker::add(Setup { queue: 1, ..Setup::default() }).await;
-    let mut ram = [RamSlot::default(); 2];
-    ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
     // The first grant fills the queue.
-    worker.say(FromWorker::Hello { pid: 4711, ram, reserve_target: RESERVE }).await;
+    worker.say(FromWorker::Hello(hello(true))).await;
     worker.say(FromWorker::Loaded { plan: 0 }).await;
     worker.controller.host().await.expect("alive");
     assert!(!worker.killed());

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::super::link;
 use super::*;
 use crate::api::server;
-use crate::worker::protocol::{MAX_MESSAGE, decode, encode};
+use crate::worker::protocol::{MAX_MESSAGE, VERSION, decode, encode};
 
 fn pair() -> (OwnedFd, OwnedFd) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -32,7 +32,9 @@ async fn packets_become_messages_and_garbage_stays_garbage() {
     let send = |packet: &[u8]| rustix::net::send(&far, packet, SendFlags::empty()).expect("sent");
     send(encode(&FromWorker::Loaded { plan: 9 }, &mut buffer));
     assert_eq!(received(&mut inbox).await, FromLink::Message(FromWorker::Loaded { plan: 9 }));
-    for garbage in [&[0xff; 16][..], &[1], &[1; MAX_MESSAGE], &[1; MAX_MESSAGE + 100], &[2, 0]] {
+    for garbage in
+        [&[0xff; 16][..], &[VERSION], &[VERSION; MAX_MESSAGE], &[VERSION; MAX_MESSAGE + 100], &[VERSION + 1, 0]]
+    {
         send(garbage);
         assert!(matches!(received(&mut inbox).await, FromLink::Garbage(_)), "{} bytes", garbage.len());
     }

@@ -118,7 +118,7 @@ fn says(random: &mut Random, liar: &Liar) -> FromLink {
             for slot in &mut ram {
                 *slot = RamSlot { gpa: number(random), hva: number(random), bytes: number(random) };
             }
-            FromWorker::Hello { pid: 1, ram, reserve_target: number(random) }
+            FromWorker::Hello(Hello { ram, reserve_target: number(random), ..hello(random.once_in(2)) })
         }
         1 if random.once_in(4) => FromWorker::Loaded { plan: number(random) },
         2 if random.once_in(4) => {

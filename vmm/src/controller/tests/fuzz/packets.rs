@@ -13,11 +13,7 @@ fn examples() -> Vec<Vec<u8>> {
     let message = "x".repeat(512);
     let report = Report { granted_total: u64::MAX, guest: 1 << 40, answers: Some(u32::MAX), ..Report::default() };
     let from = [
-        FromWorker::Hello {
-            pid: 4711,
-            ram: [RamSlot { gpa: 0, hva: u64::MAX, bytes: 4096 }; 2],
-            reserve_target: RESERVE,
-        },
+        FromWorker::Hello(Hello { ram: [RamSlot { gpa: 0, hva: u64::MAX, bytes: 4096 }; 2], report, ..hello(true) }),
         FromWorker::Report(report),
         FromWorker::Report(Report::default()),
         FromWorker::Activated { seq: 1, resident: 300, reserve_target: 70_000 },

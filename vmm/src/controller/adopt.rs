@@ -1,0 +1,544 @@
+//! Taking over the VMs that an earlier controller has left behind.
+//!
+//! The controller may die at any moment; the workers of `ballast serve` do not die with it. The next one takes each VM that
+//! the journal knows:
+//!
+//! ```text
+//!  journal ─► for each VM, all at once: connect, whose process is it?, Hello          (`meet`)
+//!                │ nobody there ───────► ended while nobody was there; its last words are in its log. Without a log
+//!                │                       there never was a worker, and the VM is forgotten
+//!                │ a stranger ─────────► the same; the stranger is left alone
+//!                │ another version ────► Stray: left alone, counted with the most it can hold
+//!                ▼
+//!             node, limits, overhead ─► recount: charge what Hello says ─► grant: a new epoch ─► one of the VMs
+//! ```
+//!
+//! *What is true*: of what was asked for, the journal; of what is used, the worker. It cannot say more than it could ever
+//! have got ([`Vm::most`]), and is charged whatever the limits, because the pages are there: too much is an overcharge,
+//! which only falls. Pages that the old controller granted and that never arrived died with it.
+//!
+//! *Whose process*: the kernel says who listens (`SO_PEERCRED`), and gives a descriptor of that process
+//! (`SO_PEERPIDFD`), which no later process with its number can be mistaken for. That it is this VM's worker it proves by
+//! the number it was given at its start ([`Hello::instance`]).
+//!
+//! *What is dropped*: a change of a limit that waited for memory, the deadline of a hold (a new one begins), peaks and
+//! failure counts, events. A pause stays, by the same hand.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memcg_core::tree::{self, LimitPatch, Mode, NodeId};
+use memcg_core::units::{Limit, Pages};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketType};
+use serde_json::json;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::actor::{Actor, Input, WORKER_PATIENCE, answer};
+use super::console::ConsoleLog;
+use super::error::{Code, Refusal};
+use super::events::EventKind;
+use super::groups;
+use super::journal::{Entry, Remembered, RememberedGroup, RememberedVm};
+use super::link::{self, FromLink};
+use super::spawn::{self, Death, DeathWatch, WorkerHandle};
+use super::view::VmState;
+use super::vm::{Reply, VmEnd, VmId, WorkerProcess};
+use super::{Controller, VmSpec, activation, host};
+use crate::worker::LAST_WORDS;
+use crate::worker::protocol::{self, DecodeError, FromWorker, Hello, MAX_MESSAGE, Report, ToWorker};
+
+/// Time between two tries to reach a worker that has not noticed the end of its last controller yet.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// A worker that runs and could not be taken over.
+pub(super) struct Stray {
+    worker: Option<WorkerHandle>,
+    why: String,
+    /// Where the most that it can hold is charged, when the journal knows it.
+    node: Option<NodeId>,
+    vm: Option<RememberedVm>,
+    removers: Vec<Reply<()>>,
+}
+
+/// What was found in the place of a VM's worker.
+enum Found {
+    /// Itself.
+    Worker(Box<Worker>),
+    /// It has ended.
+    Ended(VmEnd),
+    /// There never was one: the controller died before it had started it.
+    Never,
+    /// It runs, and cannot be talked to.
+    Stray { worker: Option<(WorkerHandle, DeathWatch)>, why: String },
+}
+
+/// A worker that has said hello.
+struct Worker {
+    handle: WorkerHandle,
+    watch: DeathWatch,
+    socket: OwnedFd,
+    hello: Hello,
+}
+
+/// The process of a VM that has ended.
+struct Nobody;
+
+impl WorkerProcess for Nobody {
+    fn pid(&self) -> i32 {
+        0
+    }
+
+    fn kill(&self) {}
+}
+
+impl Controller {
+    /// Takes over what is `remembered`, whose directories are in `state`. Completes when each VM is one of this controller's,
+    /// has ended, or is known to be unreachable.
+    ///
+    /// # Errors
+    /// When the controller is going away.
+    pub async fn take_over(&self, state: &Path, remembered: &Remembered) -> Result<(), Refusal> {
+        for (path, group) in remembered.groups() {
+            let (path, group) = (path.to_owned(), group.clone());
+            self.ask(move |actor, reply| answer(reply, actor.restore_group(&path, &group))).await?;
+        }
+        let mut meetings = JoinSet::new();
+        for (number, vm) in remembered.vms().enumerate() {
+            let (directory, vm) = (state.join(&vm.name), vm.clone());
+            meetings.spawn(async move {
+                let found = match &vm.ended {
+                    Some(_) => None,
+                    None => Some(meet(&directory, &vm.name, vm.instance).await),
+                };
+                (number, vm, found)
+            });
+        }
+        let mut met = meetings.join_all().await;
+        // In the order in which they were made: that is the order in which they end.
+        met.sort_by_key(|(number, ..)| *number);
+        for (_, vm, found) in met {
+            let name = vm.name.clone();
+            if let Err(refusal) = self.restore(vm, found).await {
+                tracing::error!(vm = name, %refusal, "the VM cannot be taken over");
+            }
+        }
+        self.clear(state).await
+    }
+
+    /// Removes what VMs that are no more have left in `state`. A worker there that nobody remembers is left alone.
+    async fn clear(&self, state: &Path) -> Result<(), Refusal> {
+        let vms: Vec<_> = self.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended).collect();
+        let strays =
+            self.ask(|actor, reply| answer(reply, Ok(actor.strays.keys().cloned().collect::<Vec<_>>()))).await?;
+        for left in std::fs::read_dir(state).into_iter().flatten().flatten() {
+            let (directory, name) = (left.path(), left.file_name());
+            let Some(name) = name.to_str() else { continue };
+            let known = vms.iter().any(|vm| vm.name == name) || strays.iter().any(|stray| stray == name);
+            if known || !directory.is_dir() {
+                continue;
+            }
+            let Ok(peer) = link::reach(SocketType::SEQPACKET, &spawn::worker_socket(&directory)) else {
+                spawn::tidy(&directory);
+                continue;
+            };
+            if is_worker(peer.pid, name)
+                && let Ok(pidfd) = link::process(&peer.socket)
+                && let Ok(worker) = spawn::watch_over(peer.pid, pidfd, &directory)
+            {
+                let why = "the journal does not know it".to_owned();
+                self.leave_alone(name.to_owned(), None, Some(worker), why).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn restore(&self, vm: RememberedVm, found: Option<Found>) -> Result<(), Refusal> {
+        match found {
+            None => self.ask(move |actor, reply| answer(reply, actor.restore_ended(&vm, None))).await,
+            Some(Found::Ended(end)) => {
+                self.ask(move |actor, reply| answer(reply, actor.restore_ended(&vm, Some(end)))).await
+            }
+            Some(Found::Never) => {
+                self.ask(move |actor, reply| {
+                    actor.remember(Entry::Gone { vm: vm.name });
+                    answer(reply, Ok(()));
+                })
+                .await
+            }
+            Some(Found::Stray { worker, why }) => self.leave_alone(vm.name.clone(), Some(vm), worker, why).await,
+            Some(Found::Worker(worker)) => {
+                let Worker { handle, watch, socket, hello } = *worker;
+                // Without it the guest goes on all the same.
+                let console = ConsoleLog::of_worker(handle.pid()).ok();
+                let id = self.ask(move |actor, reply| answer(reply, actor.restore(&vm, console))).await?;
+                let hello = FromLink::Message(FromWorker::Hello(hello));
+                // Nobody waits for the end of a VM of `serve`.
+                let _end = self.adopt_with(id, handle, watch, socket, Some(hello)).await?;
+                Ok(())
+            }
+        }
+    }
+
+    async fn leave_alone(
+        &self,
+        name: String,
+        vm: Option<RememberedVm>,
+        worker: Option<(WorkerHandle, DeathWatch)>,
+        why: String,
+    ) -> Result<(), Refusal> {
+        let (handle, watch) = worker.unzip();
+        let of = name.clone();
+        self.ask(move |actor, reply| answer(reply, actor.leave_alone(of, vm, handle, why))).await?;
+        if let Some(watch) = watch {
+            let inbox = self.inbox.clone();
+            tokio::spawn(async move {
+                watch.ended().await;
+                let ended = Box::new(move |actor: &mut Actor| actor.stray_ended(&name));
+                // An actor that is gone does not care.
+                let _ = inbox.send(Input::Request(ended)).await;
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Looks who is in the place of a VM's worker.
+async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
+    let until = Instant::now() + host::scaled(WORKER_PATIENCE);
+    let gone = || match spawn::worker_log(directory).exists() {
+        true => Found::Ended(end_in_log(&spawn::log_tail(directory))),
+        false => Found::Never,
+    };
+    loop {
+        let peer = match link::reach(SocketType::SEQPACKET, &spawn::worker_socket(directory)) {
+            Ok(peer) => peer,
+            Err(Errno::AGAIN) if Instant::now() < until => {
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+            Err(Errno::AGAIN) => return Found::Stray { worker: None, why: "it takes no connection".to_owned() },
+            Err(_) => return gone(),
+        };
+        let stranger = |what: &str| {
+            let message = format!("is gone, and process {} of user {} {what} in its place", peer.pid, peer.uid);
+            Found::Ended(VmEnd::Died { message })
+        };
+        if peer.uid != rustix::process::geteuid().as_raw() {
+            return stranger("listens");
+        }
+        // The process may have ended since it was asked to listen: then it is no longer there to be described.
+        let Ok((handle, watch)) =
+            link::process(&peer.socket).and_then(|pidfd| spawn::watch_over(peer.pid, pidfd, directory))
+        else {
+            return gone();
+        };
+        let (socket, pid) = (peer.socket, peer.pid);
+        let stranger = |what: &str| {
+            let message = format!("is gone, and process {pid} {what} in its place");
+            Found::Ended(VmEnd::Died { message })
+        };
+        let why = match first_words(socket, until).await {
+            Ok((socket, FromWorker::Hello(hello))) if hello.instance == instance => {
+                return Found::Worker(Box::new(Worker { handle, watch, socket, hello }));
+            }
+            Ok((_, FromWorker::Hello(_))) => return stranger("is another VM's worker"),
+            Ok((_, words)) => return Found::Ended(end_of(words)),
+            Err(Silence::Closed) if Instant::now() < until => {
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+            Err(Silence::Closed) => "it hangs up".to_owned(),
+            Err(Silence::TimeOver) => "it says nothing".to_owned(),
+            Err(Silence::Garbage(error)) => format!("it is of another build ({error})"),
+        };
+        if is_worker(pid, name) {
+            return Found::Stray { worker: Some((handle, watch)), why };
+        }
+        return stranger("listens");
+    }
+}
+
+/// Why a worker has not said what was waited for.
+enum Silence {
+    Closed,
+    TimeOver,
+    Garbage(DecodeError),
+}
+
+/// The first message on a connection.
+async fn first_words(socket: OwnedFd, until: Instant) -> Result<(OwnedFd, FromWorker), Silence> {
+    // SAFETY: the descriptor is owned and stays the same as long as its owner lives.
+    let socket = unsafe { AsyncFd::register(socket) }.map_err(|_| Silence::Closed)?;
+    let mut buffer = [0; MAX_MESSAGE + 1];
+    let read = async {
+        loop {
+            let mut ready = socket.readable().await.map_err(|_| Silence::Closed)?;
+            match rustix::net::recv(socket.get_ref(), &mut buffer, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(Silence::Closed),
+                Ok((length, _)) => return protocol::decode(&buffer[..length]).map_err(Silence::Garbage),
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(Silence::Closed),
+            }
+        }
+    };
+    let words = tokio::time::timeout_at(until, read).await.map_err(|_| Silence::TimeOver)??;
+    Ok((socket.into_inner(), words))
+}
+
+/// Whether a process was started as the worker of this VM.
+fn is_worker(pid: i32, name: &str) -> bool {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words == format!("ballast\0worker\0{name}\0").into_bytes()
+}
+
+/// How a VM ended that was told to nobody, by the end of its worker's log.
+fn end_in_log(log: &str) -> VmEnd {
+    let words = log.lines().rev().find_map(|line| serde_json::from_str(line.strip_prefix(LAST_WORDS)?).ok());
+    words.map_or_else(|| VmEnd::Died { message: "ended while there was no controller".to_owned() }, end_of)
+}
+
+fn end_of(words: FromWorker) -> VmEnd {
+    match words {
+        FromWorker::Exited(reason) => VmEnd::Guest(reason),
+        FromWorker::Failed { message, smallest_max } => {
+            let message = message.chars().filter(|c| !c.is_control()).collect();
+            VmEnd::Failed { message, smallest_max: smallest_max.map(Pages) }
+        }
+        _ => VmEnd::Died { message: "did not say hello".to_owned() },
+    }
+}
+
+impl RememberedVm {
+    fn spec(&self) -> Result<VmSpec, Refusal> {
+        let mut spec = self.config.spec(&self.name)?;
+        spec.group.clone_from(&self.group);
+        spec.instance = self.instance;
+        spec.accounting = self.accounting;
+        if let Some((_, limits)) = self.limits {
+            // The first limit begins the account.
+            spec.limits = limits.into();
+            spec.accounting |= spec.limits.limits_something();
+        }
+        spec.config = Some(Arc::clone(&self.config));
+        Ok(spec)
+    }
+}
+
+impl Actor {
+    /// Makes a group again. What it promises is not compared with what is there: that was done when it was promised.
+    fn restore_group(&mut self, path: &str, group: &RememberedGroup) -> Result<(), Refusal> {
+        let mut limits = LimitPatch::from(group.limits);
+        let node = match groups::split(path) {
+            None => {
+                if self.tree.limits(self.root).max != Limit::Max {
+                    // What --budget says now counts.
+                    limits.max = None;
+                }
+                let set = self.tree.set_limits(self.root, &limits);
+                set.map_err(|error| self.refusal(&error))?;
+                self.everything_tracked |= limits.limits_something();
+                self.root
+            }
+            Some((above, name)) => {
+                let above = self.group_for(above)?;
+                let accounting = if group.accounting { tree::Accounting::On } else { tree::Accounting::Off };
+                let node = self.tree.add_with(above, name, &limits, accounting);
+                let node =
+                    node.map_err(|error| Refusal::new(Code::WrongState, format!("the group {path}: {error}")))?;
+                self.groups.insert(node);
+                node
+            }
+        };
+        self.tree.restore_generation(node, group.generation);
+        Ok(())
+    }
+
+    /// Makes room for a VM whose worker runs. Limits are not compared with what it uses.
+    pub fn restore(&mut self, vm: &RememberedVm, console: Option<ConsoleLog>) -> Result<VmId, Refusal> {
+        let (id, node) = self.create_again(VmSpec { console, ..vm.spec()? }, vm.paused)?;
+        if let Some((generation, _)) = vm.limits {
+            self.tree.restore_generation(node, generation);
+        }
+        Ok(id)
+    }
+
+    /// Charges what the worker says it holds, and counts from there.
+    pub fn recount(&mut self, id: VmId, hello: &Hello) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let held = hello.report.granted_total - hello.report.returned_total;
+        vm.granted_total = held;
+        vm.returned_total = 0;
+        vm.report = Report { answers: None, epoch: 0, granted_total: held, returned_total: 0, ..hello.report };
+        vm.reported = vm.adopted;
+        if hello.started {
+            vm.state = if vm.paused_by.is_some() { VmState::Paused } else { VmState::Running };
+        }
+        let (node, begins) = (vm.node, hello.accounting && !vm.accounted());
+        let held = Pages(held);
+        if begins {
+            vm.accounting = activation::Accounting::On;
+            let overhead = vm.overhead.clone();
+            self.tree.activate(node, |_| held).expect("what fits into RAM fits into a counter");
+            self.charge_what_is_there(node, &overhead);
+        } else if !held.is_zero() {
+            self.charge_whatever(node, held);
+        }
+    }
+
+    /// Charges pages that are there, whatever the limits.
+    fn charge_whatever(&mut self, node: NodeId, pages: Pages) {
+        let charged = self.tree.try_charge(node, pages, Mode::NoFail);
+        let _crossed = charged.expect("what fits into RAM fits into a counter");
+    }
+
+    /// A VM was recounted and funded: brings its worker in line with what is remembered.
+    pub fn adopted(&mut self, id: VmId, hello: &Hello) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let name = vm.name.clone();
+        let paused = vm.state == VmState::Paused;
+        if paused && !hello.paused {
+            let seq = vm.next_seq();
+            vm.send(ToWorker::Pause { seq });
+        }
+        // The first numbers in this controller's count, whether the worker has anything to say or not.
+        let seq = vm.next_seq();
+        vm.send(ToWorker::Query { seq });
+        self.watch_hold(id);
+        let report = &self.vms[&id].report;
+        let details = self.account(
+            id,
+            json!({
+                "pid": self.vms[&id].process.pid(),
+                "life": self.epoch,
+                "guest_bytes": Pages(report.guest).bytes(),
+                "stock_bytes": Pages(report.stock).bytes(),
+                "reserve_bytes": Pages(report.reserve).bytes(),
+                "overcharge_bytes": self.tree.snapshot(self.vms[&id].node).overcharge.bytes(),
+            }),
+        );
+        self.event(EventKind::Adopted, Some(&name), details);
+        if hello.started && !paused && hello.paused {
+            // Whoever let it go on has been remembered, and not heard.
+            self.resume(id, "request", None);
+        }
+        self.aim_balloon(id);
+    }
+
+    /// A VM that has ended before this controller began. `end`: nobody was there to see it.
+    fn restore_ended(&mut self, remembered: &RememberedVm, end: Option<VmEnd>) -> Result<(), Refusal> {
+        let (id, node) = self.create_again(remembered.spec()?, None)?;
+        let (to_worker, _) = mpsc::channel(1);
+        self.attach(id, Box::new(Nobody), to_worker)?;
+        let vm = self.vms.get_mut(&id).expect("just attached");
+        vm.link_closed = true;
+        vm.patience = None;
+        match end {
+            Some(end) => {
+                vm.cause = Some(end);
+                self.worker_died(id, Death::Unknown);
+            }
+            None => {
+                vm.state = VmState::Ended;
+                vm.death = Some(Death::Unknown);
+                vm.epitaph.clone_from(&remembered.ended);
+                self.tree.set_returning(node).expect("a VM has no members");
+                self.memory_is_back(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker runs that cannot be taken over.
+    fn leave_alone(
+        &mut self,
+        name: String,
+        vm: Option<RememberedVm>,
+        worker: Option<WorkerHandle>,
+        why: String,
+    ) -> Result<(), Refusal> {
+        let mut node = None;
+        if let Some(vm) = &vm {
+            let spec = vm.spec()?;
+            let most = spec.size + super::vm::reserve(spec.cpus) + memcg_core::reclaim::STOCK_CAP;
+            let at = self.add_node(self.group_for(&spec.group)?, &spec)?;
+            if spec.accounting {
+                self.charge_what_is_there(at, &spec.overhead);
+                let most = spec.limits.max.and_then(Limit::as_pages).map_or(most, |max| max.min(most));
+                self.charge_whatever(at, most);
+            }
+            node = Some(at);
+        }
+        let pid = worker.as_ref().map(WorkerHandle::pid);
+        tracing::error!(vm = name, pid, "the worker runs and is not taken over: {why}");
+        self.event(EventKind::NotAdopted, Some(&name), json!({ "pid": pid, "reason": why }));
+        self.strays.insert(name, Stray { worker, why, node, vm, removers: Vec::new() });
+        Ok(())
+    }
+
+    /// The process of a stray has ended.
+    fn stray_ended(&mut self, name: &str) {
+        let Some(stray) = self.strays.remove(name) else { return };
+        if let Some(node) = stray.node {
+            self.discard(node);
+        }
+        if let Some(worker) = stray.worker {
+            worker.tidy();
+        }
+        if stray.removers.is_empty() {
+            if let Some(vm) = stray.vm {
+                let end = VmEnd::Died { message: "ended, unattended".to_owned() };
+                let restored = self.restore_ended(&vm, Some(end));
+                debug_assert!(restored.is_ok(), "its name was kept free");
+            }
+            return;
+        }
+        self.remember(Entry::Gone { vm: name.to_owned() });
+        self.event(EventKind::Removed, Some(name), json!({}));
+        for reply in stray.removers {
+            answer(reply, Ok(()));
+        }
+    }
+
+    /// Ends a stray for somebody at the interface; `unknown` is the answer when there is none.
+    pub fn remove_stray(&mut self, name: &str, unknown: Refusal, reply: Reply<()>) {
+        match self.strays.get_mut(name) {
+            Some(Stray { worker: Some(worker), removers, .. }) => {
+                worker.kill();
+                removers.push(reply);
+            }
+            _ => answer(reply, Err(unknown)),
+        }
+    }
+
+    /// What is said of a name that no VM here has.
+    pub fn unknown(&self, name: &str) -> Refusal {
+        let Some(stray) = self.strays.get(name) else {
+            return Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here"));
+        };
+        let pid = stray.worker.as_ref().map_or("unknown".to_owned(), |worker| worker.pid().to_string());
+        let message = format!(
+            "the worker of the VM {name:?} (process {pid}) could not be taken over: {}; start the ballast that made it, or \
+             end it with `ballast rm {name}`",
+            stray.why
+        );
+        Refusal::new(Code::WrongState, message)
+    }
+
+    /// Refuses the name of a stray to others.
+    ///
+    /// # Errors
+    /// When one has it.
+    pub fn no_stray(&self, name: &str) -> Result<(), Refusal> {
+        if !self.strays.contains_key(name) {
+            return Ok(());
+        }
+        Err(Refusal { code: Code::AlreadyExists, ..self.unknown(name) })
+    }
+}
