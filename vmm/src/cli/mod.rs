@@ -17,8 +17,12 @@ mod doctor;
 mod file;
 mod fleet;
 mod group;
+mod manual;
+mod notify;
 mod observe;
 mod options;
+#[cfg(test)]
+mod reference;
 mod run;
 mod serve;
 mod show;
@@ -38,6 +42,7 @@ use clap::{Parser, Subcommand};
 pub use attach::ConsoleArgs;
 pub use fleet::{CreateArgs, PsArgs};
 pub use group::GroupArgs;
+pub use manual::{CompletionsArgs, ManArgs};
 pub use options::{BalloonArg, MemoryArg, OomArg};
 pub use run::RunArgs;
 pub use serve::ServeArgs;
@@ -125,6 +130,10 @@ pub enum Verb {
     /// What happens when there is no memory left
     #[command(subcommand)]
     Oom(observe::OomVerb),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Write man pages
+    Man(ManArgs),
 }
 
 /// Where the controller listens.
@@ -224,6 +233,8 @@ pub fn main() -> ExitCode {
             Verb::Check(args) => observe::check(args).await,
             Verb::Oom(verb) => observe::oom(verb).await,
             Verb::Doctor => Ok(doctor::doctor()),
+            Verb::Completions(args) => Ok(manual::completions(&args)),
+            Verb::Man(args) => manual::man(&args),
         }
     });
     // Threads that read the terminal end with the process; nothing waits for them.

@@ -8,7 +8,7 @@ use memcg_core::units::{Limit, exact};
 use super::options::name;
 use super::signals::Signals;
 use super::vm_args::VmArgs;
-use super::{DONE, ERROR, Failure, KILLED, RUN_FAILED, SocketArg, console, socket};
+use super::{DONE, ERROR, Failure, KILLED, RUN_FAILED, SocketArg, console, notify, socket};
 use crate::api::server;
 use crate::chain::chain;
 use crate::controller::config::Memory;
@@ -62,6 +62,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let console = console.ok_or_else(|| Failure::run("the console is not connected"))?;
     let mut console = console::start(console).map_err(|error| as_failure(&error))?;
 
+    notify::ready();
     let mut status = None;
     let left = console.left.take();
     let leaving = async {

@@ -9,7 +9,7 @@ use rustix::fs::FlockOperation;
 
 use super::options::limit;
 use super::signals::Signals;
-use super::{DONE, Failure, SocketArg, socket};
+use super::{DONE, Failure, SocketArg, notify, socket};
 use crate::api::server;
 use crate::chain::chain;
 use crate::controller::journal::Journal;
@@ -60,6 +60,7 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let service = Arc::new(Service::new(&state, log));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
+    notify::ready();
     let signal = signals.next().await;
     if args.leave_running {
         tracing::info!(signal, "leaving all VMs running");
