@@ -126,7 +126,7 @@ fn linux_powers_itself_off_when_the_button_is_pressed() {
     vm.expect("READY", 60);
     let (status, stopped) = vm.post("stop?timeout_ms=300000");
     assert_eq!((status, &stopped["killed"]), (200, &json!(false)), "{stopped}");
-    assert_eq!(stopped["end"], "the guest powered itself off");
+    assert_eq!(stopped["vm"]["end"], "the guest powered itself off");
     assert_eq!(vm.wait(30).code(), Some(0));
 }
 

@@ -28,13 +28,17 @@ fn a_guest_ends_when_it_is_asked_to_and_is_killed_when_it_does_not() {
     assert_eq!(serve.ask("POST", "/vms/paused/pause", None).0, 200);
     for name in ["hears", "paused"] {
         let (status, stopped) = serve.ask("POST", &format!("/vms/{name}/stop"), None);
-        assert_eq!((status, &stopped["killed"], &stopped["state"]), (200, &json!(false), &json!("ended")), "{stopped}");
-        assert_eq!(stopped["end"], "the guest ended with status 0");
+        assert_eq!(
+            (status, &stopped["killed"], &stopped["vm"]["state"]),
+            (200, &json!(false), &json!("ended")),
+            "{stopped}"
+        );
+        assert_eq!(stopped["vm"]["end"], "the guest ended with status 0");
     }
     let view = serve.create_with("deaf", &deaf());
     let (status, stopped) = serve.ask("POST", "/vms/deaf/stop?timeout_ms=100", None);
     assert_eq!((status, &stopped["killed"]), (200, &json!(true)), "{stopped}");
-    assert_eq!(stopped["end"], "it was killed: it did not power itself off in time");
+    assert_eq!(stopped["vm"]["end"], "it was killed: it did not power itself off in time");
     assert!(!is_alive(pid(&view)));
     assert_eq!(serve.ask("POST", "/vms/deaf/stop", None).1["killed"], false, "it has ended already");
     for (query, part) in

@@ -32,8 +32,7 @@ pub const STOP_PATIENCE: Duration = Duration::from_secs(10);
 pub struct StopView {
     /// True when it had to be killed; false when its guest ended by itself, or had before.
     pub killed: bool,
-    /// The VM.
-    #[serde(flatten)]
+    /// The VM after its end.
     pub vm: VmView,
 }
 
