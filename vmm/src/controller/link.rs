@@ -4,7 +4,8 @@
 //! worker that does not read fills its socket, then the queue, and then only its own messages are dropped. That
 //! loses nothing: totals are cumulative, and the actor notes that a grant has to be sent again.
 //!
-//! The worker is not trusted: whatever does not decode becomes [`FromLink::Garbage`], and the actor ends the VM.
+//! The worker is not trusted: whatever does not decode becomes [`FromLink::Garbage`], and the actor ends the VM. What
+//! comes behind it is read and forgotten: a worker that spews takes nobody's place in the actor's inbox.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -160,6 +161,7 @@ where
     });
     let reader = async move {
         let mut buffer = [0; MAX_MESSAGE + 1];
+        let mut lost = false;
         loop {
             let item = match read(&socket, &mut buffer).await {
                 Ok(0) | Err(_) => FromLink::Closed,
@@ -170,6 +172,10 @@ where
             };
             // After garbage the actor kills the worker; it still wants to know when the socket closes.
             let last = item == FromLink::Closed;
+            if lost && !last {
+                continue;
+            }
+            lost = matches!(item, FromLink::Garbage(_));
             if inbox.send(wrap(item)).await.is_err() || last {
                 break;
             }

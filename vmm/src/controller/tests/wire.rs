@@ -23,33 +23,36 @@ async fn received(inbox: &mut mpsc::Receiver<FromLink>) -> FromLink {
 }
 
 #[tokio::test]
-async fn packets_become_messages_and_garbage_stays_garbage() {
-    let (near, far) = pair();
-    let (sender, mut inbox) = mpsc::channel(8);
-    let (to_worker, reader) = link::attach(near, sender, |item| item).expect("attached");
-    tokio::spawn(reader);
-    let mut buffer = [0; MAX_MESSAGE];
-    let send = |packet: &[u8]| rustix::net::send(&far, packet, SendFlags::empty()).expect("sent");
-    send(encode(&FromWorker::Loaded { plan: 9 }, &mut buffer));
-    assert_eq!(received(&mut inbox).await, FromLink::Message(FromWorker::Loaded { plan: 9 }));
+async fn packets_become_messages_and_nothing_is_heard_behind_garbage() {
     for garbage in
         [&[0xff; 16][..], &[VERSION], &[VERSION; MAX_MESSAGE], &[VERSION; MAX_MESSAGE + 100], &[VERSION + 1, 0]]
     {
+        let (near, far) = pair();
+        let (sender, mut inbox) = mpsc::channel(8);
+        let (to_worker, reader) = link::attach(near, sender, |item| item).expect("attached");
+        tokio::spawn(reader);
+        let mut buffer = [0; MAX_MESSAGE];
+        let send = |packet: &[u8]| rustix::net::send(&far, packet, SendFlags::empty()).expect("sent");
+        let message = FromWorker::Loaded { plan: 9 };
+        send(encode(&message, &mut buffer));
+        assert_eq!(received(&mut inbox).await, FromLink::Message(message.clone()));
         send(garbage);
+        send(garbage);
+        send(encode(&message, &mut buffer));
         assert!(matches!(received(&mut inbox).await, FromLink::Garbage(_)), "{} bytes", garbage.len());
+        to_worker.send(ToWorker::Start).await.expect("queued");
+        let mut packet = [0; MAX_MESSAGE];
+        let length = loop {
+            match rustix::net::recv(&far, &mut packet, RecvFlags::DONTWAIT) {
+                Ok((length, _)) => break length,
+                Err(rustix::io::Errno::AGAIN) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(decode::<ToWorker>(&packet[..length]), Ok(ToWorker::Start));
+        drop(far);
+        assert_eq!(received(&mut inbox).await, FromLink::Closed);
     }
-    to_worker.send(ToWorker::Start).await.expect("queued");
-    let mut packet = [0; MAX_MESSAGE];
-    let length = loop {
-        match rustix::net::recv(&far, &mut packet, RecvFlags::DONTWAIT) {
-            Ok((length, _)) => break length,
-            Err(rustix::io::Errno::AGAIN) => tokio::task::yield_now().await,
-            Err(error) => panic!("{error}"),
-        }
-    };
-    assert_eq!(decode::<ToWorker>(&packet[..length]), Ok(ToWorker::Start));
-    drop(far);
-    assert_eq!(received(&mut inbox).await, FromLink::Closed);
 }
 
 #[tokio::test]
