@@ -47,7 +47,7 @@ use super::spawn::Death;
 use super::view::{VmState, VmView};
 use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;
-use crate::worker::protocol::ToWorker;
+use crate::worker::protocol::{Hello, ToWorker};
 
 /// How long a request for a view waits for the worker's numbers.
 const VIEW_PATIENCE: Duration = Duration::from_millis(500);
@@ -116,6 +116,8 @@ pub(super) struct Actor {
     pub epoch: u32,
     /// Workers that run and could not be taken over, by the name of their VM.
     pub strays: BTreeMap<String, Stray>,
+    /// While VMs are taken over: those that have said hello and are not granted anything yet.
+    pub recounting: Option<Vec<(VmId, Hello)>>,
 }
 
 impl Actor {
@@ -142,6 +144,7 @@ impl Actor {
             epoch: journal.epoch(),
             journal,
             strays: BTreeMap::new(),
+            recounting: None,
         }
     }
 

@@ -17,6 +17,9 @@
 //! have got ([`Vm::most`]), and is charged whatever the limits, because the pages are there: too much is an overcharge,
 //! which only falls. Pages that the old controller granted and that never arrived died with it.
 //!
+//! *Who comes first*: nobody. Grants begin when every VM is recounted; until then, room in a group may be what another
+//! VM of it holds already.
+//!
 //! *Whose process*: the kernel says who listens (`SO_PEERCRED`), and gives a descriptor of that process
 //! (`SO_PEERPIDFD`), which no later process with its number can be mistaken for. That it is this VM's worker it proves by
 //! the number it was given at its start ([`Hello::instance`]).
@@ -120,6 +123,11 @@ impl Controller {
             });
         }
         let mut met = meetings.join_all().await;
+        self.ask(|actor, reply| {
+            actor.begin_recount();
+            answer(reply, Ok(()));
+        })
+        .await?;
         // In the order in which they were made: that is the order in which they end.
         met.sort_by_key(|(number, ..)| *number);
         for (_, vm, found) in met {
@@ -128,6 +136,11 @@ impl Controller {
                 tracing::error!(vm = name, %refusal, "the VM cannot be taken over");
             }
         }
+        self.ask(|actor, reply| {
+            actor.end_recount();
+            answer(reply, Ok(()));
+        })
+        .await?;
         self.clear(state).await
     }
 
@@ -367,6 +380,20 @@ impl Actor {
             self.tree.restore_generation(node, generation);
         }
         Ok(id)
+    }
+
+    /// From now on nothing is granted: what looks like room in a group may be what the next VM in it holds already.
+    pub fn begin_recount(&mut self) {
+        self.recounting = Some(Vec::new());
+    }
+
+    /// Every VM is counted: now they get what they wait for.
+    pub fn end_recount(&mut self) {
+        for (id, hello) in self.recounting.take().unwrap_or_default() {
+            if self.vms.get(&id).is_some_and(|vm| vm.alive() && vm.cause.is_none()) {
+                self.greeted(id, &hello);
+            }
+        }
     }
 
     /// Charges what the worker says it holds, and counts from there.

@@ -95,7 +95,7 @@ impl Actor {
     /// worker says what it wants with every report, also when somebody has only asked for its numbers.
     fn serve(&mut self, id: VmId, fresh: bool) {
         let vm = self.vms.get_mut(&id).expect("checked");
-        if !vm.accounted() || !vm.alive() || vm.cause.is_some() {
+        if !vm.accounted() || !vm.alive() || vm.cause.is_some() || self.recounting.is_some() {
             return;
         }
         let asked = fresh && vm.report.want.max(vm.report.want_now) > 0;

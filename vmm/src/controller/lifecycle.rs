@@ -109,9 +109,17 @@ impl Actor {
         vm.patience = None;
         vm.reserve_target = Pages(hello.reserve_target);
         self.recount(id, &hello);
+        match &mut self.recounting {
+            Some(waiting) => waiting.push((id, hello)),
+            None => self.greeted(id, &hello),
+        }
+    }
+
+    /// A worker that was heard of gets what it needs to begin, or to go on.
+    pub(super) fn greeted(&mut self, id: VmId, hello: &Hello) {
         self.fund(id);
         if self.vms[&id].adopted {
-            self.adopted(id, &hello);
+            self.adopted(id, hello);
         }
         if let Some(plan) = hello.loaded
             && !hello.started
