@@ -123,7 +123,7 @@ fn draw(random: &mut Random) -> Call {
 fn draw_vm(random: &mut Random) -> Call {
     let vm = name(random);
     let at = |what: &str| format!("/vms/{vm}{what}");
-    match random.below(110) {
+    match random.below(112) {
         0..=21 => {
             let config = if vm.starts_with('r') { resident_config() } else { config(random) };
             Call::new("PUT", "/vms/{name}", at("")).body(config)
@@ -151,7 +151,9 @@ fn draw_vm(random: &mut Random) -> Call {
         95 | 96 => Call::new("GET", "/host", "/host"),
         97..=100 => Call::new("GET", "/vms/{name}/console", at("/console")),
         101..=103 => Call::new("GET", "/metrics", "/metrics"),
-        104 | 105 => Call::new("GET", "/oom/rank", "/oom/rank"),
+        104 => Call::new("GET", "/oom/rank", format!("/oom/rank?group={}", group(random))),
+        105 => Call::new("GET", "/overview", "/overview?events=20"),
+        106 => Call::new("GET", "/check", "/check"),
         _ => Call::new("GET", "/events", format!("/events?since={}&follow=false", random.below(2000))),
     }
 }

@@ -8,8 +8,8 @@
 //!     └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Phases come in lives of six: the controller is killed in the first of a life, in the middle of its work, and what it
-//! holds after a drain may not grow during the others. The last lines are the failures, and one that begins with
+//! Phases come in lives of six: in one of each, the controller is killed in the middle of its work and once more when all
+//! is at rest, and has to be found again as it was; what it holds after a drain may not grow during the others. The last lines are the failures, and one that begins with
 //! `SOAK PASS` or `SOAK FAIL`. The seed makes the same draws again; what happens between threads is another matter.
 
 mod client;
@@ -117,6 +117,10 @@ impl Soak {
             self.phase(length);
             rest::settle(&self.world);
             self.rest("after a phase");
+            if self.phases % LIFE == 1 {
+                self.next_controller();
+                self.rest("with the next controller");
+            }
             rest::drain(&self.world);
             self.rest("after a drain");
             self.hold("after a drain");
@@ -129,7 +133,7 @@ impl Soak {
     fn phase(&mut self, length: Duration) {
         let until = Instant::now() + length;
         // Where a life ends is drawn; that one does is not.
-        let end_of_life = (self.phases.is_multiple_of(LIFE) && self.phases > 0)
+        let end_of_life = (self.phases % LIFE == 1)
             .then(|| Instant::now() + length.mul_f64(0.2 + self.random.below(60) as f64 / 100.0));
         let mut end_of_life = end_of_life;
         let world = Arc::clone(&self.world);
@@ -139,17 +143,11 @@ impl Soak {
                 let world = &world;
                 scope.spawn(move || client::client(world, random, until));
             }
-            while Instant::now() < until {
+            while Instant::now() < until || end_of_life.is_some() {
                 std::thread::sleep(Duration::from_millis(50 + self.random.below(300)));
                 if end_of_life.is_some_and(|end| Instant::now() >= end) {
                     end_of_life = None;
-                    self.world.next_life();
-                    self.serve.signal(libc::SIGKILL);
-                    self.serve.wait(10);
-                    self.serve.again();
-                    self.world.next_life();
-                    self.controllers_killed += 1;
-                    self.full = None;
+                    self.kill_controller();
                 } else if let Some(worker) = self.victim() {
                     if self.random.chance(75) || spew(worker, &mut self.random) == 0 {
                         kill(worker, libc::SIGKILL);
@@ -158,6 +156,33 @@ impl Soak {
                 }
             }
         });
+    }
+
+    fn kill_controller(&mut self) {
+        self.world.next_life();
+        self.serve.signal(libc::SIGKILL);
+        self.serve.wait(10);
+        self.serve.again();
+        self.world.next_life();
+        self.controllers_killed += 1;
+        self.full = None;
+    }
+
+    /// Kills the controller while nothing goes on: the next one must have exactly what it had.
+    fn next_controller(&mut self) {
+        let before = rest::picture(&self.world);
+        self.kill_controller();
+        let end = Instant::now() + deadline(60);
+        let mut after = rest::picture(&self.world);
+        while after != before && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+            after = rest::picture(&self.world);
+        }
+        for (name, vm) in &before {
+            if after.get(name) != Some(vm) {
+                self.world.fail(format!("{name} was {vm}, and with the next controller is {:?}", after.get(name)));
+            }
+        }
     }
 
     /// The process of a worker of ours, drawn at random.

@@ -1,6 +1,6 @@
 //! What must hold whenever all is at rest.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ballast_tests::{PAGE, number, resident_pages};
 use serde_json::{Value, json};
@@ -88,6 +88,23 @@ pub fn vms(world: &World) -> Vec<Value> {
 pub fn groups(world: &World) -> Vec<Value> {
     let list = world.has("GET", "/groups").then(|| world.get("/groups", "/groups")).flatten();
     list.and_then(|list| list.as_array().cloned()).unwrap_or_default()
+}
+
+/// What may not change when nothing goes on: of each VM that has not ended, whose it is, how it is, and what it has.
+pub fn picture(world: &World) -> BTreeMap<String, Value> {
+    let running = vms(world).into_iter().filter(|vm| vm["state"] != "ended");
+    let seen = running.filter_map(|vm| {
+        let name = vm["name"].as_str()?.to_owned();
+        let vm = world.get("/vms/{name}", &format!("/vms/{name}"))?;
+        let kept = ["pid", "state", "group", "size_bytes", "cpus", "accounting", "oom", "ram"];
+        let mut seen: Value = kept.iter().map(|key| ((*key).to_owned(), vm[*key].clone())).collect();
+        for key in ["min_bytes", "low_bytes", "high_bytes", "max_bytes"] {
+            seen[key] = vm["memory"][key].clone();
+        }
+        seen["guest_bytes"] = vm["memory"]["stat"]["guest_bytes"].clone();
+        Some((name, seen))
+    });
+    seen.collect()
 }
 
 /// What is not as it has to be at rest. Numbers are not all of one moment: what is found once has to be found again.
@@ -180,6 +197,13 @@ pub fn problems(world: &World, controller: u32) -> Vec<String> {
     }
     for pid in workers {
         complain(format!("process {pid} is shown as a worker, and is not there"));
+    }
+    // What the controller says about itself comes last: it counts all pages again.
+    if found.is_empty() && world.has("GET", "/check") {
+        let invariants = world.get("/check", "/check").and_then(|check| check["invariants"].as_array().cloned());
+        for invariant in invariants.unwrap_or_default().iter().filter(|invariant| invariant["ok"] != true) {
+            found.push(format!("check: {}: {}", invariant["name"], invariant["message"]));
+        }
     }
     found
 }
