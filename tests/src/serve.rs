@@ -50,6 +50,15 @@ impl Serve {
         self.wait_ready();
     }
 
+    /// [`Self::again`] with other options.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn again_with(&mut self, words: &[&str]) {
+        self.words = words.iter().map(|&word| word.to_owned()).collect();
+        self.again();
+    }
+
     fn wait_ready(&self) {
         wait_until("serve answers", 20, || http(&self.socket(), "GET", "/host", None).ok());
     }

@@ -281,3 +281,108 @@ fn a_journal_that_is_not_understood_refuses_the_start_and_loses_no_vm() {
     assert!(!is_alive(pid(&view)));
     serve.create("web");
 }
+
+/// What a client was told of one VM; absent when its last request had no answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Told {
+    pid: u32,
+    max: u64,
+    paused: bool,
+}
+
+/// Random requests, one after the other, until there is no answer. Returns what is known of each name, and of which one
+/// nothing is because the last request was for it.
+fn random_requests(
+    socket: &Path,
+    mut told: std::collections::BTreeMap<&'static str, Option<Told>>,
+    mut random: u64,
+) -> (std::collections::BTreeMap<&'static str, Option<Told>>, &'static str) {
+    loop {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let name = ["a", "b", "c"][(random >> 8) as usize % 3];
+        let vm = format!("/vms/{name}");
+        let max = (40 + (random >> 32) % 20) * MIB;
+        let (method, path, body) = match random % 8 {
+            0..=2 => ("PUT", vm, Some(shell())),
+            3 => ("DELETE", vm, None),
+            4 => ("POST", format!("{vm}/pause"), None),
+            5 => ("POST", format!("{vm}/resume"), None),
+            _ => ("PATCH", format!("{vm}/memory?mode=force"), Some(json!({ "max_bytes": max }))),
+        };
+        let body = body.map(|body| body.to_string());
+        let Ok((status, answer)) = http(socket, method, &path, body.as_deref()) else { return (told, name) };
+        let view: Value = serde_json::from_str(&answer).unwrap_or(Value::Null);
+        match (method, status) {
+            ("DELETE", 204) => drop(told.insert(name, None)),
+            (_, 200 | 201) => {
+                let max = number(&view, "memory.max_bytes");
+                told.insert(name, Some(Told { pid: pid(&view), max, paused: view["state"] == "paused" }));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whatever a client was told is so, whenever the controller dies.
+#[test]
+fn a_controller_that_is_killed_at_any_moment_keeps_its_word() {
+    if skipped("adopt-random") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    let mut told = std::collections::BTreeMap::new();
+    for round in 1..=10u64 {
+        let seed = round.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let socket = serve.socket();
+        let client = std::thread::spawn(move || random_requests(&socket, told, seed));
+        // Any moment will do: no condition is waited for here.
+        std::thread::sleep(std::time::Duration::from_micros(20_000 + (seed >> 20) % 200_000));
+        killed(&mut serve);
+        let (known, unknown) = client.join().expect("no panic");
+        serve.again();
+        for (name, told) in known.iter().filter(|(name, _)| **name != unknown) {
+            let Some(told) = told else {
+                assert_eq!(serve.ask("GET", &format!("/vms/{name}"), None).0, 404, "round {round}: {name} was removed");
+                continue;
+            };
+            let view = exact(&serve, name);
+            let now =
+                Told { pid: pid(&view), max: number(&view, "memory.max_bytes"), paused: view["state"] == "paused" };
+            assert_eq!(now, *told, "round {round}: {name}: {view}");
+        }
+        let (_, list) = serve.ask("GET", "/vms", None);
+        let list = list.as_array().expect("a list").clone();
+        for vm in list.iter().filter(|vm| vm["state"] != "ended") {
+            exact(&serve, vm["name"].as_str().expect("a name"));
+        }
+        wait_until("the sum is what the VMs have", 20, || {
+            let (_, list) = serve.ask("GET", "/vms", None);
+            let sum: u64 = list.as_array().expect("a list").iter().map(|vm| number(vm, "memory.current_bytes")).sum();
+            (number(&serve.ask("GET", "/host", None).1, "current_bytes") == sum).then_some(())
+        });
+        told = known;
+        // Of this one only the next request knows.
+        told.remove(unknown);
+        serve.ask("DELETE", &format!("/vms/{unknown}"), None);
+        told.insert(unknown, None);
+    }
+}
+
+/// A budget counts for those, too, that were made before it.
+#[test]
+fn a_new_budget_counts_for_vms_that_are_taken_over() {
+    if skipped("adopt-budget") {
+        return;
+    }
+    let mut serve = Serve::start(&["--budget", "max"]);
+    let free = serve.create_with("free", &guest("touch 16M 4M seed=5; shell", &json!({})));
+    wait_console(&serve, "free", "READY");
+    killed(&mut serve);
+    serve.again_with(&["--budget", "1G"]);
+    let view = wait_until("it is accounted", 20, || Some(serve.show("free")).filter(|vm| vm["accounting"] == true));
+    assert_eq!(pid(&view), pid(&free));
+    let view = exact(&serve, "free");
+    assert_eq!(number(&serve.ask("GET", "/host", None).1, "current_bytes"), number(&view, "memory.current_bytes"));
+}

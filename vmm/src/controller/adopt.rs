@@ -138,6 +138,7 @@ impl Controller {
         }
         self.ask(|actor, reply| {
             actor.end_recount();
+            actor.track_all();
             answer(reply, Ok(()));
         })
         .await?;
@@ -371,6 +372,21 @@ impl Actor {
         };
         self.tree.restore_generation(node, group.generation);
         Ok(())
+    }
+
+    /// Where there is a budget nobody is outside of it: begins the account of VMs that were made before there was one.
+    fn track_all(&mut self) {
+        if !self.everything_tracked {
+            return;
+        }
+        let unaccounted =
+            self.vms.iter().filter(|(_, vm)| vm.alive() && !vm.accounted() && vm.state != VmState::Starting);
+        let unaccounted: Vec<_> = unaccounted.map(|(id, _)| id).collect();
+        self.account_first(&unaccounted, |_, result| {
+            if let Err((_, refusal)) = result {
+                tracing::error!(%refusal, "a VM is outside of the budget");
+            }
+        });
     }
 
     /// Makes room for a VM whose worker runs. Limits are not compared with what it uses.

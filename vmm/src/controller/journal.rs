@@ -14,8 +14,8 @@
 //! * Room for the next lines is allocated ahead, and a request is refused before anything is done when there is none
 //!   ([`Journal::prepare`]): once something is done, remembering it does not fail for want of space.
 //! * No `fsync` after a line. The page cache survives the death of the controller, and with the host die all workers.
-//!   Measured (`a_line_costs`): 1.5 to 3 µs a line, and some hundred µs to milliseconds with `fdatasync` on a disk, during
-//!   which the actor would stand still. Compaction does sync, so that a host's crash leaves the old or the new file.
+//!   Measured, a line of 200 bytes on ext4: 0.7 µs (p99 4 µs), and 4 ms with `fdatasync` (p99 16 ms), during which the actor
+//!   would stand still. Compaction does sync, so that a host's crash leaves the old or the new file.
 
 use std::collections::BTreeMap;
 use std::fs::File;
