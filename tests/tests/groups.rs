@@ -1,7 +1,7 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
 use ballast_tests::serve::Serve;
-use ballast_tests::{http, missing_on_host, number, payload, wait_until};
+use ballast_tests::{http, missing_on_host, number, payload, resident_pages, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -228,6 +228,130 @@ fn what_does_not_fit_is_refused_with_what_is_missing() {
     serve.good("PUT", "/vms/calm", guest("/calm", "shell", json!({})));
     assert!(number(&serve.group("/bomb"), "vmm.current_bytes") <= 6 * MIB);
     assert_eq!(number(&serve.group("/bomb"), "memory.events.oom"), 0, "no victim for overhead");
+}
+
+/// Semantics: 118, T3.
+#[test]
+fn several_vms_and_their_group_change_in_one_transaction() {
+    if skipped("groups-transaction") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/gold", json!({ "max_bytes": 160 * MIB }));
+    for name in ["a", "b", "c"] {
+        serve.good(
+            "PUT",
+            &format!("/vms/{name}"),
+            guest("/gold", "touch 16M 8M; shell", json!({ "max_bytes": 48 * MIB })),
+        );
+        serve.wait_console(name, "OK touch");
+    }
+    let max = |name: &str| number(&serve.show(name), "memory.max_bytes") / MIB;
+    let entry = |name: &str, mib: u64| json!({ "vm": name, "limits": { "max_bytes": mib * MIB } });
+    let all = json!([entry("a", 40), entry("b", 24), entry("c", 56), { "group": "/gold", "limits": { "max_bytes": 120 * MIB } }]);
+    let done = serve.good("POST", "/limits?wait_ms=5000", all);
+    assert_eq!(done["in_force"], true, "{done}");
+    assert_eq!((done["vms"].as_array().map(Vec::len), done["groups"].as_array().map(Vec::len)), (Some(3), Some(1)));
+    assert_eq!([max("a"), max("b"), max("c")], [40, 24, 56]);
+
+    // One that cannot be refuses all: the payload gives nothing back.
+    let (status, code, refusal) = serve.refused("POST", "/limits?mode=refuse", json!([entry("c", 64), entry("b", 4)]));
+    assert_eq!((status, code.as_str()), (409, "limit_below_usage"), "{refusal}");
+    assert_eq!([max("a"), max("b"), max("c")], [40, 24, 56]);
+    for (body, status) in [
+        (json!([]), 400),
+        (json!({}), 400),
+        (json!([{ "limits": {} }]), 400),
+        (json!([{ "vm": "a", "group": "/gold", "limits": {} }]), 400),
+        (json!([{ "vm": "a", "limits": { "frob": 1 } }]), 400),
+        (json!([entry("a", 41), entry("a", 42)]), 400),
+        (json!([entry("a", 41), entry("nobody", 42)]), 404),
+        (json!([entry("a", 41), { "vm": "b", "limits": { "max_bytes": 30 * MIB }, "generation": 99 }]), 409),
+    ] {
+        let (got, _, refusal) = serve.refused("POST", "/limits", body.clone());
+        assert_eq!(got, status, "{body}: {refusal}");
+    }
+    assert_eq!([max("a"), max("b"), max("c")], [40, 24, 56]);
+
+    let (status, text) = serve.words(&["set", "a", "b", "/gold", "memory.max=44M"]);
+    assert_eq!(status, Some(0), "{text}");
+    assert_eq!([max("a"), max("b"), number(&serve.group("/gold"), "memory.max_bytes") / MIB], [44; 3]);
+    let (status, text) = serve.words(&["set", "a", "c", "memory.max=2M", "--wait", "100ms"]);
+    assert_eq!(status, Some(3), "{text}");
+    assert!(text.contains("a: accepted, but not reached in time") && text.contains("c: accepted"), "{text}");
+    let (status, text) = serve.words(&["set", "a", "b", "memory.max=45M", "--json"]);
+    assert_eq!(status, Some(0), "{text}");
+    let view: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(view["vms"].as_array().map(Vec::len), Some(2));
+}
+
+/// A VM at rest has the same pages before and after, and so have the groups that it leaves, enters and never leaves.
+/// Semantics: 33, 89, 100.
+#[test]
+fn a_vm_and_a_group_move_with_equal_counts() {
+    if skipped("groups-move") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    for (path, max) in [("/gold", 128), ("/iron", 64), ("/tin", 4)] {
+        serve.good("PUT", &format!("/groups{path}"), json!({ "max_bytes": max * MIB }));
+    }
+    serve.good("PUT", "/vms/web", guest("/gold", "touch 16M 8M seed=7; shell", json!({})));
+    serve.wait_console("web", "OK touch");
+    serve.good("POST", "/vms/web/pause", Value::Null);
+    let rest = || {
+        wait_until("the stock is back", 10, || {
+            Some(serve.show("web")).filter(|vm| number(vm, "memory.stat.stock_bytes") == 0)
+        })
+    };
+    let used = |path: &str| number(&serve.group(path), "memory.current_bytes");
+    let vm = rest();
+    let before = number(&vm, "memory.current_bytes");
+    assert_eq!((used("/gold"), used("/iron"), used("/")), (before, 0, before));
+
+    let moved = serve.good("POST", "/vms/web/move", json!({ "group": "/iron" }));
+    assert_eq!(moved["group"], "/iron");
+    assert_eq!((used("/gold"), used("/iron"), used("/")), (0, before, before));
+    let after = rest();
+    assert_eq!(number(&after, "memory.current_bytes"), before);
+    assert_eq!(number(&after, "memory.stat.guest_bytes"), resident_pages(&after) * 4096);
+    assert_eq!(serve.good("POST", "/vms/web/move", json!({ "group": "/iron" }))["group"], "/iron", "once more");
+
+    let (status, code, refusal) = serve.refused("POST", "/vms/web/move", json!({ "group": "/tin" }));
+    assert_eq!((status, code.as_str()), (409, "does_not_fit"), "{refusal}");
+    assert_eq!(number(&refusal, "missing_bytes"), before - 4 * MIB);
+    assert_eq!((used("/iron"), used("/tin")), (before, 0), "nothing has changed");
+
+    let moved = serve.good("POST", "/groups/iron/move", json!({ "parent": "/gold" }));
+    assert_eq!(moved["path"], "/gold/iron");
+    assert_eq!((used("/gold"), used("/gold/iron"), used("/")), (before, before, before));
+    for (path, body, status) in [
+        ("/groups/gold/move", json!({ "parent": "/gold/iron" }), 409),
+        ("/groups/gold/move", json!({ "parent": "/none" }), 409),
+        ("/groups/none/move", json!({ "parent": "/" }), 404),
+        ("/groups/move", json!({ "parent": "/gold" }), 409),
+        ("/groups/gold/frob", json!({ "parent": "/" }), 405),
+        ("/groups/gold/move", json!({ "group": "/" }), 400),
+        ("/vms/web/move", json!({ "group": "gold" }), 400),
+        ("/vms/none/move", json!({ "group": "/gold" }), 404),
+    ] {
+        let (got, _, refusal) = serve.refused("POST", path, body);
+        assert_eq!(got, status, "{path}: {refusal}");
+    }
+    // The same words are another VM now, and those of where it is are the same.
+    assert_eq!(
+        serve.refused("PUT", "/vms/web", guest("/gold", "touch 16M 8M seed=7; shell", json!({}))).1,
+        "already_exists"
+    );
+    let (status, _) = serve.ask("PUT", "/vms/web", Some(&guest("/gold/iron", "touch 16M 8M seed=7; shell", json!({}))));
+    assert_eq!(status, 200);
+    let (status, text) = serve.words(&["move", "web", "/"]);
+    assert_eq!((status, used("/gold")), (Some(0), 0), "{text}");
+    let (status, text) = serve.words(&["group", "move", "/gold/iron", "/", "--json"]);
+    assert_eq!(status, Some(0), "{text}");
+    assert_eq!(serve.good("POST", "/vms/web/resume", Value::Null)["state"], "running");
+    let (_, events) = http(&serve.socket(), "GET", "/events?follow=false", None).expect("events");
+    assert_eq!(events.lines().filter(|line| line.contains("\"event\":\"moved\"")).count(), 4, "{events}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Groups: `GET /groups`, and `GET|PUT|PATCH|DELETE /groups/{path}`.
+//! Groups: `GET /groups`, `GET|PUT|PATCH|DELETE /groups/{path}`, and `POST /groups/{path}/move`.
 //!
 //! A path is written as it is, `/groups/gold/web`, or with its slashes encoded, as clients do that are generated from
 //! the document: `/groups/gold%2Fweb`. The root is `/groups/`.
@@ -10,7 +10,8 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use utoipa::OpenApi;
+use serde::Deserialize;
+use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::memory::{ChangeQuery, MemoryPatch};
@@ -20,7 +21,7 @@ use crate::controller::view::GroupView;
 
 /// The paths are described here, because the document has no word for the rest of a path.
 #[derive(OpenApi)]
-#[openapi(paths(list, show, put, patch, delete))]
+#[openapi(paths(list, show, put, patch, delete, move_to))]
 struct Document;
 
 /// The routes.
@@ -29,7 +30,7 @@ pub(super) fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
         .route("/groups", get(list))
         .route("/groups/", one())
-        .route("/groups/{*path}", one())
+        .route("/groups/{*path}", one().post(move_to))
 }
 
 /// The path of a group at the end of a URI. It is checked by the controller.
@@ -100,6 +101,36 @@ async fn patch(
     let changed = shared.controller.change_group(&path, query.change(&patch)?).await?;
     let status = if changed.in_force { StatusCode::OK } else { StatusCode::ACCEPTED };
     Ok((status, Json(changed.view)).into_response())
+}
+
+/// Where a group is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct MoveGroup {
+    /// Path of the group that it is to be in.
+    parent: String,
+}
+
+/// Moves a group, with everything in it, into another group. No effect when it is there.
+#[utoipa::path(
+    post, path = "/groups/{path}/move", params(("path" = String, Path, description = "path of the group")),
+    request_body = MoveGroup,
+    responses((status = 200, body = GroupView), (status = 400, body = Refusal), (status = 404, body = Refusal),
+        (status = 409, description = "no such group, or it does not fit: nothing has changed", body = Refusal),
+        (status = 503, body = Refusal)),
+)]
+async fn move_to(
+    State(shared): State<Shared>,
+    GroupPath(path): GroupPath,
+    body: Contents,
+) -> Result<Json<GroupView>, Refusal> {
+    // The rest of a path is matched as a whole.
+    let Some(path) = path.strip_suffix("/move") else {
+        let message = format!("nothing can be posted to /groups{path}; there is /groups/PATH/move");
+        return Err(Refusal::new(Code::MethodNotAllowed, message));
+    };
+    let MoveGroup { parent } = body.object("{\"parent\": \"/gold\"}")?;
+    shared.controller.move_group(if path.is_empty() { "/" } else { path }, &parent).await.map(Json)
 }
 
 /// Removes a group with nothing in it. What was charged in it by VMs that have ended keeps it in the list, as dying,

@@ -62,6 +62,11 @@ pub struct ChangeQuery {
 }
 
 impl ChangeQuery {
+    /// The query with these words.
+    pub(super) fn new(mode: ChangeMode, wait_ms: Option<u64>, generation: Option<u64>) -> Self {
+        Self { mode, wait_ms, generation }
+    }
+
     /// The change that a request asks for with `patch` in its body.
     ///
     /// # Errors

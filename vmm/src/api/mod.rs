@@ -7,6 +7,7 @@ pub(crate) mod connection;
 mod document;
 mod events;
 mod groups;
+mod limits;
 mod memory;
 mod metrics;
 mod observe;
@@ -35,6 +36,7 @@ use crate::controller::error::{Code, Refusal};
 use crate::controller::start::Service;
 use crate::controller::view::{HostView, VmView};
 
+pub use limits::NodeLimits;
 pub use memory::MemoryPatch;
 
 /// Largest body that is read.
@@ -105,6 +107,21 @@ impl Contents {
         }
         serde_json::from_slice(&self.0).map_err(|error| wrong(format!("the body: {error}")))
     }
+
+    /// The body as a JSON list; `example` is one.
+    ///
+    /// # Errors
+    /// What is not a list, and what is not one of these.
+    fn list<T: serde::de::DeserializeOwned>(&self, example: &str) -> Result<Vec<T>, Refusal> {
+        /// An object in the list: a list of its values is none.
+        #[derive(serde::Deserialize)]
+        #[serde(transparent, bound = "T: serde::de::DeserializeOwned")]
+        struct Entry<T>(#[serde(deserialize_with = "crate::controller::config::object")] T);
+        let list: Result<Vec<Entry<T>>, _> = serde_json::from_slice(&self.0);
+        list.map(|list| list.into_iter().map(|Entry(entry)| entry).collect()).map_err(|error| {
+            Refusal::new(Code::BadRequest, format!("the body must be a JSON list such as {example}: {error}"))
+        })
+    }
 }
 
 /// The name of a VM in a path. It is not checked here: a name that no VM can have is one that no VM has.
@@ -145,6 +162,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(observe::check))
         .routes(routes!(observe::oom_rank))
         .routes(routes!(metrics::metrics))
+        .routes(routes!(limits::post))
+        .routes(routes!(vms::move_to))
         .merge(groups::described())
 }
 

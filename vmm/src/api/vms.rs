@@ -6,6 +6,8 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::{Contents, Name, Shared};
 use crate::controller::config::VmConfig;
@@ -60,4 +62,29 @@ pub(super) async fn delete(State(shared): State<Shared>, Name(name): Name) -> Re
 pub(super) async fn console(State(shared): State<Shared>, Name(name): Name) -> Result<Response, Refusal> {
     let text = shared.controller.console(&name).await?;
     Ok(([("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store")], text).into_response())
+}
+
+/// Where a VM is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MoveVm {
+    /// Path of the group.
+    group: String,
+}
+
+/// Moves a VM to another group, with everything charged to it; its guest notices nothing. No effect when it is there.
+#[utoipa::path(
+    post, path = "/vms/{name}/move", params(("name" = String, Path, description = "name of the VM")),
+    request_body = MoveVm,
+    responses((status = 200, body = VmView), (status = 400, body = Refusal), (status = 404, body = Refusal),
+        (status = 409, description = "no such group, or it does not fit: nothing has changed", body = Refusal),
+        (status = 503, body = Refusal)),
+)]
+pub(super) async fn move_to(
+    State(shared): State<Shared>,
+    Name(name): Name,
+    body: Contents,
+) -> Result<Json<VmView>, Refusal> {
+    let MoveVm { group } = body.object("{\"group\": \"/gold\"}")?;
+    shared.controller.move_vm(&name, &group).await.map(Json)
 }

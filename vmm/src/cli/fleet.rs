@@ -39,6 +39,31 @@ pub async fn create(args: CreateArgs) -> Result<u8, Failure> {
     Ok(DONE)
 }
 
+/// `ballast move`.
+#[derive(Debug, clap::Args)]
+pub struct MoveArgs {
+    /// Name of the VM
+    #[arg(value_parser = name)]
+    name: String,
+    /// Path of the group that it is to be in, / for none
+    #[arg(value_parser = group_path)]
+    group: String,
+    /// Print the VM as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Moves a VM to another group.
+pub async fn move_to(args: MoveArgs) -> Result<u8, Failure> {
+    let socket = socket::to_reach(&args.socket, &args.name)?;
+    let body = serde_json::json!({ "group": args.group }).to_string();
+    let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{}/move", args.name), body).await?;
+    let view: VmView = client::decode(&body)?;
+    if args.json { show::json(&view) } else { Ok(DONE) }
+}
+
 /// Ends VMs and forgets them.
 pub async fn rm(args: NamesArg) -> Result<u8, Failure> {
     each(&args.names, &args.socket, |vm, socket| async move {

@@ -8,10 +8,10 @@ use memcg_core::units::human;
 use serde::Serialize;
 
 use super::options::{duration, group_path};
-use super::verbs::{change_query, patch};
-use super::{DONE, Failure, NOT_REACHED, SocketArg, client, show, socket};
+use super::verbs::{change_query, changed, patch};
+use super::{DONE, Failure, SocketArg, client, show, socket};
 use crate::api::MemoryPatch;
-use crate::controller::view::GroupView;
+use crate::controller::view::{GroupView, LimitsView};
 
 /// `ballast group`.
 #[derive(Debug, clap::Args)]
@@ -51,6 +51,17 @@ enum GroupVerb {
         /// Only if the limits are still of this generation
         #[arg(long, value_name = "N")]
         generation: Option<u64>,
+        #[command(flatten)]
+        print: PrintArgs,
+    },
+    /// Move a group, with everything in it, into another group
+    Move {
+        /// Path of the group
+        #[arg(value_parser = group_path)]
+        path: String,
+        /// Path of the group that it is to be in, / for none
+        #[arg(value_parser = group_path)]
+        parent: String,
         #[command(flatten)]
         print: PrintArgs,
     },
@@ -97,17 +108,13 @@ pub async fn group(args: GroupArgs) -> Result<u8, Failure> {
             let query = change_query(&mode, wait, generation);
             let (status, view) = one(&print, Method::PATCH, &format!("/groups{path}?{query}"), body).await?;
             answer(print.json.then_some(&view))?;
-            let memory = &view.memory;
-            if status == StatusCode::ACCEPTED {
-                let new = show::limit(memory.max_pending_bytes);
-                eprintln!("ballast: accepted, but not reached in time: {} is in use", human(memory.current_bytes));
-                eprintln!("ballast: memory.max goes to {new} when it fits, and stays as it is if it does not in time");
-                return Ok(NOT_REACHED);
-            }
-            if memory.overcharge_bytes > 0 {
-                eprintln!("ballast: in force; {} more than memory.max is in use", human(memory.overcharge_bytes));
-            }
-            Ok(DONE)
+            let late = status == StatusCode::ACCEPTED;
+            Ok(changed(late, &LimitsView { groups: vec![view], ..LimitsView::default() }))
+        }
+        GroupVerb::Move { path, parent, print } => {
+            let body = serde_json::json!({ "parent": parent }).to_string();
+            let (_, view) = one(&print, Method::POST, &format!("/groups{path}/move"), body).await?;
+            answer(print.json.then_some(&view))
         }
         GroupVerb::Rm { path, socket } => {
             let socket = socket::to_reach_service(&socket)?;
@@ -145,9 +152,7 @@ fn encode(patch: &MemoryPatch) -> Result<String, Failure> {
 
 /// Prints an answer as JSON, if there is one to print.
 fn answer<T: Serialize>(view: Option<&T>) -> Result<u8, Failure> {
-    let Some(view) = view else { return Ok(DONE) };
-    let text = serde_json::to_string_pretty(view).map_err(|error| Failure::error(error.to_string()))?;
-    out(&format!("{text}\n"))
+    view.map_or(Ok(DONE), show::json)
 }
 
 fn out(text: &str) -> Result<u8, Failure> {

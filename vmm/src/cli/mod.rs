@@ -40,7 +40,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 pub use attach::ConsoleArgs;
-pub use fleet::{CreateArgs, PsArgs};
+pub use fleet::{CreateArgs, MoveArgs, PsArgs};
 pub use group::GroupArgs;
 pub use manual::{CompletionsArgs, ManArgs};
 pub use options::{BalloonArg, MemoryArg, OomArg};
@@ -109,8 +109,10 @@ pub enum Verb {
         #[command(flatten)]
         socket: SocketArg,
     },
-    /// Change limits of a running VM
+    /// Change limits of running VMs and of groups
     Set(SetArgs),
+    /// Move a VM to another group
+    Move(MoveArgs),
     /// Make, change, list and remove groups of VMs
     Group(GroupArgs),
     /// Stop the vCPUs of VMs
@@ -224,6 +226,7 @@ pub fn main() -> ExitCode {
             Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
+            Verb::Move(args) => fleet::move_to(args).await,
             Verb::Group(args) => group::group(args).await,
             Verb::Pause(args) => verbs::act(args, "pause").await,
             Verb::Resume(args) => verbs::act(args, "resume").await,

@@ -8,24 +8,24 @@ use http_body_util::BodyExt;
 use hyper::Method;
 use memcg_core::units::human;
 
-use super::options::{duration, limit, name, on_off};
+use super::options::{duration, group_path, limit, name, on_off};
 use super::{DONE, Failure, NOT_REACHED, NamesArg, SocketArg, client, show, socket, usage};
-use crate::api::MemoryPatch;
+use crate::api::{MemoryPatch, NodeLimits};
 use crate::controller::events::{Event, EventKind};
 use crate::controller::stop::StopView;
-use crate::controller::view::{VmState, VmView};
+use crate::controller::view::{LimitsView, VmState, VmView};
 use crate::controller::{DEADLINE, host};
 
 /// `ballast set`.
 #[derive(Debug, clap::Args)]
 pub struct SetArgs {
-    /// Name of the VM
+    /// Name of the VM, or path of a group such as /gold
     pub name: String,
-    /// Limits, such as memory.max=256M memory.high=max
+    /// Limits, such as memory.max=256M memory.high=max; before them more names
     ///
     /// The limits are memory.min, memory.low, memory.high, memory.max, swap.max and vmm.max. All of those named come
-    /// into force, or none. The first limit of a VM that was started without one turns its accounting on, and so does
-    /// track=on.
+    /// into force, or none, at all of the VMs and groups in one step. The first limit of a VM that was started without
+    /// one turns its accounting on, and so does track=on.
     #[arg(required = true, value_name = "LIMIT=SIZE")]
     pub limits: Vec<String>,
     /// What to do when usage is above the new memory.max: reclaim first, force it, or refuse
@@ -37,6 +37,9 @@ pub struct SetArgs {
     /// Only if the limits are still of this generation
     #[arg(long, value_name = "N")]
     pub generation: Option<u64>,
+    /// Print what was changed as JSON
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     socket: SocketArg,
 }
@@ -93,29 +96,74 @@ pub fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
 
 /// Changes limits.
 pub async fn set(args: SetArgs) -> Result<u8, Failure> {
+    // Names come first. Without any limit the last word was meant to be one.
+    let first = args.limits.iter().position(|word| word.contains('=')).unwrap_or(args.limits.len() - 1);
+    let (more, limits) = args.limits.split_at(first);
+    let patch = patch(limits).map_err(Failure::usage)?;
+    if !more.is_empty() || args.name.starts_with('/') {
+        return set_all(&args, &[std::slice::from_ref(&args.name), more].concat(), patch).await;
+    }
     let vm = name(&args.name).map_err(Failure::usage)?;
-    let patch = patch(&args.limits).map_err(Failure::usage)?;
     let target = format!("/vms/{vm}/memory?{}", change_query(&args.mode, args.wait, args.generation));
     let socket = socket::to_reach(&args.socket, &vm)?;
     let body = serde_json::to_string(&patch).map_err(|error| Failure::error(error.to_string()))?;
     let (status, body) = client::request(&socket, Method::PATCH, &target, body).await?;
     let view: VmView = client::decode(&body)?;
-    let max = |bytes: Option<u64>| bytes.map_or("max".to_owned(), human);
-    if status == hyper::StatusCode::ACCEPTED {
-        eprintln!(
-            "ballast: accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it fits, and \
-             stays as it is if it does not within {} s of the request",
-            human(view.memory.current_bytes),
-            max(view.memory.max_bytes),
-            max(view.memory.max_pending_bytes),
-            host::scaled(DEADLINE).as_secs(),
-        );
-        return Ok(NOT_REACHED);
+    if args.json {
+        show::json(&view)?;
     }
-    if view.memory.stat.overcharge_bytes > 0 {
-        eprintln!("ballast: in force; {} more than memory.max is in use", human(view.memory.stat.overcharge_bytes));
+    Ok(changed(status == hyper::StatusCode::ACCEPTED, &LimitsView { vms: vec![view], ..LimitsView::default() }))
+}
+
+/// Changes limits of many VMs and groups in one transaction.
+async fn set_all(args: &SetArgs, names: &[String], patch: MemoryPatch) -> Result<u8, Failure> {
+    let node = |word: &String| -> Result<NodeLimits, String> {
+        let (vm, group) =
+            if word.starts_with('/') { (None, Some(group_path(word)?)) } else { (Some(name(word)?), None) };
+        Ok(NodeLimits { vm, group, limits: patch, generation: args.generation })
+    };
+    let nodes: Vec<_> = names.iter().map(node).collect::<Result<_, _>>().map_err(Failure::usage)?;
+    if nodes.len() > 1 && args.generation.is_some() {
+        return Err(Failure::usage("--generation is of one VM or group: name only that one"));
     }
-    Ok(DONE)
+    let socket = socket::to_reach_service(&args.socket)?;
+    let target = format!("/limits?{}", change_query(&args.mode, args.wait, None));
+    let body = serde_json::to_string(&nodes).map_err(|error| Failure::error(error.to_string()))?;
+    let (_, body) = client::request(&socket, Method::POST, &target, body).await?;
+    let view: LimitsView = client::decode(&body)?;
+    if args.json {
+        show::json(&view)?;
+    }
+    Ok(changed(!view.in_force, &view))
+}
+
+/// Says what there is to say about limits that were accepted. Returns the exit status.
+pub fn changed(late: bool, view: &LimitsView) -> u8 {
+    let vms = view.vms.iter().map(|vm| {
+        let memory = &vm.memory;
+        (&vm.name, memory.current_bytes, memory.max_bytes, memory.max_pending_bytes, memory.stat.overcharge_bytes)
+    });
+    let groups = view.groups.iter().map(|group| {
+        let memory = &group.memory;
+        (&group.path, memory.current_bytes, memory.max_bytes, memory.max_pending_bytes, memory.overcharge_bytes)
+    });
+    let many = view.vms.len() + view.groups.len() > 1;
+    for (name, current, max, pending, overcharge) in vms.chain(groups) {
+        let of = if many { format!("{name}: ") } else { String::new() };
+        if late {
+            eprintln!(
+                "ballast: {of}accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it \
+                 fits, and stays as it is if it does not within {} s of the request",
+                human(current),
+                show::limit(max),
+                show::limit(pending),
+                host::scaled(DEADLINE).as_secs(),
+            );
+        } else if overcharge > 0 {
+            eprintln!("ballast: {of}in force; {} more than memory.max is in use", human(overcharge));
+        }
+    }
+    if late { NOT_REACHED } else { DONE }
 }
 
 /// Requests under way at one time.

@@ -15,7 +15,9 @@
 //! | `changes.rs` | changes of limits, of one node or many |
 //! | `groups.rs` | groups, and what is asked of a VM or of a group alike |
 //! | `promises.rs` | whether what is promised fits |
+//! | `moves.rs` | VMs and groups that change their group |
 //! | `recall.rs` | stocks that are wanted back |
+//! | `squeeze.rs` | who gives what a group has to |
 //! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `pressure.rs` | how long VMs and groups wait for memory |
@@ -44,6 +46,7 @@ use super::link::FromLink;
 use super::pressure::Pressures;
 use super::recall::Recall;
 use super::spawn::Death;
+use super::squeeze::Squeeze;
 use super::view::{VmState, VmView};
 use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;
@@ -101,6 +104,8 @@ pub(super) struct Actor {
     pub changes: Vec<Change>,
     /// Stocks that are on their way back.
     pub recalls: Vec<Recall>,
+    /// The groups whose VMs have to come down for their sake.
+    pub squeezed: BTreeMap<NodeId, Squeeze>,
     pub events: EventLog,
     pub pressures: Pressures,
     pub news: watch::Sender<u64>,
@@ -135,6 +140,7 @@ impl Actor {
             everything_tracked: budget != Limit::Max,
             changes: Vec::new(),
             recalls: Vec::new(),
+            squeezed: BTreeMap::new(),
             events: EventLog::default(),
             pressures: Pressures::default(),
             news,
@@ -412,7 +418,7 @@ impl Actor {
             // Time in which nobody could have helped does not count.
             hold.since = Instant::now();
             hold.deadline = hold.since + vm.oom.deadline;
-            hold.acted = false;
+            (hold.recalled, hold.acted) = (false, false);
         }
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
@@ -450,13 +456,15 @@ impl Actor {
     fn next_deadline(&mut self) -> Option<Instant> {
         let changes = self.changes.iter().map(Change::next_deadline);
         let recalls = self.recalls.iter().map(Recall::deadline);
-        changes.chain(recalls).chain(self.vms.next_deadline()).min()
+        let squeezes = self.squeezed.values().map(|squeeze| squeeze.next);
+        changes.chain(recalls).chain(squeezes).chain(self.vms.next_deadline()).min()
     }
 
     /// Does what is due.
     fn on_time(&mut self) {
         let now = Instant::now();
         self.end_recalls(Some(now));
+        self.overdue_squeezes(now);
         self.overdue_changes(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);

@@ -175,6 +175,7 @@ impl Actor {
             reported: false,
             guest_stats: None,
             missing: 0,
+            refused_at: None,
             grant_due: false,
             balloon_sent: None,
             balloon_due: false,

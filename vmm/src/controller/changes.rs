@@ -26,12 +26,13 @@ use memcg_core::units::{Limit, Pages, human};
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::Controller;
 use super::actor::{Actor, answer};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::host;
 use super::journal::{Entry, NodeLimits};
-use super::view::VmView;
+use super::view::{LimitsView, VmView};
 use super::vm::{Reply, VmId};
 use crate::worker::protocol::ToWorker;
 
@@ -58,6 +59,60 @@ pub struct Changed<View = VmView> {
     pub in_force: bool,
     /// What was changed, after it.
     pub view: View,
+}
+
+/// Limits of one VM or one group in a transaction.
+#[derive(Clone, Debug)]
+pub struct NodeChange {
+    named: Named,
+    patch: LimitPatch,
+    track: Option<bool>,
+}
+
+/// A target as a client names it.
+#[derive(Clone, Debug)]
+enum Named {
+    Vm(String),
+    Group(String),
+}
+
+impl NodeChange {
+    /// Of the VM with this name. Mode and wait of `change` are those of the transaction.
+    pub fn vm(name: &str, change: &MemoryChange) -> Self {
+        Self { named: Named::Vm(name.to_owned()), patch: change.patch, track: change.track }
+    }
+
+    /// Of the group with this path.
+    pub fn group(path: &str, change: &MemoryChange) -> Self {
+        Self { named: Named::Group(path.to_owned()), patch: change.patch, track: change.track }
+    }
+}
+
+impl Controller {
+    /// Changes limits of many nodes: all of it, or nothing. Completes like [`Self::change`].
+    ///
+    /// # Errors
+    /// See [`Code`]; nothing has changed then, at any of them.
+    pub async fn change_many(
+        &self,
+        nodes: Vec<NodeChange>,
+        mode: Mode,
+        wait: Option<Duration>,
+    ) -> Result<Changed<LimitsView>, Refusal> {
+        self.ask(move |actor, reply| {
+            let parts: Result<Vec<Part>, Refusal> = nodes.iter().map(|node| actor.part(node)).collect();
+            let parts = match parts {
+                Ok(parts) => parts,
+                Err(refusal) => return answer(reply, Err(refusal)),
+            };
+            let targets: Vec<_> = parts.iter().map(|part| part.target).collect();
+            let done = move |actor: &mut Actor, result: Result<bool, Refusal>| {
+                answer(reply, result.map(|in_force| Changed { in_force, view: actor.limits_view(in_force, &targets) }));
+            };
+            actor.change_all(parts, mode, wait, Box::new(done));
+        })
+        .await
+    }
 }
 
 /// What has limits.
@@ -113,6 +168,26 @@ impl Change {
 }
 
 impl Actor {
+    /// Finds what a client names.
+    fn part(&self, node: &NodeChange) -> Result<Part, Refusal> {
+        let target = match &node.named {
+            Named::Vm(name) => Target::Vm(self.find_alive(name)?),
+            Named::Group(path) => Target::Group(self.find_group(path)?),
+        };
+        Ok(Part { target, patch: node.patch, track: node.track })
+    }
+
+    fn limits_view(&self, in_force: bool, targets: &[Target]) -> LimitsView {
+        let mut view = LimitsView { in_force, ..LimitsView::default() };
+        for target in targets {
+            match target {
+                Target::Vm(id) => view.vms.push(self.vm_view(*id, false)),
+                Target::Group(node) => view.groups.push(self.group_view(*node)),
+            }
+        }
+        view
+    }
+
     /// Takes a request of one client for one VM.
     pub fn change(&mut self, id: VmId, change: MemoryChange, reply: Reply<Changed>) {
         let MemoryChange { patch, mode, track, wait } = change;
@@ -267,7 +342,10 @@ impl Actor {
     }
 
     /// Everybody below learns of other limits: the workers of their room, the guests of their balloons.
-    fn tell(&mut self, target: Target) {
+    pub fn tell(&mut self, target: Target) {
+        if let Target::Group(node) = target {
+            self.squeeze(node);
+        }
         for id in self.vms_of(target) {
             self.vms.get_mut(&id).expect("listed").grant_due = true;
             self.aim_balloon(id);

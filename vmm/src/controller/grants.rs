@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::actor::{Actor, Input, answer};
+use super::changes::Target;
 use super::events::EventKind;
+use super::host;
 use super::view::{OomAction, VmState};
 use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
@@ -122,6 +124,10 @@ impl Actor {
             let details = self.account(id, json!({ "missing_bytes": Pages(need - got).bytes() }));
             let name = self.vms[&id].name.clone();
             self.event(EventKind::MaxHit, Some(&name), details);
+            // What those who share the limit hold ahead of need is needed here, now.
+            let mut neighbours = self.neighbours(id);
+            neighbours.retain(|id| !self.is_recalled(*id));
+            self.recall(&neighbours, |_| ());
         }
         let vm = &self.vms[&id];
         if !refused && vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::Policy) {
@@ -137,7 +143,8 @@ impl Actor {
         let charged = self.charged(id, |tree| tree.try_charge(node, Pages(fits), mode));
         if charged < pages {
             // Does not fit; the tree counts that.
-            let _ = self.tree.try_charge(node, Pages(pages - charged), mode);
+            let refused = self.tree.try_charge(node, Pages(pages - charged), mode).err();
+            self.vms.get_mut(&id).expect("checked").refused_at = refused.map(|refused| refused.level);
         }
         charged
     }
@@ -160,7 +167,21 @@ impl Actor {
             let details = self.account(id, json!({}));
             self.event(EventKind::HighCrossed, Some(&name), details);
         }
+        for group in charge.crossed_high.iter().filter(|at| *at != node) {
+            self.target_event(EventKind::HighCrossed, Target::Group(group), json!({}));
+            self.squeeze(group);
+        }
         charge.pages.0
+    }
+
+    /// Those who share with a VM the limit that is in its way, and hold stock.
+    fn neighbours(&self, id: VmId) -> Vec<VmId> {
+        let Some(level) = self.vms[&id].refused_at.filter(|level| self.tree.contains(*level)) else {
+            return Vec::new();
+        };
+        let mut vms = self.vms_of(Target::Group(level));
+        vms.retain(|other| *other != id && self.vms[other].report.stock + self.vms[other].in_flight() > 0);
+        vms
     }
 
     /// Tells a worker what it has and how much room there is.
@@ -243,8 +264,13 @@ impl Actor {
         }
     }
 
-    /// The size that the balloon should have: from the limits in force, or those that are pending.
+    /// The size that the balloon should have: from its own limits, and from what the groups above have to give.
     pub fn balloon_target(&self, id: VmId) -> Pages {
+        self.own_balloon_target(id).max(self.balloon_for(id, self.aim(id)))
+    }
+
+    /// The size that the balloon should have because of the VM's own limits in force, or those that are pending.
+    pub fn own_balloon_target(&self, id: VmId) -> Pages {
         self.balloon_for(id, self.tree.reclaim_high(self.vms[&id].node))
     }
 
@@ -264,7 +290,7 @@ impl Actor {
             vm.hold = None;
         } else if vm.hold.is_none() {
             let since = Instant::now();
-            vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, acted: false });
+            vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, recalled: false, acted: false });
             // Held below the limit in force, by the ceiling of a change that needs the guest to run.
             let node = vm.node;
             self.widen_changes(node);
@@ -276,22 +302,54 @@ impl Actor {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
-        let (action, running) = (vm.oom.action, vm.state == VmState::Running);
+        let (running, granted) = (vm.state == VmState::Running, vm.granted_total);
         let Some(hold) = &mut vm.hold else { return };
         if hold.acted || hold.deadline > now || !running {
             return;
         }
+        if hold.recalled {
+            return self.act_on_hold(id, now);
+        }
+        // Nobody is paused or ended for pages that nobody uses.
+        hold.recalled = true;
+        hold.deadline = now + host::scaled(SILENT_RETRY);
+        let since = hold.since;
+        let neighbours = self.neighbours(id);
+        self.recall(&neighbours, move |actor| {
+            actor.serve_refused();
+            let now = Instant::now();
+            let Some(vm) = actor.vms.get_mut(&id) else { return };
+            let running = vm.state == VmState::Running;
+            let Some(hold) = vm.hold.as_mut().filter(|hold| hold.since == since && !hold.acted && running) else {
+                return;
+            };
+            if vm.granted_total > granted {
+                // It has got something, and may go on.
+                (hold.recalled, hold.deadline) = (false, now + vm.oom.deadline);
+            } else {
+                actor.act_on_hold(id, now);
+            }
+        });
+    }
+
+    /// Lets the policy act on a VM that is held and that nobody can help.
+    fn act_on_hold(&mut self, id: VmId, now: Instant) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let action = vm.oom.action;
+        let Some(hold) = &mut vm.hold else { return };
         if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
             // A silent worker cannot be told; it holds its vCPUs itself, and is told when it reads again.
             hold.deadline = now + SILENT_RETRY;
             return;
         }
         hold.acted = true;
-        let node = vm.node;
-        self.tree.record(node, Event::Oom);
+        let (node, refused_at) = (vm.node, vm.refused_at);
+        // It happened where the limit was met, and to this VM.
+        let level = refused_at.filter(|level| self.tree.contains(*level)).unwrap_or(node);
+        self.tree.record(level, Event::Oom);
         self.tree.record(node, if action == OomAction::Kill { Event::OomKill } else { Event::OomPause });
         let action_name = if action == OomAction::Pause { "pause" } else { "kill" };
-        let details = self.account(id, json!({ "action": action_name }));
+        let details = self.account(id, json!({ "action": action_name, "limit_of": self.tree.path(level) }));
         let name = self.vms[&id].name.clone();
         self.event(EventKind::VictimSelected, Some(&name), details);
         match action {

@@ -16,6 +16,8 @@
 //! **The root** is a group that is always there. Its `memory.max` is the budget of the host, and can be changed like any
 //! other limit; the first limit there begins the account of all VMs, and of all that are made later.
 
+use std::collections::BTreeMap;
+
 use memcg_core::protection::{Protection, protections};
 use memcg_core::tree::{self, AddError, MAX_LEVELS, NodeId, RemoveError, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -336,28 +338,42 @@ impl Actor {
     }
 
     fn views(&self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<GroupView> {
-        let protections = protections(&self.tree, self.root);
-        let of = |node| protections.iter().find(|at| at.id == node).map_or(Protection::NONE, |at| at.protection);
-        nodes.into_iter().map(|node| self.view(node, of(node))).collect()
+        let protections = protections(&self.tree, self.root).into_iter();
+        let protections: BTreeMap<_, _> = protections.map(|at| (at.id, at.protection)).collect();
+        let running = self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).map(|(_, vm)| vm.node);
+        let vms = self.count_above(running.chain(self.created.values().map(|created| created.node)));
+        let groups = self.count_above(self.groups.iter().copied().filter(|group| self.tree.is_online(*group)));
+        let of = |counts: &BTreeMap<NodeId, usize>, node| counts.get(&node).copied().unwrap_or_default();
+        let view = |node| {
+            let view = self.view(node, protections.get(&node).copied().unwrap_or_default());
+            GroupView { vms: of(&vms, node), groups: of(&groups, node), ..view }
+        };
+        nodes.into_iter().map(view).collect()
+    }
+
+    /// For each node above one of `nodes`, how many of them are below it.
+    fn count_above(&self, nodes: impl Iterator<Item = NodeId>) -> BTreeMap<NodeId, usize> {
+        let mut counts = BTreeMap::new();
+        for above in nodes.flat_map(|node| self.tree.ancestry(node).skip(1)) {
+            *counts.entry(above).or_default() += 1;
+        }
+        counts
     }
 
     fn view(&self, group: NodeId, protection: Protection) -> GroupView {
         let node = self.tree.snapshot(group);
-        let below = |at: &NodeId| *at != group && self.tree.is_within(*at, group);
         let counter = |counter: tree::CounterSnapshot, max: Limit| CounterView {
             current_bytes: counter.usage.bytes(),
             peak_bytes: counter.peak.bytes(),
             max_bytes: max.as_bytes(),
         };
-        let vms = self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).map(|(_, vm)| vm.node);
-        let created = self.created.values().map(|created| created.node);
         GroupView {
             path: self.tree.path(group),
             dying: !node.online,
             generation: node.generation,
             accounting: self.tracked(Target::Group(group)),
-            vms: vms.chain(created).filter(below).count(),
-            groups: self.groups.iter().filter(|at| self.tree.is_online(**at)).copied().filter(below).count(),
+            vms: 0,
+            groups: 0,
             memory: GroupMemoryView {
                 current_bytes: node.memory.usage.bytes(),
                 peak_bytes: node.memory.peak.bytes(),

@@ -144,6 +144,13 @@ pub enum Entry {
         /// The nodes.
         nodes: Vec<NodeLimits>,
     },
+    /// A VM or a group, with everything in it, is in another group.
+    Moved {
+        /// Name of the VM, or path that the group had.
+        node: String,
+        /// Path of the group that the VM is in, or path that the group has.
+        to: String,
+    },
     /// The vCPUs of a VM were stopped.
     Paused {
         /// Its name.
@@ -215,6 +222,14 @@ pub struct Remembered {
     names: BTreeMap<String, u64>,
 }
 
+impl RememberedVm {
+    /// It is in another group now: the same words as before are another VM.
+    fn set_group(&mut self, group: String) {
+        Arc::make_mut(&mut self.config).group.clone_from(&group);
+        self.group = group;
+    }
+}
+
 impl Remembered {
     /// The VMs, the oldest first.
     pub fn vms(&self) -> impl Iterator<Item = &RememberedVm> {
@@ -259,6 +274,25 @@ impl Remembered {
     ///
     /// # Errors
     /// A sentence when the entry contradicts what was before it.
+    fn move_to(&mut self, node: &str, to: String) -> Result<(), String> {
+        if !node.starts_with('/') {
+            self.vm(node)?.set_group(to);
+            return Ok(());
+        }
+        let moved = |path: &str| {
+            let rest = path.strip_prefix(node).filter(|rest| rest.is_empty() || rest.starts_with('/'));
+            rest.map(|rest| format!("{to}{rest}"))
+        };
+        let groups = std::mem::take(&mut self.groups).into_iter();
+        self.groups = groups.map(|(path, group)| (moved(&path).unwrap_or(path), group)).collect();
+        for vm in self.vms.values_mut() {
+            if let Some(group) = moved(&vm.group) {
+                vm.set_group(group);
+            }
+        }
+        Ok(())
+    }
+
     fn apply(&mut self, entry: Entry) -> Result<(), String> {
         match entry {
             Entry::Life { epoch, .. } if epoch <= self.epoch => return Err(format!("life {epoch} has been before")),
@@ -281,6 +315,7 @@ impl Remembered {
                     self.set_limits(node)?;
                 }
             }
+            Entry::Moved { node, to } => self.move_to(&node, to)?,
             Entry::Paused { vm, by } => self.vm(&vm)?.paused = Some(by),
             Entry::Resumed { vm } => self.vm(&vm)?.paused = None,
             Entry::Ended { vm, how } => self.vm(&vm)?.ended = Some(how),

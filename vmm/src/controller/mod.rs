@@ -19,6 +19,7 @@ pub mod host;
 pub mod journal;
 mod lifecycle;
 pub mod link;
+mod moves;
 pub mod overhead;
 pub mod overview;
 mod pressure;
@@ -27,6 +28,7 @@ pub mod rank;
 mod recall;
 mod show;
 pub mod spawn;
+mod squeeze;
 pub mod start;
 pub mod stop;
 #[cfg(test)]
@@ -45,7 +47,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use actor::{Actor, Input, answer};
-pub use changes::{Changed, DEADLINE, MemoryChange};
+pub use changes::{Changed, DEADLINE, MemoryChange, NodeChange};
 use config::VmConfig;
 use console::ConsoleLog;
 use error::{Code, Refusal};

@@ -52,6 +52,11 @@ impl Actor {
         }
     }
 
+    /// Whether the stock of a VM is on its way back.
+    pub fn is_recalled(&self, id: VmId) -> bool {
+        self.recalls.iter().any(|recall| recall.awaited.contains_key(&id))
+    }
+
     /// A worker has answered message `seq`.
     pub fn stock_is_back(&mut self, id: VmId, seq: u32) {
         for recall in &mut self.recalls {

@@ -135,6 +135,17 @@ pub struct GroupView {
     pub pressure: PressureView,
 }
 
+/// What a transaction has changed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LimitsView {
+    /// All of it is in force; otherwise all of it waits for memory to be given back.
+    pub in_force: bool,
+    /// The VMs that were named, after it.
+    pub vms: Vec<VmView>,
+    /// The groups that were named, after it.
+    pub groups: Vec<GroupView>,
+}
+
 /// The memory counter of a group and its limits; `null` is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GroupMemoryView {

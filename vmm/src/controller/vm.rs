@@ -153,6 +153,8 @@ pub(super) struct Hold {
     pub since: Instant,
     /// When the policy acts.
     pub deadline: Instant,
+    /// The stocks of those who share the limit were recalled for it.
+    pub recalled: bool,
     /// It has acted.
     pub acted: bool,
 }
@@ -201,6 +203,8 @@ pub(super) struct Vm {
     pub guest_stats: Option<(GuestStats, Instant)>,
     /// Pages of the last want that could not be served: their refusal has been counted.
     pub missing: u64,
+    /// The node whose limit was in its way.
+    pub refused_at: Option<NodeId>,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
     pub grant_due: bool,
     /// The balloon target last sent.

@@ -193,3 +193,25 @@ fn a_long_journal_is_compacted_while_its_controller_lives() {
     let (remembered, _) = Journal::open(&path).expect("read");
     assert_eq!(remembered.vms().next().and_then(|vm| vm.limits).map(|(generation, _)| generation), Some(19_999));
 }
+
+/// A group takes along what is in it, and nothing that is only called alike.
+#[test]
+fn what_was_moved_is_where_it_was_moved_to() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("journal");
+    let (_, mut journal) = Journal::open(&path).expect("begun");
+    let moved = |node: &str, to: &str| Entry::Moved { node: node.to_owned(), to: to.to_owned() };
+    let unlimited = LimitsInBytes::from(Limits::default());
+    let groups = ["/gold", "/gold/web", "/golden", "/iron"];
+    let groups = groups.map(|path| Entry::Group { path: path.to_owned(), accounting: false, limits: unlimited });
+    let moves = [moved("a", "/gold/web"), moved("b", "/golden"), moved("/gold", "/iron/gold")];
+    for entry in groups.into_iter().chain(["a", "b", "c"].map(|vm| made(vm, 1))).chain(moves) {
+        journal.append(entry).expect("written");
+    }
+    drop(journal);
+    let (known, _) = Journal::open(&path).expect("read");
+    let paths: Vec<_> = known.groups().map(|(path, _)| path).collect();
+    assert_eq!(paths, ["/golden", "/iron", "/iron/gold", "/iron/gold/web"]);
+    let places: Vec<_> = known.vms().map(|vm| (vm.group.as_str(), vm.config.group.as_str())).collect();
+    assert_eq!(places, [("/iron/gold/web", "/iron/gold/web"), ("/golden", "/golden"), ("/", "/")]);
+}

@@ -22,7 +22,7 @@ fn track(on: bool) -> MemoryChange {
 
 impl FakeWorker {
     /// Takes the order to begin, which must be the next message but for balloon targets.
-    async fn activate(&mut self) -> u32 {
+    pub(super) async fn activate(&mut self) -> u32 {
         loop {
             match self.next().await {
                 ToWorker::Activate { seq, .. } => return seq,
@@ -33,7 +33,7 @@ impl FakeWorker {
     }
 
     /// Begins with `resident` pages and takes the grant that follows.
-    async fn activated(&mut self, seq: u32, resident: u64) {
+    pub(super) async fn activated(&mut self, seq: u32, resident: u64) {
         self.report.guest = resident;
         self.report.granted_total = resident;
         self.say(FromWorker::Activated { seq, resident, reserve_target: RESERVE }).await;

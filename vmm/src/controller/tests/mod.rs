@@ -8,6 +8,7 @@ mod clients;
 mod fleet;
 mod fuzz;
 mod grants;
+mod groups;
 mod limits;
 mod pressure;
 mod requests;
