@@ -57,7 +57,8 @@ pub(super) async fn delete(State(shared): State<Shared>, Name(name): Name) -> Re
 /// The last 64 KiB that the guest has printed. What is not UTF-8 is replaced.
 #[utoipa::path(
     get, path = "/vms/{name}/console", params(("name" = String, Path, description = "name of the VM")),
-    responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = Refusal)),
+    responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = Refusal),
+        (status = 409, description = "it ended before this controller began, and nothing was kept", body = Refusal)),
 )]
 pub(super) async fn console(State(shared): State<Shared>, Name(name): Name) -> Result<Response, Refusal> {
     let text = shared.controller.console(&name).await?;
