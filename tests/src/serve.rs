@@ -60,7 +60,7 @@ impl Serve {
     }
 
     fn wait_ready(&self) {
-        wait_until("serve answers", 20, || http(&self.socket(), "GET", "/host", None).ok());
+        wait_until("serve answers", 60, || http(&self.socket(), "GET", "/host", None).ok());
     }
 
     /// Process id of the controller.
@@ -245,14 +245,17 @@ pub fn channel_of(worker: u32) -> Option<OwnedFd> {
     channels.next()
 }
 
-/// Sends packets of nonsense to the controller in the place of a worker, until they are not taken any more; gives their
-/// number. The first has no version that anybody speaks; half of the others have the right one.
+/// Sends packets of nonsense to the controller in the place of a worker, until that is gone or they are not taken any more;
+/// gives their number. The first has no version that anybody speaks; half of the others have the right one.
 pub fn spew(worker: u32, random: &mut Random) -> u32 {
     let Some(channel) = channel_of(worker) else {
         return 0;
     };
     let mut sent = 0;
     for round in 0..100_000 {
+        if round % 256 == 255 && !is_alive(worker) {
+            break;
+        }
         let mut packet: Vec<u8> = (0..1 + random.below(1024)).map(|_| random.below(256) as u8).collect();
         packet[0] = if round % 2 == 0 { 0xff } else { VERSION };
         match rustix::net::send(&channel, &packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
