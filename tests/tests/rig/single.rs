@@ -1,19 +1,14 @@
-//! Linux guests. They need a KVM that runs a kernel at CPL 0, so `scripts/test` runs this binary in the nested rig where
-//! the machine's own KVM does not.
+//! One guest of a `ballast run`.
 
-use ballast_tests::{Builder, TestVm, guest_file, number, resident_pages, wait_until};
+use ballast_tests::{Builder, PAGE, TestVm, guest_file, number, resident_pages, wait_until};
 use serde_json::{Value, json};
 
-const MIB: u64 = 1 << 20;
-const PAGE: u64 = 4096;
+use super::{CMDLINE, MIB};
 
 /// A Debian kernel with our init, on the uncompressed kernel: it boots fastest.
 fn linux(name: &str) -> Builder {
     TestVm::builder(name).kernel(&guest_file("vmlinux")).option("--initrd", guest_file("initrd.img").to_string_lossy())
 }
-
-/// What every Linux guest here is told.
-const CMDLINE: &str = "quiet panic=-1 pci=off";
 
 fn usage(now: &Value) -> u64 {
     number(now, "memory.current_bytes")
