@@ -330,6 +330,7 @@ fn a_vm_and_a_group_move_with_equal_counts() {
         ("/groups/gold/move", json!({ "parent": "/none" }), 409),
         ("/groups/none/move", json!({ "parent": "/" }), 404),
         ("/groups/move", json!({ "parent": "/gold" }), 409),
+        ("/groups/move/move", json!({ "parent": "/gold" }), 400),
         ("/groups/gold/frob", json!({ "parent": "/" }), 405),
         ("/groups/gold/move", json!({ "group": "/" }), 400),
         ("/vms/web/move", json!({ "group": "gold" }), 400),

@@ -190,13 +190,18 @@ impl Maker<'_> {
         }
         let text = super::body(self.good);
         let good: Value = serde_json::from_str(&text).expect("the example is JSON");
-        for (key, value) in good.as_object().expect("an object") {
+        // A list is attacked in its first entry.
+        let (entry, at, of) = match &good {
+            Value::Array(list) => (&list[0], "/0", &self.contract.resolve(schema)["items"]),
+            object => (object, "", schema),
+        };
+        for (key, value) in entry.as_object().expect("an object") {
             let twice = text.replacen('{', &format!("{{{}:{value},", json!(key)), 1);
             push(twice, format!("{key} twice"), Some(400));
         }
         let valid = self.contract.validator(schema);
         assert!(valid.is_valid(&good), "the example fits its schema: {text}");
-        for (pointer, property) in self.places(schema, &good, "") {
+        for (pointer, property) in self.places(of, entry, at) {
             for value in junk() {
                 let body = with(&good, &pointer, value);
                 if !valid.is_valid(&body) {
@@ -232,6 +237,10 @@ fn with(body: &Value, pointer: &str, value: Value) -> Value {
     let mut new = body.clone();
     let mut place = &mut new;
     for key in pointer.split('/').skip(1) {
+        if let Some(at) = key.parse().ok().filter(|at: &usize| place.as_array().is_some_and(|list| *at < list.len())) {
+            place = &mut place[at];
+            continue;
+        }
         if !place.is_object() {
             *place = Value::Object(Map::new());
         }

@@ -6,8 +6,8 @@
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{FromRequestParts, Path, Query, State};
-use axum::http::StatusCode;
 use axum::http::request::Parts;
+use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::Deserialize;
@@ -44,7 +44,13 @@ impl<S: Send + Sync> FromRequestParts<S> for GroupPath {
             Ok(path) => path.map(|Path(path)| path).unwrap_or_default(),
             Err(error) => return Err(Refusal::new(Code::BadRequest, format!("the path: {}", error.body_text()))),
         };
-        Ok(Self(if path.starts_with('/') { path } else { format!("/{path}") }))
+        let path = if path.starts_with('/') { path } else { format!("/{path}") };
+        // The rest of a path is matched as a whole, this one too; no group has that name.
+        if path.ends_with("/move") && parts.method != Method::POST {
+            let message = format!("/groups{path} has no method {}", parts.method);
+            return Err(Refusal::new(Code::MethodNotAllowed, message));
+        }
+        Ok(Self(path))
     }
 }
 

@@ -53,6 +53,9 @@ pub fn path(text: &str) -> Result<String, Refusal> {
     if names.split('/').count() > DEEPEST {
         return Err(wrong(format!("the path of a group has at most {DEEPEST} names, this has more: {text:?}")));
     }
+    if names.split('/').any(|name| name == "move") {
+        return Err(wrong(format!("the path {text:?}: no group is called \"move\": /groups/PATH/move is a request")));
+    }
     let mut tree = Tree::new(Limit::Max);
     for name in names.split('/') {
         tree.add(tree.root(), name).or_else(|error| match error {
