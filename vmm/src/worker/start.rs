@@ -102,6 +102,7 @@ pub fn main() -> ! {
         complain(format_args!("worker failed: {panic}"));
         std::process::abort();
     }));
+    spare_the_heap();
     let mut channel = Channel::new(handed(fd::LISTEN));
     let vm = match build(&channel) {
         Ok(vm) => vm,
@@ -121,6 +122,18 @@ pub fn main() -> ! {
     };
     ask(&client, Request::Failed(sentence(&error), smallest_max));
     super::exit(1)
+}
+
+/// Tables that are larger than this are mappings of their own: what of them is never touched costs nothing.
+const LARGE: libc::c_int = 32 << 10;
+
+/// Every thread allocates from one heap: an arena of its own for each would stay for good, and costs more than it holds.
+fn spare_the_heap() {
+    // SAFETY: mallopt takes numbers; no other thread is there yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
 }
 
 /// The error with its causes, as one sentence of at most 512 bytes.
@@ -335,6 +348,9 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     let loaded = plan.pages();
     drop(plan);
     drop((kernel, initrd));
+    // What loading has needed is not needed again.
+    // SAFETY: malloc_trim takes a number and gives back what the allocator has free.
+    unsafe { libc::malloc_trim(0) };
     // The last thread goes in before the controller can open the gate.
     sandbox::enter(Thread::Device)?;
     ask(&client, Request::Loaded(loaded));
