@@ -5,6 +5,7 @@ use std::path::Path;
 use memcg_core::units::human;
 
 use super::{DONE, ERROR};
+use crate::controller::cgroup::Cgroups;
 use crate::controller::host::{self, Problem};
 use crate::worker::sandbox;
 
@@ -35,6 +36,11 @@ pub fn doctor() -> u8 {
              to lsm= on the kernel's command line\n"
         ),
     };
+    // No failure: it is a second fence behind the account.
+    let cgroup = match Cgroups::find(None) {
+        Ok(_) => "ok    cgroup       serve --cgroup auto can limit workers by cgroups as well\n".to_owned(),
+        Err(why) => format!("note  cgroup       nothing but their account limits workers: {why}\n"),
+    };
     for (what, result) in checks {
         match result {
             Ok(text) => out.push_str(&format!("ok    {what:12} {text}\n")),
@@ -45,6 +51,7 @@ pub fn doctor() -> u8 {
         }
     }
     out.push_str(&landlock);
+    out.push_str(&cgroup);
     out.push_str(linux);
     // A closed pipe is the reader's choice.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes());

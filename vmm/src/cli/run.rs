@@ -57,7 +57,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
     let (controller, actor) = Controller::start(Limit::Max);
     let Started { mut end, console, .. } =
-        start(&controller, plan, directory, log, true).await.map_err(|error| as_failure(&error))?;
+        start(&controller, plan, directory, log, true, None).await.map_err(|error| as_failure(&error))?;
     let server = server::serve(bound, controller.clone(), None).map_err(|error| as_failure(&error))?;
     let console = console.ok_or_else(|| Failure::run("the console is not connected"))?;
     let mut console = console::start(console).map_err(|error| as_failure(&error))?;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::options::name;
 use super::{DONE, Failure, SocketArg, client, socket};
-use crate::controller::view::{PressureLine, VmState, VmView};
+use crate::controller::view::{OverheadView, PressureLine, VmState, VmView};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -92,6 +92,19 @@ pub fn columns<const N: usize>(rows: &[[String; N]], words: usize) -> String {
     out
 }
 
+/// What is charged beside the pages, next to what was measured.
+fn overhead(overhead: &OverheadView) -> String {
+    let measured = |bytes: Option<u64>| bytes.map_or("not measured".to_owned(), human);
+    let (charged, found) = (&overhead.accounted, overhead.measured);
+    format!(
+        " user {} (measured {}), kernel {} (measured {})",
+        human(charged.user_bytes),
+        measured(found.map(|found| found.user_bytes)),
+        human(charged.kernel_bytes),
+        measured(found.and_then(|found| found.kernel_bytes))
+    )
+}
+
 /// The table.
 fn table(vm: &VmView) -> String {
     let mut out = String::new();
@@ -140,6 +153,7 @@ fn table(vm: &VmView) -> String {
             human(stat.ballooned_bytes)
         ),
     );
+    line("  overhead", overhead(&vm.overhead));
     line(
         "  limits",
         format!(

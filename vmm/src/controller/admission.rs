@@ -8,7 +8,7 @@
 //! Overhead is charged before the thing exists (semantics rows 98, 114): what cannot be paid for is not started, and
 //! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can.
 
-use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId, Overhead};
+use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
 use memcg_core::units::{Limit, Pages, exact, human};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -19,6 +19,7 @@ use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::journal::Entry;
+use super::overhead::Part;
 use super::view::VmState;
 use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
@@ -93,9 +94,9 @@ impl Actor {
     }
 
     /// Charges overhead that is there already: that it is counted late is no reason to refuse it.
-    pub fn charge_what_is_there(&mut self, node: NodeId, overhead: &[(Overhead, Pages)]) {
-        for (part, pages) in overhead {
-            let charged = self.tree.try_charge_as(node, Kind::Overhead(*part), *pages, Mode::NoFail);
+    pub fn charge_what_is_there(&mut self, node: NodeId, overhead: &[Part]) {
+        for part in overhead {
+            let charged = self.tree.try_charge_as(node, Kind::Overhead(part.kind), part.pages(), Mode::NoFail);
             let _whatever_the_limits = charged.expect("what fits into RAM fits into a counter");
         }
     }
@@ -107,11 +108,12 @@ impl Actor {
 
     /// Charges what the VM will cost beside its pages.
     fn charge_overhead(&mut self, node: NodeId, spec: &VmSpec) -> Result<(), Refusal> {
-        for (part, pages) in &spec.overhead {
-            let Err(refused) = self.tree.try_charge_as(node, Kind::Overhead(*part), *pages, Mode::Wait) else {
+        for part in &spec.overhead {
+            let Err(refused) = self.tree.try_charge_as(node, Kind::Overhead(part.kind), part.pages(), Mode::Wait)
+            else {
                 continue;
             };
-            let total: Pages = spec.overhead.iter().map(|(_, pages)| *pages).sum();
+            let total: Pages = spec.overhead.iter().map(Part::pages).sum();
             // What was there before, and all of it: the parts charged so far are in both.
             let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
             let least = others + total;
@@ -195,6 +197,7 @@ impl Actor {
             cause: None,
             death: None,
             link_closed: false,
+            suspected: false,
             patience: Some(Instant::now() + host::scaled(WORKER_PATIENCE)),
             ended: Some(ended),
             warned: None,

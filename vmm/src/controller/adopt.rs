@@ -43,6 +43,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::actor::{Actor, Input, WORKER_PATIENCE, answer};
+use super::cgroup::Cgroup;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
@@ -163,7 +164,7 @@ impl Controller {
             };
             if is_worker(peer.pid, name)
                 && let Ok(pidfd) = link::process(&peer.socket)
-                && let Ok(worker) = spawn::watch_over(peer.pid, pidfd, &directory)
+                && let Ok(worker) = spawn::watch_over(peer.pid, pidfd, &directory, Cgroup::of_process(peer.pid))
             {
                 let why = "the journal does not know it".to_owned();
                 self.leave_alone(name.to_owned(), None, Some(worker), why).await?;
@@ -247,8 +248,8 @@ async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
             return stranger("listens");
         }
         // The process may have ended since it was asked to listen: then it is no longer there to be described.
-        let Ok((handle, watch)) =
-            link::process(&peer.socket).and_then(|pidfd| spawn::watch_over(peer.pid, pidfd, directory))
+        let Ok((handle, watch)) = link::process(&peer.socket)
+            .and_then(|pidfd| spawn::watch_over(peer.pid, pidfd, directory, Cgroup::of_process(peer.pid)))
         else {
             return gone();
         };

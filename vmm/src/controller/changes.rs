@@ -348,6 +348,8 @@ impl Actor {
         }
         for id in self.vms_of(target) {
             self.vms.get_mut(&id).expect("listed").grant_due = true;
+            // Before anything is granted under a higher limit.
+            self.aim_backstop(id);
             self.aim_balloon(id);
         }
     }

@@ -245,9 +245,19 @@ impl Actor {
         for reply in removers {
             answer(reply, Ok(()));
         }
+        let residency = self.vms.get_mut(&id).and_then(|vm| vm.process.residency().cloned());
         if let Some(inbox) = self.inbox.upgrade() {
             tokio::spawn(async move {
-                host::memory_settled().await;
+                let back = match residency {
+                    Some(residency) => residency.returned().await,
+                    None => {
+                        host::memory_settled().await;
+                        true
+                    }
+                };
+                if !back {
+                    tracing::error!(vm = name, "the memory of the dead worker is not back after ten seconds");
+                }
                 // An actor that is gone needs no charges.
                 let _ = inbox.send(Input::Settled(id)).await;
             });

@@ -7,6 +7,9 @@ mod activation;
 mod actor;
 mod admission;
 pub mod adopt;
+pub mod audit;
+mod backstop;
+pub mod cgroup;
 mod changes;
 pub mod check;
 pub mod config;
@@ -26,6 +29,7 @@ mod pressure;
 mod promises;
 pub mod rank;
 mod recall;
+pub mod residency;
 mod show;
 pub mod spawn;
 mod squeeze;
@@ -41,7 +45,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use memcg_core::tree::{LimitPatch, Overhead};
+use memcg_core::tree::LimitPatch;
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -54,6 +58,7 @@ use error::{Code, Refusal};
 use events::Event;
 use journal::Journal;
 use link::FromLink;
+use residency::Residency;
 use spawn::{DeathWatch, WorkerHandle};
 use view::{HostView, VmState, VmView};
 pub use vm::{KilledBy, OomPolicy, VmEnd, VmId, WorkerProcess};
@@ -88,7 +93,7 @@ pub struct VmSpec {
     /// What is done when it stays held.
     pub oom: OomPolicy,
     /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.
-    pub overhead: Vec<(Overhead, Pages)>,
+    pub overhead: Vec<overhead::Part>,
     /// What its worker calls itself, drawn at random.
     pub instance: u64,
     /// As it was asked for, so that the same request is known again.
@@ -112,6 +117,10 @@ impl WorkerProcess for WorkerHandle {
 
     fn tidy(&self) {
         WorkerHandle::tidy(self);
+    }
+
+    fn residency(&self) -> Option<&Residency> {
+        WorkerHandle::residency(self)
     }
 }
 
@@ -184,22 +193,22 @@ impl Controller {
         socket: std::os::fd::OwnedFd,
         said: Option<FromLink>,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        let kill = handle.clone();
+        let (kill, dead) = (handle.clone(), handle.clone());
         let adopt = async {
             let (to_worker, reader) = link::attach(socket, self.inbox.clone(), move |item| Input::Worker(id, item))
                 .map_err(|e: io::Error| Refusal::new(Code::Busy, format!("the worker's socket is unusable: {e}")))?;
-            let log = handle.clone();
             let end = self.attach(id, Box::new(handle), to_worker).await?;
             if let Some(said) = said {
                 self.heard(id, said).await;
             }
             tokio::spawn(reader);
+            tokio::spawn(audit::keep(self.inbox.downgrade(), self.news.clone(), id));
             let inbox = self.inbox.clone();
             tokio::spawn(async move {
-                let death = watch.ended().await;
-                let text = log.log_tail();
+                let death = backstop::explain(watch.ended().await, dead.residency().and_then(Residency::cgroup));
+                let text = dead.log_tail();
                 if !text.is_empty() {
-                    tracing::error!(pid = log.pid(), "the worker said: {}", text.trim_end());
+                    tracing::error!(pid = dead.pid(), "the worker said: {}", text.trim_end());
                 }
                 // An actor that is gone has ended its workers itself.
                 let _ = inbox.send(Input::Died(id, death)).await;
@@ -255,13 +264,22 @@ impl Controller {
         self.ask(|actor, reply| answer(reply, Ok(actor.list()))).await
     }
 
-    /// One VM with fresh numbers.
+    /// One VM with fresh numbers, and what it costs beside its pages, measured.
     ///
     /// # Errors
     /// When there is none of this name.
     pub async fn show(&self, name: &str) -> Result<VmView, Refusal> {
-        let name = name.to_owned();
-        self.ask(move |actor, reply| actor.show(&name, reply)).await
+        let asked = name.to_owned();
+        let mut view = self.ask(move |actor, reply| actor.show(&asked, reply)).await?;
+        view.overhead.measured = self.measure(name, &view).await;
+        Ok(view)
+    }
+
+    /// What the VM costs beside its pages, when its worker can be looked into.
+    async fn measure(&self, name: &str, view: &VmView) -> Option<residency::MeasuredView> {
+        let (asked, ram) = (name.to_owned(), view.ram.clone());
+        let residency = self.ask(move |actor, reply| answer(reply, Ok(actor.residency(&asked)))).await.ok()??;
+        tokio::task::spawn_blocking(move || residency.measured(&ram).ok()).await.ok()?
     }
 
     /// Changes limits. Completes when they are in force, when they will not be, or when the client's time is over.

@@ -1,13 +1,14 @@
 //! What the interface sees: a VM and the host at one moment.
 
+use memcg_core::tree::Overhead;
 use memcg_core::units::Pages;
 use tokio::time::Instant;
 
 use super::actor::Actor;
 use super::host;
 use super::view::{
-    BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView, OomView,
-    VmState, VmView,
+    AccountedView, BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView,
+    OomView, OverheadView, VmState, VmView,
 };
 use super::vm::{Vm, VmId};
 
@@ -34,6 +35,7 @@ impl Actor {
             stale,
             memory: self.memory_view(vm),
             vmm: self.vmm_view(vm),
+            overhead: OverheadView { accounted: accounted(vm), measured: None },
             swap: self.swap_view(vm),
             balloon: BalloonView {
                 target_bytes: self.balloon_target(id).bytes(),
@@ -120,6 +122,27 @@ impl Actor {
             last_event: self.events.last(),
         }
     }
+}
+
+/// What is charged for the VM beside its pages.
+fn accounted(vm: &Vm) -> AccountedView {
+    let mut view = AccountedView::default();
+    if !vm.accounted() || vm.state == VmState::Ended {
+        return view;
+    }
+    for part in &vm.overhead {
+        let of_its_kind = match part.kind {
+            Overhead::Worker => &mut view.worker_bytes,
+            Overhead::Vcpu => &mut view.vcpu_bytes,
+            Overhead::Queue => &mut view.queue_bytes,
+            Overhead::FrameRecords => &mut view.frame_records_bytes,
+            Overhead::PageTables => &mut view.page_tables_bytes,
+        };
+        *of_its_kind += part.pages().bytes();
+        view.user_bytes += part.user.bytes();
+        view.kernel_bytes += part.kernel.bytes();
+    }
+    view
 }
 
 fn held_view(vm: &Vm) -> HeldView {

@@ -20,8 +20,10 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::cgroup::Cgroup;
 use super::host::{self, Problem};
 use super::link::{self, ConnectError};
+use super::residency::Residency;
 use crate::machine::cpuid;
 use crate::machine::kvm::{VmError, supported_cpuid};
 use crate::memory::place;
@@ -54,6 +56,8 @@ pub struct Launch {
     pub attach: bool,
     /// Directory of this VM, made if absent, mode 0700; the worker's sockets are in it.
     pub directory: PathBuf,
+    /// The cgroup that the worker begins in, if it has one of its own.
+    pub cgroup: Option<Cgroup>,
     /// Level of the worker's log, for the environment variable `BALLAST_LOG`.
     pub log: String,
 }
@@ -162,7 +166,7 @@ pub fn log_tail(directory: &Path) -> String {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
-    let Launch { mut config, kernel, initrd, console, attach, directory, log } = launch;
+    let Launch { mut config, kernel, initrd, console, attach, directory, cgroup, log } = launch;
     check_socket_path(&console_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
@@ -181,7 +185,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     };
 
     make_directory(&directory)?;
-    let files = Files { kvm, uffd_device, kernel, initrd, console, attach };
+    let files = Files { kvm, uffd_device, kernel, initrd, console, attach, cgroup };
     launch_in(&directory, &config, &files, &log).inspect_err(|_| tidy(&directory))
 }
 
@@ -253,6 +257,7 @@ struct Files {
     initrd: Option<File>,
     console: File,
     attach: bool,
+    cgroup: Option<Cgroup>,
 }
 
 /// The part of [`launch`] that makes things.
@@ -282,11 +287,15 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
             .map_err(system("no descriptor is left for the worker"))?;
         plan.give(copy, target);
     }
+    if let Some(cgroup) = &files.cgroup {
+        plan.entrance = Some(cgroup.entrance().map_err(system("the worker's cgroup cannot be entered"))?);
+    }
     let log_file = (!config.die_with_parent).then(|| make_log(directory)).transpose();
     let log_file = log_file.map_err(system(format!("the log in {} cannot be made", directory.display())))?;
     let child =
         spawn_child(&config.name, log, log_file, plan).map_err(system("the worker process cannot be started"))?;
-    let (handle, watch) = supervise(child, directory).map_err(system("the worker process cannot be watched"))?;
+    let (handle, watch) =
+        supervise(child, directory, files.cgroup.clone()).map_err(system("the worker process cannot be watched"))?;
     let attach = |pid| -> Result<_, SpawnError> {
         let console = UnixStream::from(link::connect_as(SocketType::STREAM, &console_socket(directory), pid)?);
         console.set_nonblocking(false).map_err(system("the console cannot be used"))?;
@@ -378,6 +387,8 @@ struct ChildPlan {
     sources: [RawFd; FIXED_END as usize],
     /// Keeps the sources open until the fork.
     owned: Vec<OwnedFd>,
+    /// Where to write `0` to be in a cgroup from the exec on: everything that the worker makes is charged there.
+    entrance: Option<OwnedFd>,
     /// Process that the child must not outlive, 0 for none.
     parent: libc::pid_t,
 }
@@ -385,7 +396,7 @@ struct ChildPlan {
 impl ChildPlan {
     fn new(die_with_parent: bool) -> Self {
         let parent = if die_with_parent { std::process::id().cast_signed() } else { 0 };
-        Self { sources: [-1; FIXED_END as usize], owned: Vec::new(), parent }
+        Self { sources: [-1; FIXED_END as usize], owned: Vec::new(), entrance: None, parent }
     }
 
     fn give(&mut self, source: OwnedFd, target: RawFd) {
@@ -398,6 +409,10 @@ impl ChildPlan {
         let check = |result: libc::c_long| {
             if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
         };
+        if let Some(entrance) = &self.entrance {
+            // SAFETY: the buffer is one byte of a constant, and the descriptor is open.
+            check(unsafe { libc::write(entrance.as_raw_fd(), c"0".as_ptr().cast(), 1) } as libc::c_long)?;
+        }
         for target in fd::CONFIG..FIXED_END {
             let source = self.sources[target as usize];
             if source >= 0 {
@@ -464,6 +479,8 @@ pub enum Death {
     Exited(i32),
     /// A signal ended it.
     Signal(i32),
+    /// The host's OOM killer ended it, because its cgroup was full.
+    HostOom,
     /// Its status is not known.
     Unknown,
 }
@@ -473,6 +490,7 @@ impl std::fmt::Display for Death {
         match self {
             Self::Exited(status) => write!(f, "exited with status {status}"),
             Self::Signal(libc::SIGKILL) => write!(f, "was killed by the host (signal 9)"),
+            Self::HostOom => write!(f, "was killed by the host: its cgroup was full"),
             Self::Signal(libc::SIGSYS) => {
                 write!(f, "was ended by its sandbox (signal 31; the host's log has the call)")
             }
@@ -488,6 +506,7 @@ pub struct WorkerHandle {
     pid: i32,
     pidfd: Arc<OwnedFd>,
     directory: Arc<Path>,
+    residency: Option<Residency>,
 }
 
 impl WorkerHandle {
@@ -511,6 +530,11 @@ impl WorkerHandle {
     /// The socket at which its guest's console is.
     pub fn console(&self) -> PathBuf {
         console_socket(&self.directory)
+    }
+
+    /// What the host says of its memory.
+    pub fn residency(&self) -> Option<&Residency> {
+        self.residency.as_ref()
     }
 
     /// Removes what [`launch`] has made for it on disk.
@@ -547,12 +571,12 @@ impl DeathWatch {
     }
 }
 
-fn supervise(mut child: Child, directory: &Path) -> io::Result<(WorkerHandle, DeathWatch)> {
+fn supervise(mut child: Child, directory: &Path, cgroup: Option<Cgroup>) -> io::Result<(WorkerHandle, DeathWatch)> {
     let pid = child.id().cast_signed();
-    let watch = || -> io::Result<_> {
+    let watch = move || -> io::Result<_> {
         let id = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
         // Not reaped yet, so the number is still this child's.
-        watch_over(pid, rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?, directory)
+        watch_over(pid, rustix::process::pidfd_open(id, PidfdFlags::NONBLOCK)?, directory, cgroup)
     };
     match watch() {
         Ok((handle, mut watch)) => {
@@ -575,9 +599,16 @@ fn supervise(mut child: Child, directory: &Path) -> io::Result<(WorkerHandle, De
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn watch_over(pid: i32, pidfd: OwnedFd, directory: &Path) -> io::Result<(WorkerHandle, DeathWatch)> {
+pub fn watch_over(
+    pid: i32,
+    pidfd: OwnedFd,
+    directory: &Path,
+    cgroup: Option<Cgroup>,
+) -> io::Result<(WorkerHandle, DeathWatch)> {
     let pidfd = Arc::new(pidfd);
-    let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into() };
+    // After the exec: the address space is the worker's. One that may not be looked into is not audited.
+    let residency = Residency::open(pid, cgroup).inspect_err(|error| tracing::warn!(%error, pid, "no pagemap")).ok();
+    let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into(), residency };
     // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
     let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
     Ok((handle, DeathWatch { child: None, pidfd }))

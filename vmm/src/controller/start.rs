@@ -13,6 +13,8 @@ use std::sync::{self, Arc, PoisonError, Weak};
 
 use tokio::sync::{Mutex, OwnedMutexGuard, RwLock, oneshot};
 
+use super::backstop;
+use super::cgroup::{self, Cgroup, Cgroups};
 use super::config::{Plan, VmConfig};
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
@@ -31,6 +33,9 @@ pub enum StartError {
     /// There is no process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// There is no cgroup for its process.
+    #[error("the worker's cgroup cannot be made")]
+    Cgroup(#[source] std::io::Error),
 }
 
 /// A VM whose worker runs.
@@ -58,24 +63,45 @@ pub async fn start(
     directory: PathBuf,
     log: &str,
     attach: bool,
+    cgroups: Option<&Cgroups>,
 ) -> Result<Started, StartError> {
     let Plan { mut spec, mut worker, kernel, initrd } = plan;
     let no_memory = |error: io::Error| Refusal::new(Code::StartFailed, format!("the console cannot be made: {error}"));
     let log_of_console = ConsoleLog::new().map_err(no_memory)?;
     let console = log_of_console.memory().map_err(no_memory)?;
     spec.console = Some(log_of_console);
-    let id = controller.create(spec).await?;
+    let most = backstop::most(&spec);
+    let make = |cgroups: &Cgroups| cgroups.make(&spec.name, cgroup::limit_for(most)).map_err(StartError::Cgroup);
+    let cgroup = cgroups.map(make).transpose()?;
+    let id = controller.create(spec).await.inspect_err(|_| discard(&cgroup))?;
     worker.accounting = controller.is_accounted(id).await?;
-    let launch = Launch { config: worker, kernel, initrd, console, attach, directory, log: log.to_owned() };
+    let launch = Launch {
+        config: worker,
+        kernel,
+        initrd,
+        console,
+        attach,
+        directory,
+        cgroup: cgroup.clone(),
+        log: log.to_owned(),
+    };
     match spawn::launch_aside(launch).await {
         Ok(launched) => {
             let end = controller.adopt(id, launched.handle, launched.watch, launched.link).await?;
             Ok(Started { id, end, console: launched.console })
         }
         Err(error) => {
+            discard(&cgroup);
             controller.withdraw(id).await?;
             Err(error.into())
         }
+    }
+}
+
+/// Removes the cgroup of a worker that there will not be.
+fn discard(cgroup: &Option<Cgroup>) {
+    if let Some(cgroup) = cgroup {
+        cgroup.remove();
     }
 }
 
@@ -85,6 +111,8 @@ pub async fn start(
 pub struct Service {
     state: PathBuf,
     log: String,
+    /// Where workers have cgroups of their own, if they have.
+    cgroups: Option<Cgroups>,
     /// False when no more VMs are made; read as long as one is being made.
     open: RwLock<bool>,
     /// Held for a name as long as a VM of it is being made.
@@ -92,10 +120,10 @@ pub struct Service {
 }
 
 impl Service {
-    /// For VMs whose directories are in `state`.
-    pub fn new(state: &Path, log: &str) -> Self {
+    /// For VMs whose directories are in `state`. With `cgroups` each worker has one.
+    pub fn new(state: &Path, log: &str, cgroups: Option<Cgroups>) -> Self {
         let (state, log) = (state.to_owned(), log.to_owned());
-        Self { state, log, open: RwLock::new(true), names: sync::Mutex::default() }
+        Self { state, log, cgroups, open: RwLock::new(true), names: sync::Mutex::default() }
     }
 
     /// The directory in which each VM has its own.
@@ -146,10 +174,10 @@ impl Service {
         let mut plan = config.plan(name)?;
         plan.worker.die_with_parent = false;
         plan.spec.config = Some(Arc::clone(&config));
-        let started = start(controller, plan, self.state.join(name), &self.log, false).await;
+        let started = start(controller, plan, self.state.join(name), &self.log, false, self.cgroups.as_ref()).await;
         let started = started.map_err(|error| match error {
             StartError::Refused(refusal) => refusal,
-            StartError::Spawn(error) => Refusal::new(Code::StartFailed, chain(&error)),
+            error => Refusal::new(Code::StartFailed, chain(&error)),
         })?;
         drop((open, alone));
         Ok((true, controller.started(started.id).await?))

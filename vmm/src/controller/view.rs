@@ -4,6 +4,7 @@ use memcg_core::tree::Events;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::residency::MeasuredView;
 use crate::worker::protocol::{FaultCounts, GuestStats, Quantiles};
 
 /// Where a VM is in its life.
@@ -55,6 +56,8 @@ pub struct VmView {
     pub memory: MemoryView,
     /// Overhead of the VMM, a part of `memory`.
     pub vmm: CounterView,
+    /// What `vmm` consists of, next to what was measured.
+    pub overhead: OverheadView,
     /// Evicted pages.
     pub swap: CounterView,
     /// The balloon.
@@ -72,6 +75,34 @@ pub struct VmView {
     pub ram: Vec<RamView>,
     /// The fault path since the start.
     pub faults: FaultsView,
+}
+
+/// What a VM costs beside its pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OverheadView {
+    /// What is charged for it.
+    pub accounted: AccountedView,
+    /// What the host finds; only when one VM is asked for, and its worker can be looked into.
+    pub measured: Option<MeasuredView>,
+}
+
+/// What is charged for a VM beside its pages: by what it is for, and the same by whose memory it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AccountedView {
+    /// The worker's process, without what is named below.
+    pub worker_bytes: u64,
+    /// The vCPUs.
+    pub vcpu_bytes: u64,
+    /// The virtqueues.
+    pub queue_bytes: u64,
+    /// The records of guest pages.
+    pub frame_records_bytes: u64,
+    /// Page tables, the host's and KVM's.
+    pub page_tables_bytes: u64,
+    /// Of all these, private memory of the worker.
+    pub user_bytes: u64,
+    /// Of all these, memory of the kernel.
+    pub kernel_bytes: u64,
 }
 
 /// A counter with its limit; `null` is no limit.

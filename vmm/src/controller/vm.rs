@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::reclaim::STOCK_CAP;
-use memcg_core::tree::{NodeId, Overhead};
+use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
@@ -16,6 +16,8 @@ use super::activation::Accounting;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
+use super::overhead::Part;
+use super::residency::Residency;
 use super::spawn::Death;
 use super::stop::Stopping;
 use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
@@ -48,6 +50,10 @@ pub trait WorkerProcess: Send {
     }
     /// Removes what it had on disk; it has ended.
     fn tidy(&self) {}
+    /// What the host says of its memory, when it may be looked into.
+    fn residency(&self) -> Option<&Residency> {
+        None
+    }
 }
 
 /// What is done with a VM that stays held.
@@ -177,7 +183,7 @@ pub(super) struct Vm {
     pub cpus: u32,
     pub accounting: Accounting,
     /// What it costs beside its pages, charged as long as it is accounted.
-    pub overhead: Vec<(Overhead, Pages)>,
+    pub overhead: Vec<Part>,
     pub oom: OomPolicy,
     pub process: Box<dyn WorkerProcess>,
     pub to_worker: mpsc::Sender<ToWorker>,
@@ -239,6 +245,8 @@ pub(super) struct Vm {
     /// How the process ended, while its last words may still be on the way.
     pub death: Option<Death>,
     pub link_closed: bool,
+    /// The last audit has found more than was charged.
+    pub suspected: bool,
     /// When to stop waiting: for hello, for the end after the last words, or for the last words after the end.
     pub patience: Option<Instant>,
     pub ended: Option<oneshot::Sender<VmEnd>>,

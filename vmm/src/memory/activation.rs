@@ -139,7 +139,7 @@ fn is_zero(page: u64) -> bool {
 }
 
 /// Finds up to [`REGIONS`] regions of pages that are present or swapped in `start..end`, and returns where to go on.
-fn scan(pagemap: &File, start: u64, end: u64, mut each: impl FnMut(page_region)) -> io::Result<u64> {
+pub(crate) fn scan(pagemap: &File, start: u64, end: u64, mut each: impl FnMut(page_region)) -> io::Result<u64> {
     let mut regions = [page_region { start: 0, end: 0, categories: 0 }; REGIONS];
     let mut arg = pm_scan_arg {
         size: size_of::<pm_scan_arg>() as u64,

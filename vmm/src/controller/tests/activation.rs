@@ -52,7 +52,7 @@ async fn refused(answer: Answer) -> Refusal {
 /// Semantics: 67, 68, 94.
 #[tokio::test(start_paused = true)]
 async fn the_first_limit_charges_what_is_resident_and_then_holds() {
-    let overhead = vec![(Overhead::Worker, Pages(200)), (Overhead::Vcpu, Pages(50))];
+    let overhead = cost([(Overhead::Worker, 200), (Overhead::Vcpu, 50)]);
     let setup = Setup { max: Limit::Max, accounting: false, overhead, ..Setup::default() };
     let mut worker = FakeWorker::running(setup).await;
     worker.tell().await;

@@ -5,21 +5,17 @@ use memcg_core::units::{Limit, Pages, SizeArg, parse_size};
 
 use super::super::error::Code;
 use super::super::view::VmState;
-use super::super::{Controller, OomPolicy, VmId, VmSpec, overhead};
-use super::{FakeWorker, SIZE, Setup, pages};
+use super::super::{Controller, VmId, VmSpec, overhead};
+use super::{FakeWorker, SIZE, Setup, pages, plain};
 use crate::controller::error::Refusal;
 
 fn spec(name: &str, limits: LimitPatch) -> VmSpec {
-    let overhead = overhead::of(Pages(SIZE), 1, 3);
-    let oom = OomPolicy::default();
-    let (name, group, size) = (name.to_owned(), "/".to_owned(), Pages(SIZE));
-    let (config, console, instance) = (None, None, super::INSTANCE);
-    VmSpec { name, group, size, cpus: 1, accounting: true, limits, oom, overhead, instance, config, console }
+    VmSpec { limits, overhead: overhead::of(Pages(SIZE), 1, 3), ..plain(name) }
 }
 
 /// What each VM of [`spec`] costs beside its pages.
 fn cost() -> u64 {
-    spec("", LimitPatch::default()).overhead.iter().map(|(_, pages)| pages.0).sum()
+    spec("", LimitPatch::default()).overhead.iter().map(|part| part.pages().0).sum()
 }
 
 /// Creates VMs until one is refused.
@@ -87,7 +83,7 @@ async fn a_refusal_names_the_limit_that_is_enough() {
 /// Semantics: 14, 87, 90.
 #[tokio::test(start_paused = true)]
 async fn overhead_is_a_part_of_usage_until_the_memory_is_back() {
-    let overhead = vec![(Overhead::Worker, Pages(100)), (Overhead::Vcpu, Pages(24))];
+    let overhead = super::cost([(Overhead::Worker, 100), (Overhead::Vcpu, 24)]);
     let mut worker = FakeWorker::running(Setup { overhead, ..Setup::default() }).await;
     worker.touch(5000).await;
     let view = worker.view().await;

@@ -117,7 +117,7 @@ async fn usage(controller: &Controller) -> u64 {
 
 /// Pages that the VM costs beside its pages.
 fn overhead() -> u64 {
-    config().spec("vm").expect("sensible").overhead.iter().map(|(_, pages)| pages.0).sum()
+    config().spec("vm").expect("sensible").overhead.iter().map(|part| part.pages().0).sum()
 }
 
 #[tokio::test(start_paused = true)]

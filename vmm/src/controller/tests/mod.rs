@@ -4,6 +4,7 @@
 mod activation;
 mod admission;
 mod adopt;
+mod audit;
 mod clients;
 mod fleet;
 mod fuzz;
@@ -28,6 +29,7 @@ use super::console::ConsoleLog;
 use super::error::Refusal;
 use super::events::{Event, EventKind};
 use super::link::FromLink;
+use super::overhead::Part;
 use super::spawn::Death;
 use super::view::{OomAction, VmView};
 use super::{Controller, OomPolicy, VmEnd, VmId, VmSpec, WorkerProcess};
@@ -74,7 +76,7 @@ struct Setup {
     max: Limit,
     accounting: bool,
     oom: OomPolicy,
-    overhead: Vec<(Overhead, Pages)>,
+    overhead: Vec<Part>,
     config: Option<Arc<VmConfig>>,
     group: &'static str,
     queue: usize,
@@ -97,6 +99,28 @@ fn hello(accounting: bool) -> Hello {
     Hello { pid: 4711, instance: INSTANCE, ram, reserve_target, accounting, report, ..Hello::default() }
 }
 
+/// Parts of a cost, without saying whose memory it is.
+fn cost<const N: usize>(parts: [(Overhead, u64); N]) -> Vec<Part> {
+    parts.map(|(kind, pages)| Part { kind, user: Pages(pages), kernel: Pages(0) }).to_vec()
+}
+
+/// A VM of one vCPU that is charged, with no limit and no cost.
+fn plain(name: &str) -> VmSpec {
+    VmSpec {
+        name: name.to_owned(),
+        group: "/".to_owned(),
+        size: Pages(SIZE),
+        cpus: 1,
+        accounting: true,
+        limits: LimitPatch::default(),
+        oom: OomPolicy::default(),
+        overhead: Vec::new(),
+        instance: INSTANCE,
+        config: None,
+        console: None,
+    }
+}
+
 fn pages(n: u64) -> Limit {
     Limit::Pages(Pages(n))
 }
@@ -112,10 +136,7 @@ impl FakeWorker {
         let (to_worker, inbox) = mpsc::channel(setup.queue);
         let killed = Arc::new(AtomicBool::new(false));
         let spec = VmSpec {
-            name: name.to_owned(),
             group: setup.group.to_owned(),
-            size: Pages(SIZE),
-            cpus: 1,
             accounting: setup.accounting,
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,
@@ -123,6 +144,7 @@ impl FakeWorker {
             instance: INSTANCE,
             console: setup.config.is_some().then(|| ConsoleLog::new().expect("a descriptor")),
             config: setup.config,
+            ..plain(name)
         };
         let id = controller.create(spec).await?;
         let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;

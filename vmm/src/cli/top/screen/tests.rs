@@ -2,7 +2,7 @@ use super::*;
 use crate::controller::events::EventKind;
 use crate::controller::view::{
     BalloonView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, HostView, MemoryView, OomAction,
-    OomPreference, OomView, PressureView, VmState,
+    OomPreference, OomView, OverheadView, PressureView, VmState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -23,6 +23,7 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         stale: false,
         memory: MemoryView { current_bytes: used_mib * MIB, max_bytes: Some(256 * MIB), ..MemoryView::default() },
         vmm: CounterView::default(),
+        overhead: OverheadView::default(),
         swap: CounterView::default(),
         balloon: BalloonView { target_bytes: 64 * MIB, actual_bytes: MIB + MIB / 2, ready: true },
         guest_stats: None,

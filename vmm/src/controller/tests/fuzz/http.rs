@@ -178,7 +178,7 @@ impl Stage {
         let (stop, stopped) = watch::channel(false);
         let controller = worker.controller.clone();
         // No directory can be made there, so no process is ever started.
-        let service = Arc::new(Service::new(Path::new("/dev/null/state"), "off"));
+        let service = Arc::new(Service::new(Path::new("/dev/null/state"), "off", None));
         let router = crate::api::router(controller.clone(), Some(service), stopped);
         let vm = (worker.id, Arc::clone(&worker.killed));
         let places = Arc::new(Semaphore::new(1 << 20));

@@ -215,7 +215,7 @@ fn ask(controller: &Controller, what: &'static str) {
 
 /// A VM that runs and has reported once.
 async fn running(controller: &Controller, name: &str) -> FakeWorker {
-    let overhead = vec![(Overhead::ALL[0], Pages(9))];
+    let overhead = super::super::cost([(Overhead::ALL[0], 9)]);
     let mut worker = FakeWorker::add_to(controller, name, Setup { overhead, ..Setup::default() }).await.expect("added");
     worker.hello().await;
     worker.say(FromWorker::Loaded { plan: 0 }).await;

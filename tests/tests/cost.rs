@@ -1,0 +1,74 @@
+//! What a VM costs beside its pages, and the host's own limit behind the account.
+//!
+//! A worker's cgroup needs a controller that may make some; where it may not, these tests say so and prove nothing.
+
+use std::path::PathBuf;
+
+use ballast_tests::serve::{Serve, pid, shell};
+use ballast_tests::{number, wait_until};
+use serde_json::Value;
+
+/// A `serve` whose workers have cgroups, or why there is none here.
+fn with_cgroups() -> Option<Serve> {
+    if let Err(why) = ballast::controller::cgroup::Cgroups::find(None) {
+        println!("SKIP cost reason={why}");
+        return None;
+    }
+    Some(Serve::start(&["--cgroup", "auto"]))
+}
+
+/// The directory of the cgroup that limits a worker's memory, with the name of the file that has the limit.
+fn cgroup(view: &Value) -> (PathBuf, &'static str) {
+    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", pid(view))).expect("the worker lives");
+    let path = |prefix: &str| {
+        let line = text.lines().find(|line| line.contains(prefix))?;
+        line.split_once(prefix).map(|(_, path)| path.trim_start_matches('/').to_owned())
+    };
+    match path(":memory:") {
+        Some(path) => (PathBuf::from("/sys/fs/cgroup/memory").join(path), "memory.limit_in_bytes"),
+        None => (PathBuf::from("/sys/fs/cgroup").join(path("0::").expect("cgroup2")), "memory.max"),
+    }
+}
+
+fn limit(view: &Value) -> u64 {
+    let (directory, file) = cgroup(view);
+    std::fs::read_to_string(directory.join(file)).expect("a limit").trim().parse().expect("a number")
+}
+
+/// The host's limit stays above what the VM may use, whatever that is changed to, and goes with the VM.
+#[test]
+fn the_host_s_limit_of_a_worker_follows_the_vm_s_and_ends_with_it() {
+    let Some(serve) = with_cgroups() else { return };
+    let vm = serve.create("web");
+    assert!(limit(&vm) >= number(&vm, "memory.max_bytes") + (16 << 20), "{vm}");
+    for max in [60 << 20, 24 << 20] {
+        let (status, body) = serve.ask("PATCH", "/vms/web/memory", Some(&serde_json::json!({ "max_bytes": max })));
+        assert_eq!(status, 200, "{body}");
+        wait_until("the backstop follows", 10, || {
+            ((max + (16 << 20)..max + (32 << 20)).contains(&limit(&vm))).then_some(())
+        });
+    }
+    let (directory, _) = cgroup(&vm);
+    assert!(serve.show("web")["overhead"]["measured"]["kernel_bytes"].as_u64().expect("measured") > 0);
+    assert_eq!(serve.ask("DELETE", "/vms/web", None).0, 204);
+    wait_until("the cgroup is gone", 20, || (!directory.exists()).then_some(()));
+}
+
+/// Somebody else lowers the limit of the worker's cgroup: the kernel kills it, and the event says who it was.
+#[test]
+fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
+    let Some(serve) = with_cgroups() else { return };
+    let mut config = shell();
+    config["cmdline"] = "storm".into();
+    config["memory"] = serde_json::json!({ "size_bytes": 2u64 << 30, "max_bytes": 2u64 << 30 });
+    let vm = serve.create_with("web", &config);
+    assert_eq!(serve.ask("POST", "/vms/web/pause", None).0, 200);
+    let (directory, file) = cgroup(&vm);
+    // Never below what is used: v1 refuses that.
+    let used = number(&serve.show("web"), "memory.current_bytes") + (16 << 20);
+    std::fs::write(directory.join(file), used.to_string()).expect("lowered");
+    serve.ask("POST", "/vms/web/resume", None);
+    let ended = serve.wait_state("web", "ended");
+    let how = ended["end"].as_str().expect("how");
+    assert!(how.contains("killed by the host: its cgroup was full"), "{how}");
+}

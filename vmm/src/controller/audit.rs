@@ -1,0 +1,134 @@
+//! Does a worker hold what it says? A worker is believed only as far as the host bears it out.
+//!
+//! Every minute, and when somebody checks, the host is asked how much of guest RAM is resident and how much private memory
+//! the worker has in all; the actor compares that with what it has charged. No guess is in it: a page is charged before
+//! it is filled and given up before it is uncharged, so at no moment can more be resident than was charged at its
+//! beginning and granted since.
+//!
+//! ```text
+//!  actor: granted, charged ─► a thread: PAGEMAP_SCAN, RssAnon ─► actor: granted meanwhile ─► compare
+//!                                                                         │ more is resident, twice in a row
+//!                                                                         ▼ the VM ends, with the numbers
+//! ```
+
+use std::time::Duration;
+
+use memcg_core::units::{Pages, human};
+use tokio::sync::mpsc;
+
+use super::actor::{Actor, Input, answer};
+use super::error::{Code, Refusal};
+use super::overhead::Part;
+use super::residency::{Residency, Resident, looseness};
+use super::view::{RamView, VmState};
+use super::vm::VmId;
+use super::{Controller, host};
+
+/// Time between two audits of a VM.
+const EVERY: Duration = Duration::from_secs(60);
+
+/// Resident pages that are overlooked: the kernel's page tables are read while they change.
+const TOLERANCE: Pages = Pages(64);
+
+/// Private memory above what the worker is charged that is overlooked: what it costs is an estimate.
+const PRIVATE_TOLERANCE: Pages = Pages(1024);
+
+/// What an audit has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Pages of guest RAM that are resident.
+    pub resident: Pages,
+    /// Private pages of the worker, guest RAM included.
+    pub private: Pages,
+    /// Pages that were charged for guest RAM: resident, in stock, in reserve. All of RAM where nothing is charged.
+    pub charged: Pages,
+    /// Pages that the VM may cost beside them.
+    pub overhead: Pages,
+}
+
+impl Finding {
+    /// Whether the account covers what is there.
+    pub fn ok(&self) -> bool {
+        let private = self.charged + self.overhead + PRIVATE_TOLERANCE + looseness();
+        self.resident <= self.charged + TOLERANCE && self.private <= private
+    }
+}
+
+/// What the actor knew when an audit began.
+struct Before {
+    residency: Residency,
+    ram: Vec<RamView>,
+    granted: u64,
+    charged: Pages,
+}
+
+impl Controller {
+    /// Compares what is resident of a VM with what it is charged for. What does not fit twice in a row ends it.
+    ///
+    /// # Errors
+    /// When there is no such VM that runs, or the host does not let its worker be looked into.
+    pub async fn audit(&self, id: VmId) -> Result<Finding, Refusal> {
+        let before = self.ask(move |actor, reply| answer(reply, actor.begin_audit(id))).await?;
+        let Before { residency, ram, granted, charged } = before;
+        let seen = tokio::task::spawn_blocking(move || residency.resident(&ram)).await;
+        let seen = seen.map_err(std::io::Error::other).flatten();
+        let seen =
+            seen.map_err(|error| Refusal::new(Code::Busy, format!("the worker cannot be looked into: {error}")))?;
+        self.ask(move |actor, reply| answer(reply, actor.end_audit(id, seen, granted, charged))).await
+    }
+}
+
+/// Audits a VM every minute as long as it is there. The first time comes at a moment of its own, so that many VMs that
+/// were started together are not looked into together.
+pub(super) async fn keep(inbox: mpsc::WeakSender<Input>, news: tokio::sync::watch::Receiver<u64>, id: VmId) {
+    // Steps of the golden ratio spread any number of VMs evenly.
+    let mut pause = EVERY.mul_f64((id.0 as f64 * 0.618_034).fract());
+    loop {
+        tokio::time::sleep(host::scaled(pause)).await;
+        pause = EVERY;
+        let Some(inbox) = inbox.upgrade() else { return };
+        let controller = Controller { inbox, news: news.clone() };
+        match controller.audit(id).await {
+            Err(refusal) if refusal.code != Code::Busy => return,
+            _ => {}
+        }
+    }
+}
+
+impl Actor {
+    fn begin_audit(&self, id: VmId) -> Result<Before, Refusal> {
+        let vm = self.vms.get(&id).filter(|vm| vm.alive());
+        let vm = vm.ok_or_else(|| Refusal::new(Code::NotFound, "the VM has ended"))?;
+        let residency = vm.process.residency().cloned();
+        let unseen = || Refusal::new(Code::WrongState, "the worker cannot be looked into: its pagemap is not open");
+        let charged = if vm.accounted() { vm.outstanding() } else { vm.size };
+        Ok(Before { residency: residency.ok_or_else(unseen)?, ram: vm.ram.clone(), granted: vm.granted_total, charged })
+    }
+
+    fn end_audit(&mut self, id: VmId, seen: Resident, granted: u64, charged: Pages) -> Result<Finding, Refusal> {
+        let vm = self.vms.get_mut(&id).filter(|vm| vm.alive());
+        let vm = vm.ok_or_else(|| Refusal::new(Code::NotFound, "the VM has ended"))?;
+        let overhead = vm.overhead.iter().map(Part::pages).sum();
+        // All of it may have become resident before the host was asked.
+        let charged = charged + Pages(vm.granted_total.saturating_sub(granted));
+        let finding = Finding { resident: seen.ram, private: seen.private, charged, overhead };
+        let before = std::mem::replace(&mut vm.suspected, !finding.ok());
+        if vm.suspected {
+            let name = vm.name.clone();
+            tracing::warn!(vm = name, ?finding, "more is resident than was charged");
+            if before && vm.state != VmState::Ended {
+                self.lie(
+                    id,
+                    format!(
+                        "holds {} of guest memory and {} in all, and was granted {} and {} beside it",
+                        human(seen.ram.bytes()),
+                        human(seen.private.bytes()),
+                        human(charged.bytes()),
+                        human(overhead.bytes())
+                    ),
+                );
+            }
+        }
+        Ok(finding)
+    }
+}
