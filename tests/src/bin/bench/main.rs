@@ -8,6 +8,7 @@
 //! (`bare`) a minimal userfaultfd handler without any.
 
 mod core;
+mod cost;
 mod many;
 
 use std::os::fd::AsFd;
@@ -91,13 +92,14 @@ fn main() -> ExitCode {
         println!("{}", bare(arguments[1] == "around", &arguments[2]));
         return ExitCode::SUCCESS;
     }
-    if arguments.first().is_some_and(|a| a == "child") && many::child(&arguments[1..]) {
+    if arguments.first().is_some_and(|a| a == "child") && (cost::child(&arguments[1..]) || many::child(&arguments[1..])) {
         return ExitCode::SUCCESS;
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
     // SAFETY: this prctl takes numbers only.
     unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
-    let all = ["R1", "R1v2", "R3", "R4", "R20", "fault_wait", "hold"].into_iter().chain(many::IDS).chain(core::IDS);
+    let all = ["R1", "R1v2", "R3", "R4", "R20", "fault_wait", "hold"].into_iter();
+    let all = all.chain(cost::IDS).chain(many::IDS).chain(core::IDS);
     let wanted: Vec<&str> =
         if arguments.is_empty() { all.collect() } else { arguments.iter().map(String::as_str).collect() };
     let backend = backend();
@@ -113,6 +115,14 @@ fn main() -> ExitCode {
             "fault_wait" => fault_wait(),
             "hold" => hold(),
             "R20" => core::record_bytes(),
+            other if cost::IDS.contains(&other) => match cost::measure(other) {
+                Ok(outcome) => outcome,
+                Err(why) => {
+                    println!("BENCH {other} - SKIP reason={why}");
+                    ok = false;
+                    continue;
+                }
+            },
             other if many::IDS.contains(&other) => many::measure(other),
             other if core::IDS.contains(&other) => {
                 let index = of_core.iter().position(|outcome| outcome.id == other).expect("it was measured");
