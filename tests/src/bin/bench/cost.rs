@@ -121,11 +121,7 @@ fn private_dirty(pid: u32) -> u64 {
 fn kernel_memory() -> Result<Outcome, String> {
     let cgroups = Cgroups::find(None).map_err(|_| "no-cgroup-to-measure-in".to_owned())?;
     let serve = Serve::start(&["--cgroup", "auto"]);
-    let runs = pairs(
-        full(5, 11),
-        || bare(&cgroups),
-        || ours(&serve, 0, "overhead.measured.kernel_bytes"),
-    );
+    let runs = pairs(full(5, 11), || bare(&cgroups), || ours(&serve, 0, "overhead.measured.kernel_bytes"));
     let (bare, mine) = runs[runs.len() / 2];
     let notes = format!("bytes={mine} bare_bytes={bare} ");
     let values = runs.iter().map(|(bare, mine)| *mine as f64 / *bare as f64).collect();

@@ -92,7 +92,8 @@ fn main() -> ExitCode {
         println!("{}", bare(arguments[1] == "around", &arguments[2]));
         return ExitCode::SUCCESS;
     }
-    if arguments.first().is_some_and(|a| a == "child") && (cost::child(&arguments[1..]) || many::child(&arguments[1..])) {
+    if arguments.first().is_some_and(|a| a == "child") && (cost::child(&arguments[1..]) || many::child(&arguments[1..]))
+    {
         return ExitCode::SUCCESS;
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
