@@ -274,7 +274,6 @@ impl FaultThread {
     fn greet(&mut self) {
         self.alone = Alone(None);
         let hello = Hello {
-            pid: std::process::id(),
             instance: self.instance,
             ram: self.ram.slot_array(),
             reserve_target: if self.pages.is_some() { reserve_target(self.cpus) } else { 0 },

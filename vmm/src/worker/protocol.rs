@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -199,8 +199,6 @@ pub struct FaultCounts {
 /// What a worker says first on a connection: who it is, how far it has got, and what it holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// Process id of the worker in its own namespace.
-    pub pid: u32,
     /// [`WorkerConfig::instance`](super::config::WorkerConfig::instance).
     pub instance: u64,
     /// Where guest RAM is mapped.
@@ -309,3 +307,6 @@ pub fn decode<'b, M: Deserialize<'b>>(packet: &'b [u8]) -> Result<M, DecodeError
         [version, ..] => Err(DecodeError::Version(*version)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -96,7 +96,7 @@ fn hello(accounting: bool) -> Hello {
     ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
     let reserve_target = if accounting { RESERVE } else { 0 };
     let report = Report { debt: reserve_target, ..Report::default() };
-    Hello { pid: 4711, instance: INSTANCE, ram, reserve_target, accounting, report, ..Hello::default() }
+    Hello { instance: INSTANCE, ram, reserve_target, accounting, report, ..Hello::default() }
 }
 
 /// Parts of a cost, without saying whose memory it is.
