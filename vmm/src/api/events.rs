@@ -26,7 +26,7 @@ const QUEUE: usize = 64;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct EventQuery {
-    /// Number of the last event that is known; 0 for all that are kept.
+    /// Number of the last event that is known; 0 for all that are kept. Of an earlier controller: all that this one keeps.
     #[serde(default)]
     since: u64,
     /// Whether to wait for more.
@@ -77,7 +77,7 @@ async fn feed(mut shared: Shared, query: EventQuery, lines: mpsc::Sender<Bytes>)
             return;
         };
         for event in batch {
-            since = event.seq.max(since);
+            since = event.seq;
             let Ok(mut line) = serde_json::to_vec(&event) else {
                 return;
             };

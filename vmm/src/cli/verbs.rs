@@ -277,7 +277,8 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
             let line: Vec<_> = pending.drain(..=end).collect();
             let event: Event = client::decode(&line)?;
             // A controller with many VMs tells of all. What is lost may have been of this one.
-            if only.is_some() && event.vm != only && event.event != EventKind::Dropped {
+            let lost = matches!(event.event, EventKind::Dropped | EventKind::Restarted);
+            if only.is_some() && event.vm != only && !lost {
                 continue;
             }
             let text = if args.json { line } else { event_line(&event).into_bytes() };

@@ -141,7 +141,7 @@ impl Actor {
             changes: Vec::new(),
             recalls: Vec::new(),
             squeezed: BTreeMap::new(),
-            events: EventLog::default(),
+            events: EventLog::of_life(journal.epoch()),
             pressures: Pressures::default(),
             news,
             inbox,

@@ -2,6 +2,10 @@
 //!
 //! The ring is bounded. A reader that comes late is told how many events it has missed rather than being given a
 //! story with holes.
+//!
+//! The ring dies with its controller, and the numbers must not begin again with the next one: whoever follows would wait
+//! with an old number for what has long happened. So each life has numbers of its own, above those of all lives before it
+//! ([`LIFE`]), and its first event says that it has begun.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,6 +16,10 @@ use utoipa::ToSchema;
 
 /// Events kept for replay.
 pub const RING: usize = 1024;
+
+/// Numbers of events that each life of a controller has. The second begins with 10 000 000 001: people see which life it
+/// is, no life uses them up, and those of 900 000 lives are still exact in a double.
+pub const LIFE: u64 = 10_000_000_000;
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -55,6 +63,8 @@ pub enum EventKind {
     Removed,
     /// A VM or a group is in another group, with everything charged to it.
     Moved,
+    /// A controller has begun after another one, which is gone with its events; `life` is its number.
+    Restarted,
     /// Events before this one are no longer known; the number is in `dropped`.
     Dropped,
 }
@@ -62,7 +72,7 @@ pub enum EventKind {
 /// One event. The numbers that explain it are in further keys, their units in the names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Sequence number, from 1, without gaps.
+    /// Sequence number, without gaps: from 1, after a restart of the controller from 10 000 000 001, and so on.
     pub seq: u64,
     /// Wall-clock time in milliseconds since 1970.
     pub time_ms: u64,
@@ -95,11 +105,24 @@ pub enum Subject<'a> {
 #[derive(Debug, Default)]
 pub struct EventLog {
     ring: VecDeque<Event>,
+    /// Number before the first of this life.
+    before: u64,
     last: u64,
     counts: BTreeMap<EventKind, u64>,
 }
 
 impl EventLog {
+    /// The events of a controller's life, from 1.
+    pub fn of_life(life: u32) -> Self {
+        // More lives than that, one a second for 34 years, share their numbers.
+        let before = u64::from(life.saturating_sub(1)).min(1 << 30) * LIFE;
+        let mut log = Self { before, last: before, ..Self::default() };
+        if before > 0 {
+            log.push(EventKind::Restarted, Subject::Host, serde_json::json!({ "life": life }));
+        }
+        log
+    }
+
     /// Adds an event and returns its sequence number. `details` must be a JSON object; anything else is left out.
     pub fn push(&mut self, event: EventKind, subject: Subject<'_>, details: Value) -> u64 {
         self.last += 1;
@@ -118,7 +141,7 @@ impl EventLog {
         self.last
     }
 
-    /// Sequence number of the newest event, 0 before the first.
+    /// Sequence number of the newest event; before the first of all, 0.
     pub fn last(&self) -> u64 {
         self.last
     }
@@ -128,17 +151,19 @@ impl EventLog {
         self.counts.iter().map(|(kind, count)| (*kind, *count)).collect()
     }
 
-    /// The events after number `since`, oldest first; led by an event `dropped` when some are no longer there.
+    /// The events of this life after number `since`, oldest first; led by an event `dropped` when some are no longer
+    /// there. A number that is still to come is of a controller whose journal is gone: like 0, it means all.
     pub fn after(&self, since: u64) -> Vec<Event> {
+        let since = if since > self.last { self.before } else { since.max(self.before) };
         let oldest = self.last + 1 - self.ring.len() as u64;
         let mut events = Vec::new();
-        if since.saturating_add(1) < oldest {
+        if since + 1 < oldest {
             let dropped = oldest - 1 - since;
             let details = Map::from_iter([("dropped".to_owned(), Value::from(dropped))]);
             let (seq, event) = (oldest - 1, EventKind::Dropped);
             events.push(Event { seq, time_ms: unix_ms(), event, vm: None, group: None, details });
         }
-        let skip = usize::try_from(since.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
+        let skip = usize::try_from((since + 1).saturating_sub(oldest)).unwrap_or(usize::MAX);
         events.extend(self.ring.iter().skip(skip).cloned());
         events
     }
@@ -166,7 +191,30 @@ mod tests {
         assert_eq!(seqs(0), [1, 2, 3, 4, 5]);
         assert_eq!(seqs(3), [4, 5]);
         assert!(seqs(5).is_empty());
-        assert!(seqs(u64::MAX).is_empty());
+        assert_eq!(seqs(6), [1, 2, 3, 4, 5], "somebody else's number");
+        assert_eq!(seqs(u64::MAX), [1, 2, 3, 4, 5]);
+    }
+
+    /// Whoever has followed an earlier controller hears everything of this one, and that it is another one.
+    #[test]
+    fn the_numbers_of_a_life_are_above_those_of_all_before_it() {
+        assert!(EventLog::of_life(1).after(0).is_empty());
+        let mut log = EventLog::of_life(3);
+        let paused = log.push(EventKind::Paused, Subject::Vm("a"), json!({}));
+        assert_eq!(paused, 2 * LIFE + 2);
+        for since in [0, 7, LIFE + 1_000_000, 2 * LIFE] {
+            let events = log.after(since);
+            let kinds: Vec<_> = events.iter().map(|event| (event.seq, event.event)).collect();
+            assert_eq!(kinds, [(2 * LIFE + 1, EventKind::Restarted), (paused, EventKind::Paused)], "{since}");
+            assert_eq!(events[0].details["life"], 3);
+        }
+        assert_eq!(log.after(2 * LIFE + 1).len(), 1);
+        for _ in 0..RING {
+            log.push(EventKind::Resumed, Subject::Host, json!({}));
+        }
+        let dropped = &log.after(7)[0];
+        assert_eq!((dropped.event, &dropped.details["dropped"]), (EventKind::Dropped, &json!(2)), "of this life");
+        assert!(EventLog::of_life(u32::MAX).last() < u64::MAX - LIFE);
     }
 
     #[test]
