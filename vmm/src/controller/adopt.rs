@@ -358,12 +358,13 @@ impl Actor {
                 }
                 let set = self.tree.set_limits(self.root, &limits);
                 set.map_err(|error| self.refusal(&error))?;
-                self.everything_tracked |= limits.limits_something();
+                self.everything_tracked |= group.accounting;
                 self.root
             }
             Some((above, name)) => {
                 let above = self.group_for(above)?;
-                let accounting = if group.accounting { tree::Accounting::On } else { tree::Accounting::Off };
+                let on = group.accounting || self.accounts(above);
+                let accounting = if on { tree::Accounting::On } else { tree::Accounting::Off };
                 let node = self.tree.add_with(above, name, &limits, accounting);
                 let node =
                     node.map_err(|error| Refusal::new(Code::WrongState, format!("the group {path}: {error}")))?;

@@ -276,10 +276,7 @@ impl Actor {
         for part in parts {
             let Target::Group(node) = part.target else { continue };
             if part.track == Some(true) || part.patch.limits_something() {
-                self.everything_tracked |= node == self.root;
-                // Its VMs are accounted already: nothing is charged.
-                let charged = self.tree.activate(node, |_| Pages::ZERO);
-                charged.expect("no page is charged");
+                self.track_group(node);
             }
         }
     }

@@ -72,6 +72,12 @@ pub fn split(path: &str) -> Option<(&str, &str)> {
     (!name.is_empty()).then_some((if parent.is_empty() { "/" } else { parent }, name))
 }
 
+/// What becomes of `path` when the group `from` is at `to`; `None` for one that is not in it.
+pub fn moved(path: &str, from: &str, to: &str) -> Option<String> {
+    let rest = path.strip_prefix(from).filter(|rest| rest.is_empty() || rest.starts_with('/'))?;
+    Some(format!("{to}{rest}"))
+}
+
 impl Controller {
     /// Makes a group with limits. True: it is new; false: it is there, and its limits are these.
     ///
@@ -397,6 +403,17 @@ impl Actor {
             swap: counter(node.swap, node.limits.swap_max),
             pressure: self.pressure_view(group),
         }
+    }
+
+    /// Begins the account of a group whose VMs are accounted already, and remembers it.
+    pub fn track_group(&mut self, node: NodeId) {
+        if self.tracked(Target::Group(node)) {
+            return;
+        }
+        self.everything_tracked |= node == self.root;
+        let charged = self.tree.activate(node, |_| Pages::ZERO);
+        charged.expect("no page is charged");
+        self.remember(Entry::Tracked { group: self.tree.path(node) });
     }
 
     /// The nearest group at or above `group` because of which everything in it is accounted.

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use super::actor::Actor;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
+use super::groups;
 use super::vm::PausedBy;
 
 /// Format of the lines. A line that this program does not know is refused whatever the number says; it is for people.
@@ -139,6 +140,11 @@ pub enum Entry {
         /// Its path.
         path: String,
     },
+    /// The account of a group, or of the host, has begun without a limit.
+    Tracked {
+        /// Its path.
+        group: String,
+    },
     /// Limits have come into force, at all these nodes at once.
     Limits {
         /// The nodes.
@@ -244,15 +250,26 @@ impl Remembered {
     fn set_limits(&mut self, NodeLimits { node, generation, limits }: NodeLimits) -> Result<(), String> {
         if !node.starts_with('/') {
             self.vm(&node)?.limits = Some((generation, limits));
-        } else if node == "/" {
-            self.groups.insert(node, RememberedGroup { accounting: true, limits, generation });
         } else {
-            let group = self.groups.get_mut(&node).ok_or_else(|| format!("no group {node} was made before"))?;
+            let group = self.group(node)?;
             // The first limit begins the account.
             let accounting = group.accounting || LimitPatch::from(limits).limits_something();
             *group = RememberedGroup { accounting, limits, generation };
         }
         Ok(())
+    }
+
+    /// The group with this path.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn group(&mut self, path: String) -> Result<&mut RememberedGroup, String> {
+        if path == "/" {
+            let limits = LimitsInBytes::from(Limits::default());
+            let root = || RememberedGroup { accounting: false, limits, generation: 0 };
+            return Ok(self.groups.entry(path).or_insert_with(root));
+        }
+        self.groups.get_mut(&path).ok_or_else(|| format!("no group {path} was made before"))
     }
 
     /// The VM of this name.
@@ -279,10 +296,7 @@ impl Remembered {
             self.vm(node)?.set_group(to);
             return Ok(());
         }
-        let moved = |path: &str| {
-            let rest = path.strip_prefix(node).filter(|rest| rest.is_empty() || rest.starts_with('/'));
-            rest.map(|rest| format!("{to}{rest}"))
-        };
+        let moved = |path: &str| groups::moved(path, node, &to);
         let groups = std::mem::take(&mut self.groups).into_iter();
         self.groups = groups.map(|(path, group)| (moved(&path).unwrap_or(path), group)).collect();
         for vm in self.vms.values_mut() {
@@ -301,6 +315,7 @@ impl Remembered {
                 self.groups.insert(path, RememberedGroup { accounting, limits, generation: 0 });
             }
             Entry::GroupGone { path } => drop(self.groups.remove(&path)),
+            Entry::Tracked { group } => self.group(group)?.accounting = true,
             Entry::Made { vm: name, group, instance, accounting, config } => {
                 self.forget(&name);
                 self.next += 1;
@@ -331,6 +346,8 @@ impl Remembered {
             let node = NodeLimits { node: path.clone(), generation, limits };
             if path != "/" {
                 entries.push(Entry::Group { path, accounting, limits });
+            } else if accounting {
+                entries.push(Entry::Tracked { group: path });
             }
             if generation > 0 {
                 entries.push(Entry::Limits { nodes: vec![node] });

@@ -9,8 +9,7 @@
 //! first; a silent worker's stays counted and moves along. A VM that is not charged yet is counted before it comes into
 //! a group that is. To move something to where it is changes nothing.
 
-use memcg_core::tree::{Accounting, MoveError, Moved, NodeId};
-use memcg_core::units::Pages;
+use memcg_core::tree::{MoveError, Moved, NodeId};
 use serde_json::json;
 
 use super::Controller;
@@ -18,6 +17,7 @@ use super::actor::{Actor, answer};
 use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
+use super::groups;
 use super::journal::Entry;
 use super::view::{GroupView, VmView};
 
@@ -81,10 +81,8 @@ impl Actor {
                 });
                 return;
             }
-            if self.tree.accounting(self.node_of(target)) == Accounting::Off {
-                // Its VMs are accounted already: nothing is charged.
-                let charged = self.tree.activate(self.node_of(target), |_| Pages::ZERO);
-                charged.expect("no page is charged");
+            if let Target::Group(node) = target {
+                self.track_group(node);
             }
         }
         let vms = self.vms_of(target);
@@ -119,7 +117,7 @@ impl Actor {
             Moved::Unchanged => return Ok(()),
             Moved::Moved(_) => {}
         }
-        self.name_groups(node);
+        self.name_groups(node, &from);
         // There is room where it was, and less where it is: everybody there learns of it.
         self.roomier = true;
         self.tell(target);
@@ -133,8 +131,9 @@ impl Actor {
         Ok(())
     }
 
-    /// The VMs at and below `node` were asked for in the groups where they are now: the same words are the same VM.
-    fn name_groups(&mut self, node: NodeId) {
+    /// The VMs at and below `node`, whose path was `from`, were asked for in the groups where they are now: the same words
+    /// are the same VM.
+    fn name_groups(&mut self, node: NodeId, from: &str) {
         let inside = self.vms.iter().filter(|(_, vm)| self.tree.is_within(vm.node, node));
         for id in inside.map(|(id, _)| id).collect::<Vec<_>>() {
             let vm = self.vms.get_mut(&id).expect("listed");
@@ -149,6 +148,15 @@ impl Actor {
                 std::sync::Arc::make_mut(config).group.clone_from(&group);
             }
             created.spec.group = group;
+        }
+        // Those that have ended have no node.
+        let to = self.tree.path(node);
+        for past in self.past.values_mut() {
+            let Some(group) = groups::moved(&past.view.group, from, &to) else { continue };
+            if let Some(config) = &mut past.config {
+                std::sync::Arc::make_mut(config).group.clone_from(&group);
+            }
+            past.view.group = group;
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::super::actor::Actor;
 use super::super::error::Code;
 use super::super::journal::{Entry, Journal, Remembered, Store};
-use super::super::view::VmState;
+use super::super::view::{GroupView, VmState};
 use super::super::{MemoryChange, vm::PausedBy};
 use super::*;
 use memcg_core::limit_change::Mode;
@@ -345,4 +345,75 @@ async fn a_vm_that_ended_is_shown_and_one_that_was_removed_is_not() {
     assert_eq!(remembered.vms().count(), 0);
     let line = serde_json::to_string(&Entry::Paused { vm: "vm".to_owned(), by: PausedBy::User }).expect("plain");
     assert_eq!(line, r#"{"paused":{"vm":"vm","by":"user"}}"#);
+}
+
+/// An account that began without a limit goes on in the next life, wherever it began.
+#[tokio::test(start_paused = true)]
+async fn groups_that_are_tracked_without_a_limit_stay_tracked() {
+    let on = MemoryChange { patch: LimitPatch::default(), mode: Mode::Reclaim, track: Some(true), wait: None };
+    let nothing = MemoryChange { track: None, ..on };
+    let disk = Disk::default();
+    let (controller, _) = disk.live();
+    for path in ["/asked", "/asked/inside", "/into", "/moves", "/free"] {
+        controller.put_group(path, nothing).await.expect("made");
+    }
+    controller.change_group("/asked", on).await.expect("tracked");
+    controller.change_group("/into", on).await.expect("tracked");
+    controller.move_group("/moves", "/into").await.expect("moved");
+    controller.move_group("/into/moves", "/").await.expect("moved");
+    let accounts =
+        |groups: Vec<GroupView>| groups.into_iter().map(|group| (group.path, group.accounting)).collect::<Vec<_>>();
+    let next = |disk: &Disk| {
+        let (controller, remembered) = disk.live();
+        async move {
+            controller.take_over(std::path::Path::new("/nowhere"), &remembered).await.expect("taken over");
+            let groups = accounts(controller.groups().await.expect("listed"));
+            (controller, groups)
+        }
+    };
+    let before = accounts(controller.groups().await.expect("listed"));
+    let expected =
+        [("/", false), ("/asked", true), ("/asked/inside", true), ("/free", false), ("/into", true), ("/moves", true)];
+    assert_eq!(before, expected.map(|(path, on)| (path.to_owned(), on)));
+    let (controller, groups) = next(&disk).await;
+    assert_eq!(groups, before);
+    let restarted = &controller.events(1).await.expect("events")[0];
+    assert_eq!((restarted.event, &restarted.details["life"]), (EventKind::Restarted, &2.into()));
+    controller.change_group("/", on).await.expect("tracked");
+    for _ in 0..2 {
+        let (_, groups) = next(&disk).await;
+        assert!(groups.iter().all(|(_, on)| *on), "{groups:?}");
+    }
+}
+
+/// What is shown of a VM that has ended says where its group is now, and `start` finds it there.
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_has_ended_goes_where_its_group_goes() {
+    let disk = Disk::default();
+    let (controller, _) = disk.live();
+    let nothing = MemoryChange { patch: LimitPatch::default(), mode: Mode::Reclaim, track: None, wait: None };
+    for path in ["/gold", "/goldfish", "/iron"] {
+        controller.put_group(path, nothing).await.expect("made");
+    }
+    for (name, group) in [("vm", "/gold"), ("other", "/goldfish")] {
+        let mut worker = FakeWorker::add_to(&controller, name, Setup { group, ..setup(true) }).await.expect("added");
+        worker.hello().await;
+        worker.say(FromWorker::Loaded { plan: 0 }).await;
+        worker.exit(ExitReason::PowerOff).await;
+        controller
+            .ask(|actor, reply| {
+                let ids: Vec<_> = actor.vms.iter().map(|(id, _)| id).collect();
+                ids.into_iter().for_each(|id| actor.memory_is_back(id));
+                super::super::actor::answer(reply, Ok(()));
+            })
+            .await
+            .expect("settled");
+    }
+    controller.move_group("/gold", "/iron").await.expect("moved");
+    let vms = controller.list().await.expect("listed");
+    let groups: Vec<_> = vms.iter().map(|vm| (vm.name.as_str(), vm.group.as_str())).collect();
+    assert_eq!(groups, [("other", "/goldfish"), ("vm", "/iron/gold")]);
+    assert_eq!(controller.config("vm").await.expect("known").group, "/iron/gold");
+    let (_, remembered) = disk.live();
+    assert_eq!(remembered.vms().next().map(|vm| vm.group.as_str()), Some("/iron/gold"));
 }
