@@ -268,9 +268,7 @@ impl Actor {
             }
             Err(refusal) if !self.past.contains_key(name) => self.remove_stray(name, refusal, reply),
             _ => {
-                self.forget(name);
-                self.remember(Entry::Gone { vm: name.to_owned() });
-                self.event(EventKind::Removed, Some(name), json!({}));
+                self.removed(name);
                 answer(reply, Ok(()));
             }
         }

@@ -596,7 +596,12 @@ impl Journal {
     pub fn append(&mut self, entry: Entry) -> io::Result<()> {
         let Some(store) = &mut self.store else { return Ok(()) };
         let line = lines(std::slice::from_ref(&entry));
-        self.remembered.apply(entry).map_err(io::Error::other)?;
+        if let Err(why) = self.remembered.apply(entry) {
+            // Then the actor does not know what it has said before. The next controller had better read sense.
+            debug_assert!(false, "what was to be remembered contradicts what is: {why}");
+            tracing::error!(why, "an entry was left out of the journal: this is a bug of ballast");
+            return Ok(());
+        }
         let size = if self.behind { Ok(u64::MAX) } else { store.append(&line) };
         self.behind |= size.is_err();
         if size? > SMALL.max(4 * self.compact) { self.compact() } else { Ok(()) }

@@ -238,9 +238,7 @@ impl Actor {
             }
         }
         if !removers.is_empty() {
-            self.forget(&name);
-            self.remember(Entry::Gone { vm: name.clone() });
-            self.event(EventKind::Removed, Some(&name), json!({}));
+            self.removed(&name);
         }
         for reply in removers {
             answer(reply, Ok(()));
@@ -281,13 +279,27 @@ impl Actor {
                 && let Some(name) = oldest()
             {
                 self.past.remove(&name);
-                self.remember(Entry::Gone { vm: name });
+                self.gone(&name);
             }
         }
         // This one alone: another VM that was never charged is still looked at until its own memory is back.
         let _ = self.tree.remove(node);
         self.reap();
         self.roomier = true;
+    }
+
+    /// A VM that has ended was removed.
+    pub fn removed(&mut self, name: &str) {
+        self.forget(name);
+        self.gone(name);
+        self.event(EventKind::Removed, Some(name), json!({}));
+    }
+
+    /// A VM that has ended need not be remembered any more, unless it already is another one of its name that is.
+    fn gone(&mut self, name: &str) {
+        if !self.is_taken(name) {
+            self.remember(Entry::Gone { vm: name.to_owned() });
+        }
     }
 
     /// Shows a VM that has ended no more.

@@ -417,3 +417,18 @@ async fn a_vm_that_has_ended_goes_where_its_group_goes() {
     let (_, remembered) = disk.live();
     assert_eq!(remembered.vms().next().map(|vm| vm.group.as_str()), Some("/iron/gold"));
 }
+
+/// A VM is made anew while one of its name is still shown: removing that one does not make the new one forgotten.
+#[tokio::test(start_paused = true)]
+async fn what_is_made_again_is_remembered_when_its_forerunner_is_removed() {
+    let disk = Disk::default();
+    let (controller, _) = disk.live();
+    let old = FakeWorker::add_to(&controller, "vm", setup(true)).await.expect("added");
+    old.die(Death::Exited(0)).await;
+    let spec = VmSpec { config: Some(config()), ..config().spec("vm").expect("sensible") };
+    controller.create(spec).await.expect("its name is free");
+    controller.remove("vm").await.expect("the one that has ended");
+    let (_, remembered) = disk.live();
+    let vms: Vec<_> = remembered.vms().map(|vm| (vm.name.as_str(), vm.ended.as_deref())).collect();
+    assert_eq!(vms, [("vm", None)]);
+}
