@@ -15,6 +15,9 @@ pub const COMERS: u64 = 25;
 /// VMs that are there whenever all is at rest: what outlives a phase is watched for leaks.
 pub const RESIDENTS: u64 = 5;
 
+/// What a guest prints when it has done all that it has to.
+pub const PARKED: &str = "all is done";
+
 /// Name of a VM.
 fn name(random: &mut Random) -> String {
     match random.below(COMERS + RESIDENTS) {
@@ -42,7 +45,7 @@ fn group(random: &mut Random) -> String {
 /// A VM that stays: it has touched some memory and waits for ever.
 pub fn resident_config() -> Value {
     json!({
-        "kernel": payload(), "cmdline": "touch 8M 4M seed=5; park", "debug_port": true,
+        "kernel": payload(), "cmdline": format!("touch 8M 4M seed=5; echo {PARKED}; park"), "debug_port": true,
         "memory": { "size_bytes": 32 * MIB, "max_bytes": 24 * MIB },
     })
 }
@@ -69,7 +72,7 @@ fn config(random: &mut Random) -> Value {
         memory["vmm_max_bytes"] = json!(random.below(4) * MIB);
     }
     json!({
-        "kernel": payload(), "cmdline": format!("{work} park"), "debug_port": true, "memory": memory,
+        "kernel": payload(), "cmdline": format!("{work} echo {PARKED}; park"), "debug_port": true, "memory": memory,
         "cpus": 1 + random.below(2), "group": group(random),
         "oom": { "action": random.pick(&["pause", "kill"]), "deadline_ms": 50 + random.below(1000) },
     })

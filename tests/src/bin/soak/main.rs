@@ -258,6 +258,9 @@ impl Soak {
                     eprintln!("soak: {count:>6} {status} {method} {route}");
                 }
             }
+            for failure in &failures {
+                eprintln!("soak: {failure}");
+            }
             let requests: u64 = tally.answers.values().sum();
             let refused: u64 = tally.answers.iter().filter(|((_, _, status), _)| *status >= 400).map(|(_, n)| n).sum();
             let now = host::holdings(self.serve.pid());

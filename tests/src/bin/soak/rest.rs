@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ballast_tests::{PAGE, number, resident_pages};
 use serde_json::{Value, json};
 
-use super::client::{RESIDENTS, resident, resident_config};
+use super::client::{PARKED, RESIDENTS, resident, resident_config};
 use super::host;
 use super::world::{Call, World};
 
@@ -90,6 +90,12 @@ pub fn groups(world: &World) -> Vec<Value> {
     list.and_then(|list| list.as_array().cloned()).unwrap_or_default()
 }
 
+/// Whether the guest has done all that it had to, and only waits from now on.
+fn parked(world: &World, name: &str) -> bool {
+    let printed = world.get("/vms/{name}/console", &format!("/vms/{name}/console"));
+    printed.is_some_and(|text| text.as_str().is_some_and(|text| text.contains(PARKED)))
+}
+
 /// What may not change when nothing goes on: of each VM that has not ended, whose it is, how it is, and what it has.
 pub fn picture(world: &World) -> BTreeMap<String, Value> {
     let running = vms(world).into_iter().filter(|vm| vm["state"] != "ended");
@@ -131,6 +137,10 @@ pub fn problems(world: &World, controller: u32) -> Vec<String> {
         workers.insert(pid);
         if vm["state"] == "starting" || vm["stale"] == true || vm["memory"]["max_pending_bytes"].is_u64() {
             complain(format!("{name} is not at rest: {vm}"));
+            continue;
+        }
+        if vm["state"] == "running" && !parked(world, &name) {
+            complain(format!("{name} still does something: {vm}"));
             continue;
         }
         if vm["accounting"] != true {
