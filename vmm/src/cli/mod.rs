@@ -35,6 +35,7 @@ mod vm_args;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -207,7 +208,10 @@ pub fn main() -> ExitCode {
         }
     };
     init_log(&cli.log);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    // A thread for slow things that has nothing to do costs a stack and does not come back for minutes.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().thread_keep_alive(Duration::from_secs(1));
+    let runtime = match runtime.build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("ballast: the runtime cannot be started: {error}");

@@ -221,9 +221,9 @@ impl Soak {
         if files.len() != first_files {
             self.world.fail(format!("phase {} {when}: {first_files} files at first, now {files:?}", self.phases));
         }
-        // A thread for slow things ends when it has had nothing to do for 10 s, and looking whether a dead worker's memory
+        // A thread for slow things ends when it has had nothing to do for 1 s, and looking whether a dead worker's memory
         // is back may take another 10 s before that; descriptors of answered requests are closed a moment after the answer.
-        let end = Instant::now() + deadline(40);
+        let end = Instant::now() + deadline(30);
         let mut now = holdings;
         while (now.descriptors > first.descriptors || now.threads > first.threads) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));
