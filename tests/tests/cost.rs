@@ -4,13 +4,13 @@
 
 use std::path::PathBuf;
 
-use ballast_tests::serve::{Serve, pid, shell};
+use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
 use ballast_tests::{number, wait_until};
 use serde_json::Value;
 
 /// A `serve` whose workers have cgroups, or why there is none here.
 fn with_cgroups() -> Option<Serve> {
-    if let Err(why) = ballast::controller::cgroup::Cgroups::find(None) {
+    if let Err(why) = ballast::controller::cgroup::Cgroups::look() {
         println!("SKIP cost reason={why}");
         return None;
     }
@@ -52,6 +52,24 @@ fn the_host_s_limit_of_a_worker_follows_the_vm_s_and_ends_with_it() {
     assert!(serve.show("web")["overhead"]["measured"]["kernel_bytes"].as_u64().expect("measured") > 0);
     assert_eq!(serve.ask("DELETE", "/vms/web", None).0, 204);
     wait_until("the cgroup is gone", 20, || (!directory.exists()).then_some(()));
+}
+
+/// A controller that is killed leaves the cgroups of its workers; the next one removes those that nobody is in.
+#[test]
+fn cgroups_of_workers_that_ended_while_nobody_was_there_go_with_the_next_controller() {
+    let Some(mut serve) = with_cgroups() else { return };
+    let (stays, goes) = (serve.create("stays"), serve.create("goes"));
+    let ((stays, _), (left, _)) = (cgroup(&stays), cgroup(&goes));
+    serve.signal(libc::SIGKILL);
+    serve.wait(10);
+    kill(pid(&goes), libc::SIGKILL);
+    wait_until("the worker is gone", 20, || (!is_alive(pid(&goes))).then_some(()));
+    assert!(left.exists());
+    serve.again();
+    wait_until("its cgroup is gone", 20, || (!left.exists()).then_some(()));
+    assert!(stays.exists());
+    assert_eq!(serve.ask("DELETE", "/vms/stays", None).0, 204);
+    wait_until("the other goes with its VM", 20, || (!stays.exists()).then_some(()));
 }
 
 /// Somebody else lowers the limit of the worker's cgroup: the kernel kills it, and the event says who it was.

@@ -37,8 +37,8 @@ pub fn doctor() -> u8 {
         ),
     };
     // No failure: it is a second fence behind the account.
-    let cgroup = match Cgroups::find(None) {
-        Ok(_) => "ok    cgroup       serve --cgroup auto can limit workers by cgroups as well\n".to_owned(),
+    let cgroup = match Cgroups::look() {
+        Ok(()) => "ok    cgroup       serve --cgroup auto can limit workers by cgroups as well\n".to_owned(),
         Err(why) => format!("note  cgroup       nothing but their account limits workers: {why}\n"),
     };
     for (what, result) in checks {

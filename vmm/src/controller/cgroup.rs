@@ -13,6 +13,9 @@
 //! either processes or children with controllers: a controller that is alone in its cgroup moves itself into `controller`
 //! below it, as a service with `Delegate=yes` may; one that shares its cgroup with others needs a path.
 //!
+//! A `serve` that was killed leaves cgroups behind. Those whose VM runs go when it ends; the others, which are empty, are
+//! removed by the next `serve` that makes cgroups in the same place.
+//!
 //! It is not the default because of its price: a process enters a cgroup under a lock that waits for an RCU grace period,
 //! 10 to 20 ms for each VM (cgroup2 mounted with `favordynmods` has not), several times what all the rest of a start takes.
 
@@ -59,41 +62,97 @@ pub fn limit_for(most: u64) -> u64 {
 }
 
 impl Cgroups {
-    /// Where this process may make cgroups: below `asked` (a directory of a cgroup file system), else below its own.
+    /// Where this process makes cgroups: below `asked` (a directory of a cgroup file system), else below its own. Those that
+    /// are there of controllers that were killed, and are empty, are removed.
     ///
     /// # Errors
     /// Why it may not, with what to do about it.
     pub fn find(asked: Option<&Path>) -> Result<Self, String> {
-        let (base, version) = match asked {
+        let found = match asked {
             Some(path) => {
                 let version = if path.join("cgroup.controllers").exists() { Version::V2 } else { Version::V1 };
-                (path.to_owned(), version)
+                Self { base: path.to_owned(), version }
             }
-            None => own().ok_or("there is no cgroup of this process with the memory controller")?,
+            None => Self::own()?,
         };
-        let found = Self { base, version };
-        found.prepare().map_err(|error| {
-            let path = found.base.display();
-            format!(
-                "no cgroups with limits can be made in {path} ({error}): use Delegate=yes in the unit, or --cgroup PATH"
-            )
-        })?;
+        found.prepare().map_err(|error| found.refused(&error))?;
+        found.sweep();
         Ok(found)
+    }
+
+    /// Whether this process could make cgroups below its own. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn look() -> Result<(), String> {
+        let own = Self::own()?;
+        own.may().map_err(|error| own.refused(&error))
+    }
+
+    /// Below the cgroup of this process.
+    fn own() -> Result<Self, String> {
+        let (base, version) =
+            memory_cgroup("/proc/self").ok_or("there is no cgroup of this process with the memory controller")?;
+        Ok(Self { base, version })
+    }
+
+    fn refused(&self, error: &io::Error) -> String {
+        let path = self.base.display();
+        format!(
+            "no cgroups with limits can be made in {path} ({error}): use Delegate=yes in the unit, or --cgroup PATH"
+        )
+    }
+
+    /// What [`Self::prepare`] finds out by doing it, as far as looking tells.
+    fn may(&self) -> io::Result<()> {
+        use rustix::fs::Access;
+        rustix::fs::access(&self.base, Access::WRITE_OK | Access::EXEC_OK)?;
+        if self.version == Version::V2 {
+            rustix::fs::access(self.base.join("cgroup.subtree_control"), Access::WRITE_OK)?;
+            // Only the root may have both processes and children with controllers.
+            let root = !self.base.join("cgroup.type").exists();
+            if !root && !self.has_memory()? && !self.alone()? {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether cgroups made here have the memory controller.
+    fn has_memory(&self) -> io::Result<bool> {
+        let on = fs::read_to_string(self.base.join("cgroup.subtree_control"))?;
+        Ok(on.split_whitespace().any(|word| word == "memory"))
+    }
+
+    /// Whether no other process is in this cgroup.
+    fn alone(&self) -> io::Result<bool> {
+        Ok(fs::read_to_string(self.base.join("cgroup.procs"))?.trim() == std::process::id().to_string())
+    }
+
+    /// Removes what controllers have left that are no more: their numbers are in the names. What is in use stays, because
+    /// the kernel removes no cgroup that has processes.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.base).into_iter().flatten().flatten() {
+            let Some(maker) = entry.file_name().to_str().and_then(maker) else { continue };
+            // Of a process with our own number: this one has made none yet.
+            let lives = maker != std::process::id() && Path::new("/proc").join(maker.to_string()).exists();
+            if !lives && fs::remove_dir(entry.path()).is_ok() {
+                tracing::info!(cgroup = %entry.path().display(), "removed what an earlier controller has left");
+            }
+        }
     }
 
     /// Sees to it that cgroups made here have the memory controller.
     fn prepare(&self) -> io::Result<()> {
         if self.version == Version::V2 {
             let control = self.base.join("cgroup.subtree_control");
-            let on = || fs::read_to_string(&control).map(|on| on.split_whitespace().any(|word| word == "memory"));
-            if !on()? && fs::write(&control, "+memory").is_err() {
+            if !self.has_memory()? && fs::write(&control, "+memory").is_err() {
                 self.step_aside()?;
                 fs::write(&control, "+memory")?;
             }
         }
         // Nothing short of making one says that one can be made.
-        let probe = self.base.join(format!("{PREFIX}probe-{}", std::process::id()));
-        fs::create_dir(&probe)?;
+        let probe = self.create("probe")?;
         let limited = fs::File::options().write(true).open(probe.join(self.version.limit_file()));
         fs::remove_dir(&probe)?;
         limited.map(drop)
@@ -101,14 +160,27 @@ impl Cgroups {
 
     /// Moves this process into a cgroup below its own, when nobody else is there.
     fn step_aside(&self) -> io::Result<()> {
-        let me = std::process::id().to_string();
-        if fs::read_to_string(self.base.join("cgroup.procs"))?.trim() != me {
+        if !self.alone()? {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let aside = self.base.join("controller");
         match fs::create_dir(&aside) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => fs::write(aside.join("cgroup.procs"), me),
+            _ => fs::write(aside.join("cgroup.procs"), std::process::id().to_string()),
+        }
+    }
+
+    /// Makes a directory with a name of its own: [`PREFIX`], `name`, the number of this process, and one more.
+    fn create(&self, name: &str) -> io::Result<PathBuf> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let directory = self.base.join(format!("{PREFIX}{name}-{}-{number}", std::process::id()));
+            match fs::create_dir(&directory) {
+                // Of a controller with our number (in a container it is always the same), whose VM runs.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return made.map(|()| directory),
+            }
         }
     }
 
@@ -117,11 +189,8 @@ impl Cgroups {
     /// # Errors
     /// As the file system says.
     pub fn make(&self, name: &str, limit: u64) -> io::Result<Cgroup> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let directory = self.base.join(format!("{PREFIX}{name}-{}-{number}", std::process::id()));
-        fs::create_dir(&directory)?;
-        let cgroup = Cgroup { directory, version: self.version, limit: Arc::new(AtomicU64::new(limit)) };
+        let cgroup =
+            Cgroup { directory: self.create(name)?, version: self.version, limit: Arc::new(AtomicU64::new(limit)) };
         cgroup.write_limit(limit).inspect_err(|_| cgroup.remove())?;
         Ok(cgroup)
     }
@@ -232,9 +301,12 @@ fn field(text: &str, key: &str) -> u64 {
     text.lines().find_map(value).unwrap_or(0)
 }
 
-/// The cgroup of this process.
-fn own() -> Option<(PathBuf, Version)> {
-    memory_cgroup("/proc/self")
+/// The number of the controller that has made the cgroup of this name, if one has.
+fn maker(name: &str) -> Option<u32> {
+    let mut parts = name.strip_prefix(PREFIX)?.rsplitn(3, '-');
+    let (number, maker, _vm) = (parts.next()?, parts.next()?, parts.next()?);
+    number.parse::<u64>().ok()?;
+    maker.parse().ok()
 }
 
 /// The directory of the cgroup of a process in the hierarchy that has the memory controller.
@@ -300,6 +372,67 @@ mod tests {
     fn numbers_are_read_by_their_whole_name() {
         let text = "anon_thp 1\nanon 4096\nkernel_stack 2\nkernel 8192\n";
         assert_eq!((field(text, "anon"), field(text, "kernel"), field(text, "none")), (4096, 8192, 0));
+    }
+
+    /// A place that is no cgroup file system, with the files that one would have.
+    fn place(version: Version, files: &[(&str, String)]) -> (tempfile::TempDir, Cgroups) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let base = dir.path().to_owned();
+        (dir, Cgroups { base, version })
+    }
+
+    fn left(place: &Cgroups) -> Vec<String> {
+        let entries = fs::read_dir(&place.base).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn looking_changes_nothing() {
+        let me = std::process::id().to_string();
+        for (kind, on, procs, may) in [
+            (Some("domain"), "", me.clone(), true),
+            (Some("domain"), "cpu", format!("{me}\n1"), false),
+            (Some("domain"), "cpu memory", String::new(), true),
+            (None, "", format!("1\n{me}"), true),
+        ] {
+            let mut files = vec![("cgroup.subtree_control", on.to_owned()), ("cgroup.procs", procs)];
+            files.extend(kind.map(|kind| ("cgroup.type", kind.to_owned())));
+            let (_dir, place) = place(Version::V2, &files);
+            let before = left(&place);
+            assert_eq!(place.may().is_ok(), may, "{files:?}: {:?}", place.may());
+            assert_eq!(left(&place), before, "{files:?}");
+            assert_eq!(fs::read_to_string(place.base.join("cgroup.subtree_control")).unwrap(), on);
+        }
+    }
+
+    #[test]
+    fn what_a_controller_that_was_killed_has_left_is_removed_when_it_is_empty() {
+        let (_dir, place) = place(Version::V1, &[]);
+        let me = std::process::id();
+        let parent = std::os::unix::process::parent_id();
+        // No process has such a number.
+        let gone = u32::MAX;
+        let names = |names: &[String]| names.iter().for_each(|name| fs::create_dir(place.base.join(name)).unwrap());
+        let ours = [format!("ballast-web-{gone}-0"), format!("ballast-a-b-{gone}-17"), format!("ballast-probe-{me}-0")];
+        let others = [
+            format!("ballast-db-{gone}-0"),
+            format!("ballast-web-{parent}-0"),
+            "ballast-web".to_owned(),
+            format!("ballast-{gone}-x"),
+            format!("other-web-{gone}-0"),
+        ];
+        names(&ours);
+        names(&others);
+        fs::create_dir(place.base.join(format!("ballast-db-{gone}-0")).join("in use")).unwrap();
+        place.sweep();
+        let mut expected = others.to_vec();
+        expected.sort();
+        assert_eq!(left(&place), expected);
     }
 
     #[test]
