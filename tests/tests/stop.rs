@@ -133,3 +133,22 @@ fn the_vm_of_a_run_is_stopped_like_any_other() {
     assert_eq!(vm.wait(10).code(), Some(137));
     assert!(vm.errors().contains("did not power itself off in time"));
 }
+
+/// Who has no patience with guests that hear nothing asks a second time.
+#[test]
+fn a_second_signal_kills_what_has_not_ended_yet() {
+    if skipped("stop-twice") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    let workers = ["x", "y"].map(|name| pid(&serve.create_with(name, &deaf())));
+    serve.create("hears");
+    let begin = std::time::Instant::now();
+    serve.signal(libc::SIGTERM);
+    wait_until("it is stopping", 10, || (serve.show("hears")["state"] == "ended").then_some(()));
+    assert!(workers.iter().all(|pid| is_alive(*pid)), "they have their time");
+    serve.signal(libc::SIGINT);
+    assert_eq!(serve.wait(10).code(), Some(0));
+    assert!(begin.elapsed() < ballast_tests::deadline(10), "nobody waited for the deaf: {:?}", begin.elapsed());
+    assert!(!workers.iter().any(|pid| is_alive(*pid)));
+}

@@ -1,6 +1,7 @@
 //! `ballast serve`: one controller with many VMs, on one socket.
 
 use std::fs::File;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,7 +41,8 @@ pub struct ServeArgs {
     socket: SocketArg,
 }
 
-/// Takes over what an earlier one has left, serves until a signal comes, then ends all VMs or leaves them.
+/// Takes over what an earlier one has left, serves until a signal comes, then ends all VMs or leaves them. A second signal
+/// kills those that have not ended yet.
 pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::error(chain(error));
     let listen = socket::to_serve(&args.socket);
@@ -78,7 +80,17 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
         actor.abort();
     } else {
         tracing::info!(signal, "ending all VMs");
-        service.stop(&controller).await.map_err(|error| as_failure(&error))?;
+        if std::io::stderr().is_terminal() {
+            eprintln!("ballast: the guests are asked to power themselves off; a second signal kills their VMs");
+        }
+        let stopped = tokio::select! {
+            stopped = service.stop(&controller) => stopped,
+            signal = signals.next() => {
+                tracing::warn!(signal, "a second signal: the VMs that have not powered themselves off are killed");
+                service.kill(&controller).await
+            }
+        };
+        stopped.map_err(|error| as_failure(&error))?;
     }
     server.stop().await;
     drop(controller);

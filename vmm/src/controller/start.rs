@@ -218,6 +218,30 @@ impl Service {
         }
         Ok(())
     }
+
+    /// Makes no more VMs and kills those there are.
+    ///
+    /// # Errors
+    /// When the controller has gone.
+    pub async fn kill(&self, controller: &Controller) -> Result<(), Refusal> {
+        kill_all(controller).await?;
+        // Those that were being made until now.
+        self.close().await;
+        kill_all(controller).await
+    }
+}
+
+async fn kill_all(controller: &Controller) -> Result<(), Refusal> {
+    let running = controller.list().await?.into_iter().filter(|vm| vm.state != VmState::Ended);
+    let kill = |vm: VmView| {
+        let controller = controller.clone();
+        tokio::spawn(async move { controller.kill(&vm.name).await })
+    };
+    for killed in running.map(kill).collect::<Vec<_>>() {
+        // One that has ended meanwhile is as good.
+        let _ = killed.await;
+    }
+    Ok(())
 }
 
 fn stopping() -> Refusal {
