@@ -117,7 +117,7 @@ fn check_looks_at_a_running_host_and_finds_what_is_wrong_with_it() {
     let (status, view) = serve.ask("GET", "/check", None);
     assert_eq!((status, &view["ok"]), (200, &true.into()), "{view:#}");
     let names: Vec<_> = findings(&view).into_iter().map(|(name, ..)| name).collect();
-    let all = "limits overhead sums counters nodes charges parts resident workers strangers sandbox untracked";
+    let all = "limits overhead sums counters nodes charges parts resident workers strangers sandbox untracked audit";
     assert_eq!(names.join(" "), all);
     let said = |view: &Value, name: &str| findings(view).into_iter().find(|(n, ..)| n == name).expect("there").2;
     assert!(said(&view, "workers").starts_with("3 VMs"), "{view:#}");

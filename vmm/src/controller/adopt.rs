@@ -143,6 +143,9 @@ impl Controller {
             answer(reply, Ok(()));
         })
         .await?;
+        // What they say they hold is charged; the host knows whether that is all.
+        let controller = self.clone();
+        tokio::spawn(async move { controller.audit_all().await });
         self.clear(state).await
     }
 

@@ -1,6 +1,6 @@
 //! Does a worker hold what it says? A worker is believed only as far as the host bears it out.
 //!
-//! Every minute, and when somebody checks, the host is asked how much of guest RAM is resident and how much private memory
+//! Every minute, when it is taken over, and when somebody checks, the host is asked how much of guest RAM is resident and how much private memory
 //! the worker has in all; the actor compares that with what it has charged. No guess is in it: a page is charged before
 //! it is filled and given up before it is uncharged, so at no moment can more be resident than was charged at its
 //! beginning and granted since.
@@ -13,6 +13,7 @@
 
 use std::time::Duration;
 
+use memcg_core::audit;
 use memcg_core::units::{Pages, human};
 use tokio::sync::mpsc;
 
@@ -26,6 +27,9 @@ use super::{Controller, host};
 
 /// Time between two audits of a VM.
 const EVERY: Duration = Duration::from_secs(60);
+
+/// Time after which one that does not fit is audited again, when all are.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Resident pages that are overlooked: the kernel's page tables are read while they change.
 const TOLERANCE: Pages = Pages(64);
@@ -44,6 +48,8 @@ pub struct Finding {
     pub charged: Pages,
     /// Pages that the VM may cost beside them.
     pub overhead: Pages,
+    /// It was the second time in a row, and the VM was ended.
+    pub ended: bool,
 }
 
 impl Finding {
@@ -51,6 +57,14 @@ impl Finding {
     pub fn ok(&self) -> bool {
         let private = self.charged + self.overhead + PRIVATE_TOLERANCE + looseness();
         self.resident <= self.charged + TOLERANCE && self.private <= private
+    }
+
+    fn words(&self) -> String {
+        let [resident, private, charged, overhead] =
+            [self.resident, self.private, self.charged, self.overhead].map(|pages| human(pages.bytes()));
+        format!(
+            "holds {resident} of guest memory and {private} in all, and was granted {charged} and {overhead} beside it"
+        )
     }
 }
 
@@ -76,6 +90,32 @@ impl Controller {
             seen.map_err(|error| Refusal::new(Code::Busy, format!("the worker cannot be looked into: {error}")))?;
         self.ask(move |actor, reply| answer(reply, actor.end_audit(id, seen, granted, charged))).await
     }
+
+    /// Audits all VMs that run, one after the other; those with too much memory a second time, which ends them.
+    ///
+    /// # Errors
+    /// When the controller is going away.
+    pub async fn audit_all(&self) -> Result<audit::Finding, Refusal> {
+        let (mut audited, mut unseen, mut wrong) = (0, 0, Vec::new());
+        for (id, name) in self.ask(|actor, reply| answer(reply, Ok(actor.auditable()))).await? {
+            let mut found = self.audit(id).await;
+            if found.as_ref().is_ok_and(|finding| !finding.ok() && !finding.ended) {
+                tokio::time::sleep(host::scaled(AGAIN)).await;
+                found = self.audit(id).await;
+            }
+            match found {
+                Ok(finding) if !finding.ok() => wrong.push(format!("{name}: {}: it was ended", finding.words())),
+                Ok(_) => audited += 1,
+                // Ended meanwhile, by itself or by another audit.
+                Err(refusal) if refusal.code == Code::NotFound => {}
+                Err(refusal) if refusal.code == Code::Stopping => return Err(refusal),
+                Err(_) => unseen += 1,
+            }
+        }
+        let unseen = if unseen > 0 { format!("; {unseen} cannot be looked into") } else { String::new() };
+        let looked_at = format!("{audited} VMs: the host finds no more memory at them than was charged{unseen}");
+        Ok(audit::Finding::new("audit", looked_at, &wrong))
+    }
 }
 
 /// Audits a VM every minute as long as it is there. The first time comes at a moment of its own, so that many VMs that
@@ -96,6 +136,12 @@ pub(super) async fn keep(inbox: mpsc::WeakSender<Input>, news: tokio::sync::watc
 }
 
 impl Actor {
+    /// The VMs that have said what they hold.
+    fn auditable(&self) -> Vec<(VmId, String)> {
+        let said = self.vms.iter().filter(|(_, vm)| vm.alive() && vm.reported);
+        said.map(|(id, vm)| (id, vm.name.clone())).collect()
+    }
+
     fn begin_audit(&self, id: VmId) -> Result<Before, Refusal> {
         let vm = self.vms.get(&id).filter(|vm| vm.alive());
         let vm = vm.ok_or_else(|| Refusal::new(Code::NotFound, "the VM has ended"))?;
@@ -111,22 +157,14 @@ impl Actor {
         let overhead = vm.overhead.iter().map(Part::pages).sum();
         // All of it may have become resident before the host was asked.
         let charged = charged + Pages(vm.granted_total.saturating_sub(granted));
-        let finding = Finding { resident: seen.ram, private: seen.private, charged, overhead };
+        let mut finding = Finding { resident: seen.ram, private: seen.private, charged, overhead, ended: false };
         let before = std::mem::replace(&mut vm.suspected, !finding.ok());
         if vm.suspected {
             let name = vm.name.clone();
             tracing::warn!(vm = name, ?finding, "more is resident than was charged");
             if before && vm.state != VmState::Ended {
-                self.lie(
-                    id,
-                    format!(
-                        "holds {} of guest memory and {} in all, and was granted {} and {} beside it",
-                        human(seen.ram.bytes()),
-                        human(seen.private.bytes()),
-                        human(charged.bytes()),
-                        human(overhead.bytes())
-                    ),
-                );
+                finding.ended = true;
+                self.lie(id, finding.words());
             }
         }
         Ok(finding)

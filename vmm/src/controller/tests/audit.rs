@@ -67,6 +67,8 @@ async fn a_worker_with_more_memory_than_it_was_granted_is_ended_at_the_second_lo
     let honest = controller.audit(id).await.expect("audited");
     assert_eq!((honest.resident.0, honest.charged.0), (charged, charged));
     assert!(honest.resident <= honest.charged);
+    let nobody = controller.audit_all().await.expect("audited");
+    assert!(nobody.ok && nobody.message.starts_with("0 VMs"), "it has not said what it holds: {nobody:?}");
 
     // The report says what was granted, and the host finds twice as much.
     let report = Report { granted_total, guest: charged - RESERVE, reserve: RESERVE, ..Report::default() };
@@ -74,8 +76,10 @@ async fn a_worker_with_more_memory_than_it_was_granted_is_ended_at_the_second_lo
     touch(&ram, 0..2 * charged);
     assert!(!controller.audit(id).await.expect("audited").ok());
     assert!(!killed.load(Ordering::Relaxed), "once may be an accident");
-    assert!(!controller.audit(id).await.expect("audited").ok());
+    let finding = controller.audit_all().await.expect("audited");
     assert!(killed.load(Ordering::Relaxed));
+    assert!(!finding.ok && finding.message.starts_with("liar: holds "), "{finding:?}");
+    assert!(finding.message.ends_with("it was ended"), "{finding:?}");
     controller.worker_died(id, super::Death::Signal(libc::SIGKILL)).await;
     controller.heard(id, FromLink::Closed).await;
     let events = controller.events(0).await.expect("events");
@@ -84,4 +88,5 @@ async fn a_worker_with_more_memory_than_it_was_granted_is_ended_at_the_second_lo
     let numbers = memcg_core::units::human(2 * charged * 4096);
     assert!(reason.contains(&format!("holds {numbers} of guest memory")), "{reason}");
     assert_eq!(controller.audit(id).await.expect_err("it has ended").code, Code::NotFound);
+    assert!(controller.audit_all().await.expect("audited").ok, "nobody is left");
 }
