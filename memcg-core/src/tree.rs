@@ -283,8 +283,9 @@ impl Tree {
     }
 }
 
-/// Whether a node may be called `name`.
-fn is_name(name: &str) -> bool {
+/// Whether a node may be called `name`: 1 to [`MAX_NAME`] letters, digits, `-`, `_` and `.` of ASCII, the first a letter or
+/// a digit.
+pub fn is_name(name: &str) -> bool {
     name.len() <= MAX_NAME
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))

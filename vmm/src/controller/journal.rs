@@ -24,7 +24,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memcg_core::tree::{LimitPatch, Limits};
+use memcg_core::tree::{self, LimitPatch, Limits};
 use memcg_core::units::{Limit, Pages};
 use serde::{Deserialize, Serialize};
 
@@ -312,11 +312,16 @@ impl Remembered {
             Entry::Life { epoch, .. } if epoch <= self.epoch => return Err(format!("life {epoch} has been before")),
             Entry::Life { epoch, .. } => self.epoch = epoch,
             Entry::Group { path, accounting, limits } => {
+                check_path(&path)?;
                 self.groups.insert(path, RememberedGroup { accounting, limits, generation: 0 });
             }
             Entry::GroupGone { path } => drop(self.groups.remove(&path)),
             Entry::Tracked { group } => self.group(group)?.accounting = true,
             Entry::Made { vm: name, group, instance, accounting, config } => {
+                if !tree::is_name(&name) {
+                    return Err(format!("{name:?} is not the name of a VM"));
+                }
+                check_path(&group)?;
                 self.forget(&name);
                 self.next += 1;
                 self.names.insert(name.clone(), self.next);
@@ -330,7 +335,10 @@ impl Remembered {
                     self.set_limits(node)?;
                 }
             }
-            Entry::Moved { node, to } => self.move_to(&node, to)?,
+            Entry::Moved { node, to } => {
+                check_path(&to)?;
+                self.move_to(&node, to)?;
+            }
             Entry::Paused { vm, by } => self.vm(&vm)?.paused = Some(by),
             Entry::Resumed { vm } => self.vm(&vm)?.paused = None,
             Entry::Ended { vm, how } => self.vm(&vm)?.ended = Some(how),
@@ -385,6 +393,11 @@ impl Remembered {
         }
         Ok(remembered)
     }
+}
+
+/// Names become directories: those of a damaged journal may not lead elsewhere.
+fn check_path(path: &str) -> Result<(), String> {
+    groups::path(path).map(drop).map_err(|refusal| refusal.message)
 }
 
 fn lines(entries: &[Entry]) -> Vec<u8> {

@@ -1,10 +1,11 @@
-//! Seeded nonsense: bytes for the interface, packets and lies of a worker for the actor.
+//! Seeded nonsense: bytes for the interface, packets and lies of a worker for the actor, a damaged journal.
 //!
 //! The inputs of a run follow from a seed, so a failure can be had again; it prints the number of the input. `cargo test`
 //! does a few thousand of each kind; `BALLAST_FUZZ=N` does N, `BALLAST_FUZZ_SEED` others than the usual ones
 //! (`scripts/fuzz`). What was ever found is among the first inputs, as it was found.
 
 mod http;
+mod journal;
 mod lies;
 mod packets;
 
