@@ -303,7 +303,7 @@ impl Actor {
         answer(reply, Ok(self.vm_view(id, stale)));
     }
 
-    /// Stops the vCPUs. The stock comes back as well: a VM that stands still needs none.
+    /// Stops the vCPUs. The stock comes back as well: a VM that stands still may hold none.
     pub fn pause(&mut self, id: VmId, by: PausedBy, reply: Option<Reply<VmView>>) {
         let vm = self.vms.get_mut(&id).expect("found");
         if vm.state == VmState::Starting {
@@ -321,17 +321,15 @@ impl Actor {
             }
             return;
         }
-        let (seq, recall) = (vm.next_seq(), vm.next_seq());
+        let seq = vm.next_seq();
         if !vm.send(ToWorker::Pause { seq }) {
             let silent = silent(&vm.name);
             refuse(reply, silent);
             return;
         }
-        if vm.accounted() {
-            vm.send(ToWorker::Recall { seq: recall });
-        }
         vm.state = VmState::Paused;
         vm.paused_by = Some(by);
+        vm.grant_due = true;
         let name = vm.name.clone();
         if let Some(reply) = reply {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
@@ -404,6 +402,7 @@ impl Actor {
         }
         vm.state = VmState::Running;
         vm.paused_by = None;
+        vm.grant_due = true;
         vm.report.paused = false;
         // The worker answers no pause that was taken back before its vCPUs were out.
         let taken_back = vm.waiting.extract_if(.., |w| matches!(w.what, Awaited::Paused(_)));

@@ -85,8 +85,8 @@ impl Actor {
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.missing = need - got;
         let (short, stock) = (got < need, vm.report.stock);
-        if vm.state != VmState::Paused && !short {
-            let most = self.tree.stock_max(self.vms[&id].node).0;
+        if !short {
+            let most = self.stock_max(id);
             self.charge_ahead(id, most.saturating_sub(stock));
         }
         self.send_grant(id, short);
@@ -100,7 +100,9 @@ impl Actor {
         if !vm.accounted() || !vm.alive() || vm.cause.is_some() || self.recounting.is_some() {
             return;
         }
-        let asked = fresh && vm.report.want.max(vm.report.want_now) > 0;
+        // One that has not read its last grant yet asks again by itself if that is not enough. An answer to each of its
+        // reports would be the reason for another report, and so on for ever.
+        let asked = fresh && vm.report.want.max(vm.report.want_now) > 0 && vm.in_flight() == 0;
         let useful = vm.most().saturating_sub(vm.outstanding()).0;
         let need = vm.need().min(useful);
         let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
@@ -111,11 +113,9 @@ impl Actor {
         let refused = got < need;
         vm.missing = need - got;
         let mut ahead = 0;
-        if !refused && vm.state != VmState::Paused {
-            let vm = &self.vms[&id];
-            let stock_max = self.tree.stock_max(vm.node).0;
+        if !refused {
             let held_stock = vm.report.stock + vm.in_flight().saturating_sub(got);
-            ahead = self.charge_ahead(id, (want - need).min(stock_max.saturating_sub(held_stock)));
+            ahead = self.charge_ahead(id, (want - need).min(self.stock_max(id).saturating_sub(held_stock)));
         }
         if asked || got + ahead > 0 || refused != was_refused {
             self.send_grant(id, refused);
@@ -184,10 +184,16 @@ impl Actor {
         vms
     }
 
+    /// What a worker may hold ahead of need: nothing while its VM stands still.
+    fn stock_max(&self, id: VmId) -> u64 {
+        let vm = &self.vms[&id];
+        if vm.state == VmState::Paused { 0 } else { self.tree.stock_max(vm.node).0 }
+    }
+
     /// Tells a worker what it has and how much room there is.
     pub fn send_grant(&mut self, id: VmId, refused: bool) {
+        let stock_max = self.stock_max(id);
         let vm = self.vms.get_mut(&id).expect("checked");
-        let stock_max = self.tree.stock_max(vm.node).0;
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
         // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.

@@ -17,6 +17,7 @@
 
 pub mod activation;
 pub mod around;
+pub mod asked;
 pub mod client;
 pub mod discard;
 pub mod give;

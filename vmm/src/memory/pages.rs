@@ -21,6 +21,7 @@ use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
 
 use super::around::{Around, Window};
+use super::asked::Asked;
 use super::client::{Reply, Run};
 use super::histogram::Histogram;
 use super::ram::Ram;
@@ -53,17 +54,6 @@ const BEAT_NS: u64 = 1_000_000_000;
 struct PendingFill {
     client: usize,
     left: Range<u64>,
-}
-
-/// What the controller's last word on a want was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
-    /// Nothing is asked.
-    No,
-    /// Asked, not answered; the number of pages wanted for faults that happened.
-    Waiting(u64),
-    /// The controller cannot grant it now and will speak when it can.
-    Refused(u64),
 }
 
 /// Frame table, stock and everything that changes with them.
@@ -107,7 +97,7 @@ impl Pages {
             waiting: Vec::with_capacity(4 * reserve as usize),
             pending: None,
             spare_runs: Vec::new(),
-            asked: Asked::No,
+            asked: Asked::default(),
             device_taken: 0,
             device_blocked: false,
             balloon,
@@ -241,7 +231,7 @@ impl Pages {
     /// Holds the vCPUs when the reserve is being used and the controller has said no, or when half of it is gone.
     fn hold_if_short(&mut self) {
         let debt = self.stock.debt();
-        let refused = matches!(self.asked, Asked::Refused(_)) || self.stock.room() == Some(Count(0));
+        let refused = self.asked.refused() || self.stock.room() == Some(Count(0));
         if debt > Count(0) && (refused || debt > self.stock.reserve()) {
             self.hold();
         }
@@ -278,8 +268,8 @@ impl Pages {
         room: Option<Count>,
         refused: bool,
     ) -> Result<Option<(usize, Reply)>, memcg_core::stock::StockError> {
-        self.stock.grant(epoch, granted_total, Count(stock_max), room)?;
-        self.asked = if refused { Asked::Refused(self.want_now()) } else { Asked::No };
+        let new = self.stock.grant(epoch, granted_total, Count(stock_max), room)?;
+        self.asked.answered(new, refused);
         let reply = self.settle();
         if refused {
             self.hold_if_short();
@@ -361,10 +351,9 @@ impl Pages {
     pub fn on_fill(&mut self, client: usize, run: Run, wait: bool) -> Option<Reply> {
         let pages = run.first..run.first.saturating_add(run.pages).min(self.ram.pages());
         if wait {
-            self.asked = match self.asked {
-                Asked::Refused(_) => Asked::No,
-                other => other,
-            };
+            if self.asked.refused() {
+                self.asked = Asked::No;
+            }
             self.pending = Some(PendingFill { client, left: pages });
             return self.continue_pending().map(|(_, reply)| reply);
         }
@@ -384,7 +373,7 @@ impl Pages {
         let mut pending = self.pending.take()?;
         match self.fill_run(pending.left.clone(), 0) {
             None => Some((pending.client, Reply::Done(Vec::new()))),
-            Some(_) if matches!(self.asked, Asked::Refused(_)) => Some((pending.client, Reply::WouldBlock)),
+            Some(_) if self.asked.refused() => Some((pending.client, Reply::WouldBlock)),
             Some(at) => {
                 pending.left.start = at;
                 self.pending = Some(pending);
@@ -452,25 +441,10 @@ impl Pages {
         Count(self.waiting.len() as u64 + loader)
     }
 
-    /// Pages wanted for faults that happened already.
-    fn want_now(&self) -> u64 {
-        self.stock.want_now(self.unserved()).0
-    }
-
     /// What to ask the controller for now, if anything: `(want, want_now)`. Marks it as asked.
     pub fn ask(&mut self) -> Option<(u64, u64)> {
         self.beat();
-        let now = self.want_now();
-        let want = match self.asked {
-            Asked::No => self.stock.want(self.unserved()).0,
-            Asked::Waiting(before) | Asked::Refused(before) if now > before => now,
-            Asked::Waiting(_) | Asked::Refused(_) => 0,
-        };
-        if want == 0 {
-            return None;
-        }
-        self.asked = Asked::Waiting(now);
-        Some((want, now))
+        self.asked.ask(&self.stock, self.unserved())
     }
 
     /// Lets the stock's batch shrink with the time that has passed.

@@ -6,6 +6,7 @@ mod admission;
 mod adopt;
 mod audit;
 mod clients;
+mod crowd;
 mod fleet;
 mod fuzz;
 mod grants;

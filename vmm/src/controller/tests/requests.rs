@@ -87,7 +87,7 @@ async fn pause_and_resume_are_answered_by_the_worker_and_idempotent() {
     let controller = worker.controller.clone();
     let pausing = tokio::spawn(async move { controller.pause("vm").await });
     let ToWorker::Pause { seq } = worker.next().await else { panic!("no pause") };
-    assert!(matches!(worker.next().await, ToWorker::Recall { .. }));
+    assert!(matches!(worker.next().await, ToWorker::Grant { stock_max: 0, .. }));
     worker.report.paused = true;
     worker.answer(seq).await;
     assert_eq!(pausing.await.expect("no panic").expect("paused").state, VmState::Paused);
@@ -97,6 +97,7 @@ async fn pause_and_resume_are_answered_by_the_worker_and_idempotent() {
     let controller = worker.controller.clone();
     let resuming = tokio::spawn(async move { controller.resume("vm").await });
     let ToWorker::Resume { seq } = worker.next().await else { panic!("no resume") };
+    assert!(matches!(worker.next().await, ToWorker::Grant { stock_max: 1.., .. }));
     worker.report.paused = false;
     worker.answer(seq).await;
     assert_eq!(resuming.await.expect("no panic").expect("resumed").state, VmState::Running);
@@ -113,7 +114,7 @@ async fn a_pause_is_answered_when_the_vcpus_are_out_or_when_it_is_taken_back() {
     };
     let first = start(&worker);
     let ToWorker::Pause { seq } = worker.next().await else { panic!("no pause") };
-    assert!(matches!(worker.next().await, ToWorker::Recall { .. }));
+    assert!(matches!(worker.next().await, ToWorker::Grant { stock_max: 0, .. }));
     // The second one is not told that the VM stands still before it does.
     let second = start(&worker);
     assert_eq!(worker.try_next().await, None);
@@ -127,6 +128,7 @@ async fn a_pause_is_answered_when_the_vcpus_are_out_or_when_it_is_taken_back() {
     let controller = worker.controller.clone();
     tokio::spawn(async move { controller.resume("vm").await });
     let ToWorker::Resume { seq } = worker.next().await else { panic!("no resume") };
+    assert!(matches!(worker.next().await, ToWorker::Grant { stock_max: 1.., .. }));
     worker.report.paused = false;
     worker.answer(seq).await;
     let taken_back = start(&worker);
