@@ -38,7 +38,8 @@
 //!
 //! A page costs 11 bytes in separate arrays (states are scanned 64 to a cache line) and a 16th of a byte for the summary
 //! and the links of its block. Links and generations of pages are written only where blocks are split: the rest of these
-//! arrays is memory that the allocator took as zeroes from the kernel and that nobody has touched.
+//! arrays is memory that the allocator took as zeroes from the kernel and that nobody has touched. What has been written so
+//! far, and the page tables below it, is [`FrameTable::cost`].
 //!
 //! | semantics row | rule here |
 //! | --- | --- |
@@ -54,6 +55,7 @@
 
 mod age;
 mod check;
+mod cost;
 mod isolate;
 mod links;
 mod state;
@@ -61,6 +63,7 @@ mod table;
 
 pub use age::{EXACT, Histogram, WorkingSet};
 pub use check::Violation;
+pub use cost::Cost;
 pub use isolate::{Scan, Scanned};
 pub use links::List;
 pub use state::{BadTransition, FrameState};

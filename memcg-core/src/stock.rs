@@ -5,18 +5,23 @@
 //!                        stock ──────────────────┼─prepare─► guest pages
 //!      ▲                   ▲                     │                │
 //!      └──── give_back ────┴──────── uncharge ◄──┴────────────────┘ (repays the reserve first)
+//!                        stock ── owe ──► what the guest's pages cost beside them; it stays until the VM ends
 //! ```
 //!
-//! At any moment `granted_total - returned_total == guest + stock + reserve`: each page that the controller has charged
-//! is in exactly one place. Totals are cumulative and carry an epoch, so a message that is lost or repeated cannot
+//! At any moment `granted_total - returned_total == guest + stock + reserve + paid`: each page that the controller has
+//! charged is in exactly one place. Totals are cumulative and carry an epoch, so a message that is lost or repeated cannot
 //! count a page twice.
 //!
 //! **The reserve** is charged like everything else, inside `max`. It answers faults that could not be charged in time;
 //! what is missing from it is the *debt*, and the vCPUs are held until the debt is repaid. A grant and an uncharge
 //! both repay the debt before they fill the stock.
 //!
+//! **What pages cost** ([`Stock::owe`]). Pages that a guest uses need page tables and records. They are paid for with pages
+//! of the stock, so what a VM uses in all stays inside what it was granted, however its cost grows. What the stock cannot
+//! pay at once is debt, too: the next pages repay it after the reserve, and before the guest gets any.
+//!
 //! **Epochs.** An epoch is one life of the controller. The first grant of a newer epoch is a recount: the worker's
-//! totals restart at what it holds (`granted_total = guest + stock + reserve`, `returned_total = 0`), and the grant's
+//! totals restart at what it holds (`granted_total = guest + stock + reserve + paid`, `returned_total = 0`), and the grant's
 //! total counts from there. The new controller charges what the worker's report says it holds and grants on top of
 //! that. Pages that an old controller granted and that never arrived die with it; pages given back in between are
 //! granted again by the same arithmetic. A grant of an older epoch, and a total below the one known, are errors that
@@ -40,6 +45,7 @@
 //!
 //! Nothing here allocates: it is on the fault path.
 
+use crate::frame::Cost;
 use crate::reclaim::STOCK_CAP;
 use crate::units::Pages;
 
@@ -80,6 +86,8 @@ pub struct Stock {
     stock: Pages,
     reserve: Pages,
     reserve_target: Pages,
+    cost: Cost,
+    paid: Cost,
     stock_max: Pages,
     room: Option<Pages>,
     /// Pages asked for ahead of need, before the caps.
@@ -103,6 +111,8 @@ impl Stock {
             stock: Pages::ZERO,
             reserve: Pages::ZERO,
             reserve_target,
+            cost: Cost::default(),
+            paid: Cost::default(),
             stock_max: Pages::ZERO,
             room: None,
             batch: Pages(FIRST_BATCH),
@@ -175,9 +185,28 @@ impl Stock {
     /// Puts free charged pages where they belong: the reserve first.
     #[inline]
     fn refill(&mut self, pages: Pages) {
-        let repaid = pages.min(self.debt());
+        let repaid = pages.min(self.reserve_target.saturating_sub(self.reserve));
         self.reserve += repaid;
         self.stock += pages.saturating_sub(repaid);
+        self.pay();
+    }
+
+    /// The guest's pages have cost so much by now. Less than before changes nothing.
+    #[inline]
+    pub fn owe(&mut self, cost: Cost) {
+        self.cost = Cost { tables: cost.tables.max(self.cost.tables), records: cost.records.max(self.cost.records) };
+        self.pay();
+    }
+
+    /// Pays with the stock what it can.
+    #[inline]
+    fn pay(&mut self) {
+        let Cost { tables, records } = self.cost;
+        for (owed, paid) in [(tables, &mut self.paid.tables), (records, &mut self.paid.records)] {
+            let pages = owed.saturating_sub(*paid).min(self.stock);
+            *paid += pages;
+            self.stock = self.stock.saturating_sub(pages);
+        }
     }
 
     /// Takes up to `want` pages from the stock for a fill, `None` when it is empty or `want` is zero. Less than `want`
@@ -279,15 +308,21 @@ impl Stock {
         self.reserve_target
     }
 
-    /// Pages missing from the reserve.
+    /// Pages missing from the reserve, and those that what the guest's pages cost has not been paid with yet.
     #[inline]
     pub fn debt(&self) -> Pages {
-        self.reserve_target.saturating_sub(self.reserve)
+        let owed = self.cost.total().saturating_sub(self.paid.total());
+        self.reserve_target.saturating_sub(self.reserve) + owed
     }
 
-    /// Everything the controller has charged for this worker: guest + stock + reserve.
+    /// What the guest's pages cost, as far as it has been paid.
+    pub fn paid(&self) -> Cost {
+        self.paid
+    }
+
+    /// Everything the controller has charged for this worker: guest + stock + reserve + what was paid.
     pub fn held(&self) -> Pages {
-        self.guest + self.stock + self.reserve
+        self.guest + self.stock + self.reserve + self.paid.total()
     }
 
     /// Pages granted in this epoch.

@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
-use ballast_tests::{number, wait_until};
-use serde_json::Value;
+use ballast_tests::{missing_on_host, number, wait_until};
+use serde_json::{Value, json};
 
 /// A `serve` whose workers have cgroups, or why there is none here.
 fn with_cgroups() -> Option<Serve> {
@@ -42,7 +42,7 @@ fn the_host_s_limit_of_a_worker_follows_the_vm_s_and_ends_with_it() {
     let vm = serve.create("web");
     assert!(limit(&vm) >= number(&vm, "memory.max_bytes") + (16 << 20), "{vm}");
     for max in [60 << 20, 24 << 20] {
-        let (status, body) = serve.ask("PATCH", "/vms/web/memory", Some(&serde_json::json!({ "max_bytes": max })));
+        let (status, body) = serve.ask("PATCH", "/vms/web/memory", Some(&json!({ "max_bytes": max })));
         assert_eq!(status, 200, "{body}");
         wait_until("the backstop follows", 10, || {
             ((max + (16 << 20)..max + (32 << 20)).contains(&limit(&vm))).then_some(())
@@ -78,7 +78,7 @@ fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
     let Some(serve) = with_cgroups() else { return };
     let mut config = shell();
     config["cmdline"] = "storm".into();
-    config["memory"] = serde_json::json!({ "size_bytes": 2u64 << 30, "max_bytes": 2u64 << 30 });
+    config["memory"] = json!({ "size_bytes": 2u64 << 30, "max_bytes": 2u64 << 30 });
     let vm = serve.create_with("web", &config);
     assert_eq!(serve.ask("POST", "/vms/web/pause", None).0, 200);
     let (directory, file) = cgroup(&vm);
@@ -89,4 +89,45 @@ fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
     let ended = serve.wait_state("web", "ended");
     let how = ended["end"].as_str().expect("how");
     assert!(how.contains("killed by the host: its cgroup was full"), "{how}");
+}
+
+/// A VM costs what it is charged, in user space and, where that can be measured, in the kernel: when it idles, when its
+/// guest has touched half of its RAM, and when it uses nearly all of it and has given a page of each block to its balloon, so
+/// that every page has a record of its own.
+/// Semantics: 11.
+#[test]
+fn what_a_vm_costs_is_what_it_is_charged() {
+    if missing_on_host().inspect(|reason| println!("SKIP cost reason={reason}")).is_some() {
+        return;
+    }
+    let serve = with_cgroups().unwrap_or_else(|| Serve::start(&[]));
+    let mut config = shell();
+    config["memory"] = json!({ "size_bytes": 160 << 20, "max_bytes": 200 << 20 });
+    let given: Vec<_> = (4..158).step_by(2).collect();
+    let gifts: Vec<_> = given.iter().map(|mib| format!("balloon inflate {mib}M 4096")).collect();
+    let full = format!("touch 4M 154M seed=1; balloon init; {}; shell", gifts.join("; "));
+    let mut bad = false;
+    for (name, cmdline, guest_mib, gifts) in
+        [("idle", "shell", 0, 0), ("half", "touch 4M 80M seed=1; shell", 80, 0), ("full", &full, 150, given.len())]
+    {
+        config["cmdline"] = cmdline.into();
+        serve.create_with(name, &config);
+        let vm = wait_until("the guest has done its work", 60, || {
+            let done = |vm: &Value| {
+                number(vm, "memory.stat.guest_bytes") >= guest_mib << 20
+                    && number(vm, "memory.stat.ballooned_bytes") == gifts as u64 * 4096
+            };
+            Some(serve.show(name)).filter(done)
+        });
+        for of in ["user_bytes", "kernel_bytes"] {
+            let accounted = number(&vm, &format!("overhead.accounted.{of}"));
+            let Some(measured) = vm["overhead"]["measured"][of].as_u64() else {
+                println!("SKIP {name} {of} reason=no cgroup to measure in");
+                continue;
+            };
+            println!("{name} {of}: accounted {} KiB, measured {} KiB", accounted >> 10, measured >> 10);
+            bad |= accounted.abs_diff(measured) * 10 > measured;
+        }
+    }
+    assert!(!bad, "not within ten per cent: above");
 }

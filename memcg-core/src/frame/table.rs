@@ -31,6 +31,10 @@ pub(super) struct Block {
     pub referenced: bool,
     /// The key of all members, when whole and when there are any.
     pub key: u8,
+    /// A page of it has had an age.
+    pub touched: bool,
+    /// It has been split.
+    pub opened: bool,
 }
 
 impl Block {
@@ -61,6 +65,9 @@ pub struct FrameTable {
     pub(super) counts: [u64; STATES],
     pub(super) entries: [usize; List::ALL.len()],
     pub(super) ages: Ages,
+    /// Blocks that were ever touched, and ever split.
+    pub(super) touched: u64,
+    pub(super) opened: u64,
 }
 
 impl FrameTable {
@@ -76,7 +83,7 @@ impl FrameTable {
             let pages = BLOCK.min(pages - first);
             let mut counts = [0; STATES];
             counts[FrameState::Absent as usize] = pages as u16;
-            Block { counts, generation: 0, whole: true, referenced: false, key: 0 }
+            Block { counts, generation: 0, whole: true, referenced: false, key: 0, touched: false, opened: false }
         };
         FrameTable {
             bytes: vec![0; pages],
@@ -86,17 +93,22 @@ impl FrameTable {
             counts,
             entries: [0; List::ALL.len()],
             ages: Ages::new(0),
+            touched: 0,
+            opened: 0,
         }
     }
 
-    /// Bytes of a table of `pages` records, everything included: what is charged as overhead before the table exists.
-    /// Eleven a page for the record, and for each block a summary. Saturates.
+    /// Bytes of a table of `pages` records, everything included: eleven a page for the record, and for each block a
+    /// summary. Saturates.
     pub const fn bytes_for(pages: u64) -> u64 {
-        let link = size_of::<[u32; 2]>();
-        let record = (size_of::<u8>() + size_of::<u16>() + link) as u64;
-        let block = (size_of::<Block>() + link) as u64;
-        let records = pages.saturating_mul(record).saturating_add(pages.div_ceil(BLOCK as u64).saturating_mul(block));
-        records.saturating_add(size_of::<FrameTable>() as u64)
+        let record = (size_of::<u8>() + size_of::<u16>() + size_of::<[u32; 2]>()) as u64;
+        Self::bytes_at_first(pages).saturating_add(pages.saturating_mul(record))
+    }
+
+    /// Of these, the bytes that are written when the table is made. The rest is written with use: [`Self::cost`].
+    pub const fn bytes_at_first(pages: u64) -> u64 {
+        let block = (size_of::<Block>() + size_of::<[u32; 2]>()) as u64;
+        pages.div_ceil(BLOCK as u64).saturating_mul(block).saturating_add(size_of::<FrameTable>() as u64)
     }
 
     /// Number of records.
@@ -287,6 +299,9 @@ impl FrameTable {
         let bits = self.bytes[pages.start];
         let from = FrameState::from_bits(bits);
         debug_assert!(from.can_become(to), "page {} is {from:?} and cannot become {to:?}", pages.start);
+        if has_age(to) && !std::mem::replace(&mut self.blocks[block].touched, true) {
+            self.touched += 1;
+        }
         self.counts[from as usize] -= pages.len() as u64;
         self.counts[to as usize] += pages.len() as u64;
         let counts = &mut self.blocks[block].counts;
@@ -353,6 +368,7 @@ impl FrameTable {
         let (members, list, key) = (summary.members(), summary.list(), summary.key);
         let Block { generation, referenced, .. } = *summary;
         self.blocks[block].whole = false;
+        self.opened += u64::from(!std::mem::replace(&mut self.blocks[block].opened, true));
         if members == 0 {
             return;
         }

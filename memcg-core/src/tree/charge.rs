@@ -213,6 +213,30 @@ impl Tree {
         self.settle_returning(id);
     }
 
+    /// Of what is charged to `id` as guest memory, `pages` are overhead. Memory stays as it is; vmm rises at every level,
+    /// whatever its limit: what was paid for is there already.
+    ///
+    /// More than there is of guest memory is a bug of the caller: it is clamped, counted, and stops a debug build.
+    pub fn turn_into_overhead(&mut self, id: NodeId, overhead: Overhead, pages: Pages) {
+        let node = self.node_mut(id);
+        if node.accounting == Accounting::Off {
+            return;
+        }
+        let real = pages.min(node.counters.own(Kind::Guest));
+        if real != pages {
+            node.counters.get_mut(Counter::Memory).underflows += 1;
+            debug_assert!(false, "{pages} of overhead out of {real} of guest memory");
+        }
+        node.counters.change_own(Kind::Overhead(overhead), |own| own + real);
+        let own = &mut node.counters.get_mut(Counter::Memory).own;
+        *own = own.saturating_sub(real);
+        self.walk(id, |node| {
+            let forced = node.short(Counter::Vmm, real).is_some();
+            // Only memory has a high limit to be crossed.
+            let _ = node.raise(Counter::Vmm, real, forced);
+        });
+    }
+
     /// Takes everything off that is charged to `id` itself: its worker is gone and the memory is back. Returns the
     /// pages of memory that were charged.
     pub fn uncharge_all(&mut self, id: NodeId) -> Pages {

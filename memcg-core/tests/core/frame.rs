@@ -1,6 +1,7 @@
 //! The frame table.
 
-use memcg_core::frame::{BLOCK, FrameState, FrameTable, List};
+use memcg_core::frame::{BLOCK, Cost, FrameState, FrameTable, List};
+use memcg_core::units::Pages;
 use proptest::prelude::*;
 
 use FrameState::{Absent, Active, Ballooned, Discarding, Evicting, Idle, Moving, Swapped};
@@ -84,6 +85,35 @@ fn a_record_costs_at_most_twelve_bytes_everything_included() {
     }
     assert!(FrameTable::bytes_for(0) < 4096, "the fixed part is less than a page");
     assert_eq!(FrameTable::bytes_for(u64::MAX), u64::MAX);
+}
+
+/// What a table has cost follows its use and only grows: page tables and states with the first page of a block, links and
+/// generations once its pages are told apart.
+/// Semantics: 11.
+#[test]
+fn the_cost_of_a_table_follows_its_use() {
+    let mut table = FrameTable::new(4 * BLOCK);
+    assert_eq!(table.cost(), Cost::default());
+    table.set_range(0, 100, Ballooned);
+    assert_eq!(table.cost().tables, Pages(0), "nothing is mapped");
+    table.set_range(BLOCK, 2 * BLOCK + 1, Active);
+    assert_eq!(table.cost(), Cost::of(2, 0));
+    assert_eq!(table.cost().tables, Pages(6), "of two blocks, and of what is above them, twice");
+    table.set(BLOCK + 7, Discarding);
+    assert_eq!(table.cost(), Cost::of(2, 1));
+    table.set(BLOCK + 7, Ballooned);
+    table.set(BLOCK + 7, Active);
+    table.set_range(2 * BLOCK, 2 * BLOCK + 1, Discarding);
+    table.set_range(2 * BLOCK, 2 * BLOCK + 1, Ballooned);
+    assert_eq!(table.cost().tables, Pages(6), "what is given back leaves its tables");
+    for block in [0, 2, 3, 1] {
+        if table.state(block * BLOCK) != Active {
+            table.set(block * BLOCK, Active);
+        }
+        table.split(block * BLOCK);
+    }
+    assert_eq!(table.cost(), Cost::most(Pages(4 * BLOCK as u64)));
+    assert!(Cost::most(Pages(u64::MAX)).total() > Pages(u64::MAX / 512));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The worker's account, alone and against a controller behind a channel that loses and repeats. With a tree: `grants`.
 
+use memcg_core::frame::Cost;
 use memcg_core::stock::{Stock, StockError};
 use memcg_core::units::Pages;
 use proptest::prelude::*;
@@ -362,6 +363,33 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Adopt),
         1 => Just(Op::Tick),
     ]
+}
+
+/// What the guest's pages cost is paid with stock, at once or by the next pages: until then it is debt. Nothing else changes
+/// hands, and it is not given back.
+/// Semantics: 14.
+#[test]
+fn what_pages_cost_is_paid_before_the_guest_gets_more() {
+    let mut stock = Stock::new(Pages(2));
+    stock.grant(1, 10, Pages(100), None).expect("fresh");
+    stock.prepare(Pages(3)).expect("there").commit(Pages(3));
+    let cost = |tables, records| Cost { tables: Pages(tables), records: Pages(records) };
+    stock.owe(cost(2, 1));
+    assert_eq!((stock.paid(), stock.stock(), stock.debt()), (cost(2, 1), Pages(2), Pages(0)));
+    stock.owe(cost(6, 2));
+    assert_eq!((stock.paid(), stock.stock(), stock.debt()), (cost(4, 1), Pages(0), Pages(3)));
+    assert_eq!(stock.want_now(Pages(1)), Pages(4));
+    stock.prepare_reserve().expect("there").commit(Pages(1));
+    stock.uncharge(Pages(2));
+    assert_eq!((stock.paid(), stock.reserve(), stock.debt()), (cost(5, 1), Pages(2), Pages(2)), "the reserve first");
+    assert_eq!(stock.recall(), Pages(0));
+    stock.grant(1, 15, Pages(100), None).expect("more");
+    assert_eq!((stock.paid(), stock.stock(), stock.debt()), (cost(6, 2), Pages(3), Pages(0)));
+    stock.owe(cost(1, 0));
+    assert_eq!(stock.paid(), cost(6, 2), "it only grows");
+    assert!(stock.is_balanced());
+    stock.grant(2, stock.held().0, Pages(100), None).expect("the next controller counts it, too");
+    assert!(stock.is_balanced());
 }
 
 proptest! {

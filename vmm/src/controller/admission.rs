@@ -6,9 +6,11 @@
 //! ```
 //!
 //! Overhead is charged before the thing exists (semantics rows 98, 114): what cannot be paid for is not started, and
-//! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can.
+//! whoever starts VMs without end is refused at a number that can be computed, while its neighbours still can: `vmm.max`
+//! is asked for what the VMs cost when all their RAM is in use, whatever they use now.
 
-use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId};
+use memcg_core::frame::Cost;
+use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId, Overhead, Refused};
 use memcg_core::units::{Limit, Pages, exact, human};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -19,7 +21,7 @@ use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::journal::Entry;
-use super::overhead::Part;
+use super::overhead::{self, Part};
 use super::view::VmState;
 use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
@@ -106,34 +108,71 @@ impl Actor {
         self.created.get(&id).map(|created| created.spec.accounting).ok_or_else(unknown)
     }
 
-    /// Charges what the VM will cost beside its pages.
+    /// Charges what the VM costs beside its pages from the start. What it will cost when all its RAM is in use is charged
+    /// as it comes, out of what is granted for the pages; that it fits every `vmm.max` is looked at now.
     fn charge_overhead(&mut self, node: NodeId, spec: &VmSpec) -> Result<(), Refusal> {
-        for part in &spec.overhead {
-            let Err(refused) = self.tree.try_charge_as(node, Kind::Overhead(part.kind), part.pages(), Mode::Wait)
-            else {
+        let fixed: Pages = spec.overhead.iter().map(Part::pages).sum();
+        let full = fixed + Cost::most(spec.size).total();
+        let limited = |at| self.tree.limits(at).vmm_max.as_pages().map(|max| (at, max));
+        for (level, max) in self.tree.ancestry(node).filter_map(limited).collect::<Vec<_>>() {
+            let more = full + self.growth_to_come(level);
+            if self.tree.counter(level, Counter::Vmm).usage + more <= max {
                 continue;
-            };
-            let total: Pages = spec.overhead.iter().map(Part::pages).sum();
-            // What was there before, and all of it: the parts charged so far are in both.
-            let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
-            let least = others + total;
-            let (knob, enough) = if refused.counter == Counter::Vmm {
-                ("vmm.max", format!("to {}", exact(least.bytes())))
-            } else {
-                // What the guest needs to be loaded only its worker knows.
-                ("memory.max", format!("above {}", exact((least + reserve(spec.cpus)).bytes())))
-            };
-            let message = format!(
-                "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it {enough}, or use fewer vCPUs or \
-                 less RAM",
-                spec.name,
-                human(total.bytes()),
-                self.tree.path(refused.level),
-                refused.limit,
-            );
-            return Err(Refusal::new(Code::OverheadRefused, message));
+            }
+            // The tree counts that.
+            let kind = Kind::Overhead(Overhead::PageTables);
+            if let Err(refused) = self.tree.try_charge_as(level, kind, more, Mode::Wait) {
+                let least = refused.usage + more;
+                return Err(self.too_dear(spec, full, &refused, "vmm.max", &format!("to {}", exact(least.bytes()))));
+            }
+        }
+        for part in &spec.overhead {
+            let charged = self.tree.try_charge_as(node, Kind::Overhead(part.kind), part.pages(), Mode::Wait);
+            if let Err(refused) = charged {
+                // What was there before, and all of it: the parts charged so far are in both. What the guest needs to be
+                // loaded only its worker knows.
+                let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
+                let least = others + fixed + reserve(spec.cpus);
+                let enough = format!("above {}", exact(least.bytes()));
+                return Err(self.too_dear(spec, fixed, &refused, "memory.max", &enough));
+            }
         }
         Ok(())
+    }
+
+    fn too_dear(&self, spec: &VmSpec, cost: Pages, refused: &Refused, knob: &str, enough: &str) -> Refusal {
+        let message = format!(
+            "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it {enough}, or use fewer vCPUs or less \
+             RAM",
+            spec.name,
+            human(cost.bytes()),
+            self.tree.path(refused.level),
+            refused.limit,
+        );
+        Refusal::new(Code::OverheadRefused, message)
+    }
+
+    /// Overhead that the VMs of a group will have beside what is charged for them, when all their RAM is in use.
+    fn growth_to_come(&self, group: NodeId) -> Pages {
+        let running = self.vms.iter().map(|(_, vm)| vm).filter(|vm| vm.alive() && vm.accounted());
+        let running = running.map(|vm| (vm.node, vm.most_grown().saturating_sub(vm.grown())));
+        let created = self.created.values().filter(|created| created.spec.accounting);
+        let created = created.map(|created| (created.node, Cost::most(created.spec.size).total()));
+        running.chain(created).filter(|(node, _)| self.tree.is_within(*node, group)).map(|(_, pages)| pages).sum()
+    }
+
+    /// What a VM's pages cost has grown since it was `before`. The worker has paid for it with pages that were granted, so
+    /// it fits whatever the limits are.
+    pub fn grow_overhead(&mut self, id: VmId, before: Cost) {
+        let vm = &self.vms[&id];
+        let (node, now) = (vm.node, overhead::grown(&vm.report));
+        let parts = [
+            (Overhead::PageTables, now.tables.saturating_sub(before.tables)),
+            (Overhead::FrameRecords, now.records.saturating_sub(before.records)),
+        ];
+        for (part, pages) in parts.into_iter().filter(|(_, pages)| !pages.is_zero()) {
+            self.tree.turn_into_overhead(node, part, pages);
+        }
     }
 
     /// A worker was started for a VM that was created: it is one of the VMs from now on.

@@ -32,6 +32,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memcg_core::frame::Cost;
+use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::{self, LimitPatch, Mode, NodeId};
 use memcg_core::units::{Limit, Pages};
 use rustix::io::Errno;
@@ -431,13 +433,14 @@ impl Actor {
         let (node, begins) = (vm.node, hello.accounting && !vm.accounted());
         let held = Pages(held);
         if begins {
-            vm.accounting = activation::Accounting::On;
             let overhead = vm.overhead.clone();
+            vm.accounting = activation::Accounting::On;
             self.tree.activate(node, |_| held).expect("what fits into RAM fits into a counter");
             self.charge_what_is_there(node, &overhead);
         } else if !held.is_zero() {
             self.charge_whatever(node, held);
         }
+        self.grow_overhead(id, Cost::default());
     }
 
     /// Charges pages that are there, whatever the limits.
@@ -514,7 +517,7 @@ impl Actor {
         let mut node = None;
         if let Some(vm) = &vm {
             let spec = vm.spec()?;
-            let most = spec.size + super::vm::reserve(spec.cpus) + memcg_core::reclaim::STOCK_CAP;
+            let most = spec.size + Cost::most(spec.size).total() + super::vm::reserve(spec.cpus) + STOCK_CAP;
             let at = self.add_node(self.group_for(&spec.group)?, &spec)?;
             if spec.accounting {
                 self.charge_what_is_there(at, &spec.overhead);

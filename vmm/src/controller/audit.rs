@@ -19,7 +19,6 @@ use tokio::sync::mpsc;
 
 use super::actor::{Actor, Input, answer};
 use super::error::{Code, Refusal};
-use super::overhead::Part;
 use super::residency::{Residency, Resident, looseness};
 use super::view::{RamView, VmState};
 use super::vm::VmId;
@@ -147,14 +146,14 @@ impl Actor {
         let vm = vm.ok_or_else(|| Refusal::new(Code::NotFound, "the VM has ended"))?;
         let residency = vm.process.residency().cloned();
         let unseen = || Refusal::new(Code::WrongState, "the worker cannot be looked into: its pagemap is not open");
-        let charged = if vm.accounted() { vm.outstanding() } else { vm.size };
+        let charged = if vm.accounted() { vm.outstanding().saturating_sub(vm.grown()) } else { vm.size };
         Ok(Before { residency: residency.ok_or_else(unseen)?, ram: vm.ram.clone(), granted: vm.granted_total, charged })
     }
 
     fn end_audit(&mut self, id: VmId, seen: Resident, granted: u64, charged: Pages) -> Result<Finding, Refusal> {
         let vm = self.vms.get_mut(&id).filter(|vm| vm.alive());
         let vm = vm.ok_or_else(|| Refusal::new(Code::NotFound, "the VM has ended"))?;
-        let overhead = vm.overhead.iter().map(Part::pages).sum();
+        let overhead = vm.fixed_overhead() + vm.grown();
         // All of it may have become resident before the host was asked.
         let charged = charged + Pages(vm.granted_total.saturating_sub(granted));
         let mut finding = Finding { resident: seen.ram, private: seen.private, charged, overhead, ended: false };

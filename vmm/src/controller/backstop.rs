@@ -1,5 +1,6 @@
 //! The limit of a worker's cgroup follows what its VM may use: raised before pages are granted, lowered after they are back.
 
+use memcg_core::frame::Cost;
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::LimitPatch;
 use memcg_core::units::{Limit, Pages};
@@ -14,7 +15,7 @@ use super::vm::{VmId, reserve};
 
 /// Bytes that a VM may use when it is made.
 pub(super) fn most(spec: &VmSpec) -> u64 {
-    let overhead = spec.overhead.iter().map(Part::pages).sum();
+    let overhead = spec.overhead.iter().map(Part::pages).sum::<Pages>() + Cost::most(spec.size).total();
     let LimitPatch { max, .. } = spec.limits;
     bound(spec.size, spec.cpus, overhead, max.unwrap_or(Limit::Max)).bytes()
 }
@@ -44,7 +45,7 @@ impl Actor {
     pub fn aim_backstop(&self, id: VmId) {
         let vm = &self.vms[&id];
         let Some(cgroup) = vm.process.residency().and_then(Residency::cgroup) else { return };
-        let overhead = vm.overhead.iter().map(Part::pages).sum();
+        let overhead = vm.fixed_overhead() + vm.most_grown();
         // What a forced limit has left above it is still there.
         let most = bound(vm.size, vm.cpus, overhead, self.tree.limits(vm.node).max).max(self.tree.usage(vm.node));
         cgroup.set_limit(cgroup::limit_for(most.bytes()), |lower| drop(tokio::task::spawn_blocking(lower)));

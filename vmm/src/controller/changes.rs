@@ -490,7 +490,7 @@ impl Actor {
         let giving = |id: &VmId| {
             let vm = &self.vms[id];
             let aim = match target {
-                Target::Vm(_) => self.balloon_for(*id, Limit::Pages(high)),
+                Target::Vm(_) => self.balloon_within(*id, Limit::Pages(high)),
                 Target::Group(_) => self.balloon_target(*id),
             };
             vm.report.balloon_ready && u64::from(vm.report.balloon_actual) < aim.0

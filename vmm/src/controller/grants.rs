@@ -22,6 +22,7 @@ use super::actor::{Actor, Input, answer};
 use super::changes::Target;
 use super::events::EventKind;
 use super::host;
+use super::overhead;
 use super::view::{OomAction, VmState};
 use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
@@ -42,6 +43,7 @@ impl Actor {
             return;
         }
         let returned = Pages(report.returned_total - vm.returned_total);
+        let cost = overhead::grown(&vm.report);
         if !returned.is_zero() {
             vm.returned_total = report.returned_total;
             self.tree.uncharge(vm.node, returned);
@@ -49,6 +51,7 @@ impl Actor {
         }
         vm.report = report;
         vm.reported = true;
+        self.grow_overhead(id, cost);
         self.watch_hold(id);
         self.answered(id, report.answers);
         // Before anything is granted anew: what just came back may be all that a new limit waits for.
@@ -277,14 +280,25 @@ impl Actor {
 
     /// The size that the balloon should have because of the VM's own limits in force, or those that are pending.
     pub fn own_balloon_target(&self, id: VmId) -> Pages {
-        self.balloon_for(id, self.tree.reclaim_high(self.vms[&id].node))
+        self.balloon_within(id, self.tree.reclaim_high(self.vms[&id].node))
     }
 
-    /// The size that the balloon should have so that usage stays at `high`. Reserve and overhead are charged inside the
-    /// limits, so they are no room for guest pages.
+    /// The size that the balloon should have so that usage stays at `high`, a limit that lasts. Overhead is taken for what
+    /// it is when all RAM is in use: the target does not follow each page of it.
+    pub fn balloon_within(&self, id: VmId, high: Limit) -> Pages {
+        let vm = &self.vms[&id];
+        self.balloon_beside(vm, vm.fixed_overhead() + vm.most_grown(), high)
+    }
+
+    /// The size that the balloon should have so that usage comes from what it is now to `high`.
     pub fn balloon_for(&self, id: VmId, high: Limit) -> Pages {
         let vm = &self.vms[&id];
-        let beside = vm.reserve_target + self.tree.snapshot(vm.node).vmm.usage;
+        self.balloon_beside(vm, self.tree.snapshot(vm.node).vmm.usage, high)
+    }
+
+    /// Reserve and overhead are charged inside the limits, so they are no room for guest pages.
+    fn balloon_beside(&self, vm: &Vm, overhead: Pages, high: Limit) -> Pages {
+        let beside = vm.reserve_target + overhead;
         let high = high.as_pages().map(|high| high.saturating_sub(beside));
         reclaim::balloon_target(vm.size, high.into(), Limit::Max)
     }
@@ -402,10 +416,15 @@ fn check(vm: &Vm, report: &Report) -> Result<(), String> {
     let Some(charged) = report.granted_total.checked_sub(report.returned_total) else {
         return Err(format!("gave back {} of {} pages", report.returned_total, report.granted_total));
     };
-    let holds = [report.guest, report.stock, report.reserve].into_iter().try_fold(0u64, u64::checked_add);
+    let (holds, cost) = (overhead::holds(report), overhead::grown(report));
     if vm.accounted() && holds.is_none_or(|holds| holds > charged) {
         return Err(format!("holds more than the {charged} pages that it was granted"));
     }
+    let before = overhead::grown(&vm.report);
+    if cost.tables < before.tables || cost.records < before.records {
+        return Err("says that its pages have become cheaper".to_owned());
+    }
+    overhead::check(report, vm.size, vm.accounted())?;
     if report.ballooned > vm.size.0 {
         return Err(format!("says that {} of {} pages are in the balloon", report.ballooned, vm.size.0));
     }

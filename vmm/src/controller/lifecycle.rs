@@ -22,6 +22,7 @@ use super::events::EventKind;
 use super::host;
 use super::journal::Entry;
 use super::link::FromLink;
+use super::overhead;
 use super::spawn::Death;
 use super::stop::StopView;
 use super::view::{RamView, VmState};
@@ -71,7 +72,7 @@ impl Actor {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));
                 let message = message.chars().filter(|c| !c.is_control()).collect();
                 // The worker does not know what it costs itself.
-                let overhead = self.tree.snapshot(vm.node).vmm.usage;
+                let overhead = if vm.accounted() { vm.fixed_overhead() } else { Pages::ZERO };
                 let smallest_max = smallest_max.map(|pages| Pages(pages) + overhead);
                 vm.cause = Some(VmEnd::Failed { message, smallest_max });
             }
@@ -338,11 +339,12 @@ fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
     if report.epoch >= epoch {
         return Err(format!("has heard of the controller's life {}, this is {epoch}", report.epoch));
     }
-    let holds = [report.guest, report.stock, report.reserve].into_iter().try_fold(0u64, u64::checked_add);
+    let holds = overhead::holds(report);
     if holds != report.granted_total.checked_sub(report.returned_total) {
         return Err("says that it holds other pages than it was granted".to_owned());
     }
-    let most = if hello.accounting { (vm.size + target + STOCK_CAP).0 } else { 0 };
+    overhead::check(report, vm.size, hello.accounting)?;
+    let most = if hello.accounting { (vm.size + vm.most_grown() + target + STOCK_CAP).0 } else { 0 };
     if holds.is_none_or(|holds| holds > most) || report.guest > vm.size.0 || report.ballooned > vm.size.0 {
         return Err(format!("says that it holds {holds:?} pages, it can hold {most}"));
     }

@@ -1,11 +1,13 @@
 //! What the interface sees: a VM and the host at one moment.
 
+use memcg_core::frame::Cost;
 use memcg_core::tree::Overhead;
 use memcg_core::units::Pages;
 use tokio::time::Instant;
 
 use super::actor::Actor;
 use super::host;
+use super::overhead;
 use super::view::{
     AccountedView, BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView,
     OomView, OverheadView, VmState, VmView,
@@ -142,6 +144,11 @@ fn accounted(vm: &Vm) -> AccountedView {
         view.user_bytes += part.user.bytes();
         view.kernel_bytes += part.kernel.bytes();
     }
+    let Cost { tables, records } = overhead::grown(&vm.report);
+    view.page_tables_bytes += tables.bytes();
+    view.kernel_bytes += tables.bytes();
+    view.frame_records_bytes += records.bytes();
+    view.user_bytes += records.bytes();
     view
 }
 

@@ -253,7 +253,7 @@ pub struct MemoryStat {
     pub reserve_bytes: u64,
     /// Overhead of the VMM: `vmm.current`.
     pub vmm_bytes: u64,
-    /// Missing from the reserve: what the guest touched while nothing could be charged.
+    /// Missing from the reserve, or for what the guest's pages cost: what it touched while nothing could be charged.
     pub debt_bytes: u64,
     /// Usage above `max`, left by a forced change; may only fall.
     pub overcharge_bytes: u64,

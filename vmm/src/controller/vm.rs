@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use memcg_core::frame::Cost;
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
@@ -16,7 +17,7 @@ use super::activation::Accounting;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
-use super::overhead::Part;
+use super::overhead::{self, Part};
 use super::residency::Residency;
 use super::spawn::Death;
 use super::stop::Stopping;
@@ -182,7 +183,7 @@ pub(super) struct Vm {
     pub size: Pages,
     pub cpus: u32,
     pub accounting: Accounting,
-    /// What it costs beside its pages, charged as long as it is accounted.
+    /// What it costs beside its pages from the start, charged as long as it is accounted.
     pub overhead: Vec<Part>,
     pub oom: OomPolicy,
     pub process: Box<dyn WorkerProcess>,
@@ -255,9 +256,20 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    /// Pages charged for this VM: resident, in stock, in reserve, or on their way to the worker.
+    /// Pages charged for this VM: resident, in stock, in reserve, on their way to the worker, or paid for what the
+    /// resident ones cost.
     pub fn outstanding(&self) -> Pages {
         Pages(self.granted_total - self.returned_total)
+    }
+
+    /// Of these, pages that are overhead by now.
+    pub fn grown(&self) -> Pages {
+        overhead::grown(&self.report).total()
+    }
+
+    /// What it costs beside its pages from the start.
+    pub fn fixed_overhead(&self) -> Pages {
+        self.overhead.iter().map(Part::pages).sum()
     }
 
     /// The last want could not be served in full.
@@ -292,9 +304,14 @@ impl Vm {
         self.seq
     }
 
-    /// Pages that it can use at most, whatever it says: its RAM, its reserve and a full stock.
+    /// Pages that it can use at most, whatever it says: its RAM, what that costs, its reserve and a full stock.
     pub fn most(&self) -> Pages {
-        self.size + self.reserve_target + STOCK_CAP
+        self.size + self.most_grown() + self.reserve_target + STOCK_CAP
+    }
+
+    /// Overhead that comes with the use of all its RAM.
+    pub fn most_grown(&self) -> Pages {
+        Cost::most(self.size).total()
     }
 
     /// Pages that a reserve needs at most.

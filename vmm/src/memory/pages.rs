@@ -10,6 +10,9 @@
 //!  DISCARDING            remembered as wanted, served when the claim ends (a system call later)
 //! ```
 //!
+//! What the pages cost beside them ([`FrameTable::cost`]) is paid for with pages of the stock at the same time, so it is
+//! inside `max` too.
+//!
 //! A page from the reserve is a *debt*. When the controller cannot grant what would repay it, the vCPUs are held until
 //! it can ([`crate::worker::gate`]). The reserve is charged inside `max`, so usage never exceeds the limit.
 
@@ -123,6 +126,7 @@ impl Pages {
         }
         let guest = Count(self.frames.count(FrameState::Active));
         self.stock = Stock::adopt(epoch, self.stock.reserve_target(), guest);
+        self.stock.owe(self.frames.cost());
     }
 
     /// The userfaultfd.
@@ -217,6 +221,7 @@ impl Pages {
         if let Some(present) = self.ram.present() {
             present.set(pages);
         }
+        self.stock.owe(self.frames.cost());
         Some(cut)
     }
 
@@ -407,6 +412,7 @@ impl Pages {
                 at = end;
             }
         }
+        self.stock.owe(self.frames.cost());
         self.spare_runs = runs;
         claimed
     }
@@ -418,6 +424,7 @@ impl Pages {
             self.counts.discarded += run.pages;
             self.stock.uncharge(Count(run.pages));
         }
+        self.stock.owe(self.frames.cost());
         self.settle()
     }
 
@@ -428,6 +435,7 @@ impl Pages {
                 self.frames.set(page as usize, FrameState::Absent);
             }
         }
+        self.stock.owe(self.frames.cost());
     }
 
     /// Gives back all stock.
@@ -473,6 +481,8 @@ impl Pages {
             guest: self.stock.guest().0,
             stock: self.stock.stock().0,
             reserve: self.stock.reserve().0,
+            tables: self.stock.paid().tables.0,
+            records: self.stock.paid().records.0,
             debt: self.stock.debt().0,
             ballooned: self.frames.count(FrameState::Ballooned),
             held,

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -134,7 +134,11 @@ pub struct Report {
     pub stock: u64,
     /// Pages left in the reserve.
     pub reserve: u64,
-    /// Pages missing from the reserve (taken by faults that could not be charged).
+    /// Pages that the kernel's page tables for this guest were paid with. Only grows.
+    pub tables: u64,
+    /// Pages that the frame records written so far were paid with. Only grows.
+    pub records: u64,
+    /// Pages missing from the reserve (taken by faults that could not be charged), or owed for tables and records.
     pub debt: u64,
     /// Records in state BALLOONED.
     pub ballooned: u64,

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use memcg_core::frame::Cost;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -336,7 +337,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     }
     plan.load(&GuestMem::new(ram, Some(client.clone()), true)).map_err(|e| match e {
         BootError::Memory { source, .. } if balloon::is_would_block(&source) => {
-            StartError::TooSmall(plan.pages() + reserve_target(config.cpus))
+            StartError::TooSmall(plan.pages() + Cost::of(plan.blocks(), 0).total().0 + reserve_target(config.cpus))
         }
         e => e.into(),
     })?;

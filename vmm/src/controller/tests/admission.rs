@@ -3,10 +3,12 @@
 use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages, SizeArg, parse_size};
 
+use super::super::changes::MemoryChange;
 use super::super::error::Code;
 use super::super::view::VmState;
 use super::super::{Controller, VmId, VmSpec, overhead};
-use super::{FakeWorker, SIZE, Setup, pages, plain};
+use super::limits::change;
+use super::{FakeWorker, SIZE, Setup, growth, pages, plain};
 use crate::controller::error::Refusal;
 
 fn spec(name: &str, limits: LimitPatch) -> VmSpec {
@@ -48,14 +50,33 @@ async fn a_spawn_bomb_ends_where_the_budget_does() {
 #[tokio::test(start_paused = true)]
 async fn vmm_max_refuses_a_vm_before_it_exists() {
     let (controller, _) = Controller::start(Limit::Max);
-    let limits = LimitPatch { vmm_max: Some(pages(cost() - 1)), ..LimitPatch::default() };
+    // A limit of its own covers what a VM costs when it uses all its RAM.
+    let full = cost() + growth();
+    let limits = LimitPatch { vmm_max: Some(pages(full - 1)), ..LimitPatch::default() };
     let refusal = controller.create(spec("web", limits)).await.expect_err("one page short");
     assert_eq!(refusal.code, Code::OverheadRefused);
     assert!(refusal.message.contains("vmm.max of /web is"), "{}", refusal.message);
-    let limits = LimitPatch { vmm_max: Some(pages(cost())), ..LimitPatch::default() };
+    let limits = LimitPatch { vmm_max: Some(pages(full)), ..LimitPatch::default() };
     controller.create(spec("web", limits)).await.expect("the name is free, and it fits exactly");
     let refusal = controller.create(spec("web", limits)).await.expect_err("the name is taken");
     assert_eq!(refusal.code, Code::AlreadyExists);
+}
+
+/// However little its VMs use now: what they will cost when they use all their RAM is promised, and the bomb ends before it.
+/// Semantics: 56, 114.
+#[tokio::test(start_paused = true)]
+async fn a_spawn_bomb_in_a_group_ends_where_its_vmm_max_would_if_all_ram_was_used() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let patch = LimitPatch { vmm_max: Some(pages(3 * (cost() + growth()) + cost())), ..LimitPatch::default() };
+    controller.put_group("/bomb", MemoryChange { patch, ..change(Limit::Max) }).await.expect("made");
+    let vm = |n: usize| VmSpec { group: "/bomb".to_owned(), ..spec(&format!("vm{n}"), LimitPatch::default()) };
+    for n in 0..3 {
+        controller.create(vm(n)).await.expect("fits");
+    }
+    let refusal = controller.create(vm(3)).await.expect_err("one too many");
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    assert!(refusal.message.contains("vmm.max of /bomb is"), "{}", refusal.message);
+    controller.create(spec("neighbour", LimitPatch::default())).await.expect("nobody else is refused");
 }
 
 /// Rounded to a decimal, the limit and what is needed often read the same: the refusal says what to type.
@@ -72,7 +93,7 @@ async fn a_refusal_names_the_limit_that_is_enough() {
             let Ok(SizeArg::Bytes(enough)) = parse_size(named) else { panic!("{named}") };
             let enough = Pages::from_bytes_ceil(enough);
             // With room for the reserve, which the worker will ask for.
-            assert_eq!(enough.0, cost() + if knob == "vmm.max" { 0 } else { super::RESERVE });
+            assert_eq!(enough.0, cost() + if knob == "vmm.max" { growth() } else { super::RESERVE });
             let id = controller.create(spec("web", limit(Limit::Pages(enough)))).await.expect("it is enough");
             controller.withdraw(id).await.expect("it waits for a worker");
         }

@@ -177,6 +177,24 @@ async fn nothing_is_granted_before_every_vm_is_counted() {
     assert!(usage(&controller).await > held);
 }
 
+/// What pages cost is overhead for the next controller as it was for the last, and no page of it is charged twice.
+/// Semantics: 14.
+#[tokio::test(start_paused = true)]
+async fn what_pages_have_cost_is_overhead_again() {
+    let disk = Disk::default();
+    left_behind(&disk, setup(true)).await;
+    let mut said = holding(2000);
+    (said.report.tables, said.report.records, said.report.guest) = (10, 2, 2000 - 12);
+    let mut worker = take_over(&disk, said).await;
+    let messages = messages(&mut worker).await;
+    let ToWorker::Grant { granted_total, .. } = messages[0] else { panic!("{messages:?}") };
+    assert_eq!(usage(&worker.controller).await, granted_total + overhead());
+    worker.report.epoch = 2;
+    let view = worker.view().await;
+    assert_eq!(view.vmm.current_bytes, (overhead() + 12) * 4096);
+    assert!(!worker.killed());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_worker_that_claims_what_it_cannot_have_is_ended() {
     let report = |change: fn(&mut Report)| {
@@ -191,6 +209,7 @@ async fn a_worker_that_claims_what_it_cannot_have_is_ended() {
         ("less than granted", report(|r| r.stock -= 1)),
         ("returned more than granted", report(|r| r.returned_total = r.granted_total + 1)),
         ("overflows", report(|r| (r.guest, r.stock) = (u64::MAX, u64::MAX))),
+        ("more tables than RAM needs", report(|r| (r.tables, r.guest) = (266, r.guest - 266))),
         ("a life to come", report(|r| r.epoch = 2)),
         ("a balloon larger than RAM", report(|r| r.ballooned = SIZE + 1)),
         ("no account", Hello { report: Report::default(), reserve_target: 0, accounting: false, ..holding(0) }),

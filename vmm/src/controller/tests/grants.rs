@@ -104,18 +104,46 @@ async fn a_want_for_more_than_the_vm_can_use_is_cut() {
     worker.report.want_now = u64::MAX;
     worker.tell().await;
     while worker.try_next().await.is_some() {}
-    assert_eq!(worker.grant.0, SIZE + RESERVE + 2048);
+    assert_eq!(worker.grant.0, SIZE + super::growth() + RESERVE + 2048);
+}
+
+/// What the guest's pages cost comes out of what was granted: usage stays what it is, a part of it becomes overhead, and it
+/// stays that when the pages are given back.
+/// Semantics: 14, 76, B84.
+#[tokio::test(start_paused = true)]
+async fn what_pages_cost_turns_from_stock_into_overhead() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    worker.touch(300).await;
+    let before = worker.view().await;
+    (worker.report.tables, worker.report.records) = (4, 1);
+    worker.report.stock -= 5;
+    let view = worker.view().await;
+    assert_eq!(view.memory.current_bytes, before.memory.current_bytes);
+    assert_eq!((before.vmm.current_bytes, view.vmm.current_bytes), (0, 5 * 4096));
+    let accounted = view.overhead.accounted;
+    assert_eq!((accounted.page_tables_bytes, accounted.frame_records_bytes), (4 * 4096, 4096));
+    assert_eq!((accounted.kernel_bytes, accounted.user_bytes), (4 * 4096, 4096));
+    worker.free(300).await;
+    let view = worker.view().await;
+    assert_eq!(view.memory.current_bytes, before.memory.current_bytes - 300 * 4096);
+    assert_eq!(view.vmm.current_bytes, 5 * 4096);
+    worker.report.tables -= 1;
+    worker.tell().await;
+    worker.controller.host().await.expect("alive");
+    assert!(worker.killed(), "tables do not go before the VM does");
 }
 
 /// Semantics: 4, B65.
 #[tokio::test(start_paused = true)]
 async fn lies_end_the_worker() {
     type Lie = fn(&mut Report);
-    let lies: [(&str, Lie); 6] = [
+    let lies: [(&str, Lie); 8] = [
         ("returned more than granted", |r| r.returned_total = r.granted_total + 1),
         ("was granted more", |r| r.granted_total += 1),
         ("holds more", |r| r.guest += 1),
         ("overflows", |r| (r.guest, r.stock) = (u64::MAX, u64::MAX)),
+        ("has paid what it does not have", |r| r.tables += 1),
+        ("has paid for more than all tables", |r| (r.stock, r.tables) = (r.stock - 266, 266)),
         ("balloon larger than RAM", |r| r.ballooned = SIZE + 1),
         ("grants fall", |r| (r.granted_total, r.guest, r.stock, r.reserve) = (0, 0, 0, 0)),
     ];

@@ -49,7 +49,7 @@ async fn a_limit_above_usage_is_in_force_at_once() {
     }
     assert!(told);
     assert_eq!(worker.grant.2, 3000 - worker.grant.0 + worker.report.returned_total);
-    assert_eq!(aimed, Some(SIZE - (3000 - 1024 - RESERVE)));
+    assert_eq!(aimed, Some(SIZE - (3000 - 1024 - RESERVE - super::growth())));
     let event = worker.has_event(EventKind::LimitChanged).await.expect("an event");
     assert_eq!(event.details["max_bytes"], 3000 * 4096);
 }
@@ -134,7 +134,7 @@ async fn what_is_not_reached_by_the_deadline_leaves_the_old_limit() {
     assert_eq!((view.memory.max_pending_bytes, view.memory.ceiling_bytes), (None, None));
     assert!(worker.has_event(EventKind::LimitNotReached).await.is_some());
     // The balloon is let go again.
-    assert_eq!(view.balloon.target_bytes, (SIZE - (4096 - 1024 - RESERVE)) * 4096);
+    assert_eq!(view.balloon.target_bytes, (SIZE - (4096 - 1024 - RESERVE - super::growth())) * 4096);
 }
 
 #[tokio::test(start_paused = true)]

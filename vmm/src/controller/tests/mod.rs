@@ -45,6 +45,11 @@ const INSTANCE: u64 = 99;
 /// Pages of its reserve: one vCPU.
 const RESERVE: u64 = 65 + 64;
 
+/// Pages that a VM's overhead grows by when it uses all its RAM.
+fn growth() -> u64 {
+    memcg_core::frame::Cost::most(Pages(SIZE)).total().0
+}
+
 /// A process that is a flag.
 struct Puppet(Arc<AtomicBool>);
 

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use memcg_core::frame::BLOCK;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
@@ -236,19 +237,29 @@ impl<'a> BootPlan<'a> {
 
     /// Number of distinct pages that [`Self::load`] writes, no more and no fewer.
     pub fn pages(&self) -> u64 {
+        self.pieces(PAGE_SIZE)
+    }
+
+    /// Number of different blocks of [`BLOCK`] pages in which these are.
+    pub fn blocks(&self) -> u64 {
+        self.pieces(PAGE_SIZE * BLOCK as u64)
+    }
+
+    /// Number of different pieces of memory of `size` bytes that [`Self::load`] writes to.
+    fn pieces(&self, size: u64) -> u64 {
         let mut runs: Vec<_> = self
             .segments
             .iter()
             .filter(|s| s.bytes > 0)
-            .map(|s| (s.gpa / PAGE_SIZE, (s.gpa + s.bytes).div_ceil(PAGE_SIZE)))
+            .map(|s| (s.gpa / size, (s.gpa + s.bytes).div_ceil(size)))
             .collect();
         runs.sort_unstable();
-        let (mut pages, mut counted) = (0, 0);
+        let (mut pieces, mut counted) = (0, 0);
         for (first, end) in runs {
-            pages += end.saturating_sub(first.max(counted));
+            pieces += end.saturating_sub(first.max(counted));
             counted = counted.max(end);
         }
-        pages
+        pieces
     }
 
     /// Writes everything to guest memory.

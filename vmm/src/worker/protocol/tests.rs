@@ -37,6 +37,8 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
         guest: n.next(),
         stock: n.next(),
         reserve: n.next(),
+        tables: n.next(),
+        records: n.next(),
         debt: n.next(),
         ballooned: n.next(),
         want: n.next(),

@@ -1,10 +1,13 @@
 //! A worker that lies, beside an honest one: whatever it says, nobody else is charged, the account stays right, the actor
 //! answers, and the liar is ended at its first word that cannot be true, and not before.
 
+use memcg_core::frame::Cost;
+
 use super::super::super::actor::answer;
 use super::super::super::{Changed, MemoryChange};
 use super::super::*;
 use super::{Case, Random, inputs, seed};
+use crate::controller::overhead;
 use crate::controller::view::VmState;
 use crate::worker::protocol::{GuestStats, MAX_SLOTS};
 
@@ -71,10 +74,15 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
         Report { answers: None, granted_total: liar.granted, returned_total: liar.returned, ..liar.report };
     let charged = liar.granted - liar.returned;
     // True: what it has is somewhere, and what it gives back is gone.
-    let back = if random.once_in(3) { random.next() % (charged + 1) } else { 0 };
+    let (before, most) = (overhead::grown(&liar.report), Cost::most(Pages(SIZE)));
+    let free = charged - before.total().0;
+    let back = if random.once_in(3) { random.next() % (free + 1) } else { 0 };
     report.returned_total += back;
-    report.guest = random.next() % (charged - back + 1);
-    report.stock = charged - back - report.guest;
+    let left = free - back;
+    let paid = (random.next() % (most.tables.0 - before.tables.0 + 1)).min(left);
+    report.tables += paid;
+    report.guest = random.next() % (left - paid + 1);
+    report.stock = left - paid - report.guest;
     report.reserve = 0;
     report.want = random.next() % 5000;
     let known = [liar.granted, liar.returned, charged, liar.report.granted_total, SIZE, RESERVE, liar.usage];
@@ -97,7 +105,9 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
     // What the controller has counted itself.
     if random.once_in(12) {
         let value = random.number(&known);
-        match random.below(6) {
+        match random.below(8) {
+            6 => report.tables = value,
+            7 => report.records = value,
             0 => report.granted_total = value,
             1 => report.returned_total = value,
             2 => report.guest = value,
@@ -170,13 +180,16 @@ fn is_lie(liar: &Liar, item: &FromLink) -> Option<bool> {
         // Its own end; whether it is true is nobody's business.
         FromWorker::Failed { .. } | FromWorker::Exited(_) => None,
         FromWorker::Report(report) => {
-            let held = [report.guest, report.stock, report.reserve, report.returned_total];
-            let held: u128 = held.into_iter().map(u128::from).sum();
+            let Report { guest, stock, reserve, returned_total, tables, records, .. } = *report;
+            let held: u128 = [guest, stock, reserve, returned_total, tables, records].map(u128::from).iter().sum();
+            let (before, most) = (overhead::grown(&liar.report), Cost::most(Pages(SIZE)));
             Some(
                 report.granted_total > liar.granted
                     || report.granted_total < liar.report.granted_total
                     || report.returned_total < liar.returned
                     || held > u128::from(report.granted_total)
+                    || !(before.tables.0..=most.tables.0).contains(&tables)
+                    || !(before.records.0..=most.records.0).contains(&records)
                     || report.ballooned > SIZE,
             )
         }
