@@ -180,7 +180,7 @@ fn hide(path: &CStr) -> std::io::Result<()> {
 }
 
 /// Lines of a stream, read by a thread of their own so that the writer never waits.
-fn lines(stream: impl Read + Send + 'static, echo: bool) -> Receiver<String> {
+pub fn lines(stream: impl Read + Send + 'static, echo: bool) -> Receiver<String> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         let mut reader = BufReader::new(stream);

@@ -183,11 +183,15 @@ impl Drop for Serve {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // Workers may outlive their controller.
-        for vm in std::fs::read_dir(self.state()).into_iter().flatten().flatten() {
-            if let Some(pid) = listener(&vm.path().join("worker")) {
-                kill(pid, libc::SIGKILL);
-            }
+        end_workers(&self.state());
+    }
+}
+
+/// Kills the workers that a controller has left in its directory: they may outlive it.
+pub fn end_workers(state: &Path) {
+    for vm in std::fs::read_dir(state).into_iter().flatten().flatten() {
+        if let Some(pid) = listener(&vm.path().join("worker")) {
+            kill(pid, libc::SIGKILL);
         }
     }
 }

@@ -25,7 +25,7 @@ ballast() { :; }
 "#;
 
 /// The checkout.
-fn top() -> &'static Path {
+pub(super) fn top() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace")
 }
 

@@ -2,12 +2,13 @@
 //! with success and in vain, and every answer is one that the document promises.
 //!
 //! A new route needs a good and a bad line in `calls.rs`; wrong methods, names, queries and bodies are made up from the
-//! document by `hostile.rs`. `docs.rs` runs the `curl` lines of the documentation.
+//! document by `hostile.rs`. `docs.rs` runs the `curl` lines of the documentation, `tutorial.rs` the tutorial.
 
 mod calls;
 mod contract;
 mod docs;
 mod hostile;
+mod tutorial;
 
 use std::collections::BTreeSet;
 use std::io::Write;
