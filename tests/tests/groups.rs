@@ -1,6 +1,6 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
-use ballast_tests::serve::Serve;
+use ballast_tests::serve::{Serve, pid};
 use ballast_tests::{http, missing_on_host, number, payload, resident_pages, wait_until};
 use serde_json::{Value, json};
 
@@ -398,4 +398,56 @@ fn the_command_line_has_groups() {
     }
     ok(&["rm", "w1"]);
     ok(&["group", "rm", "/gold/web"]);
+}
+
+/// How often the threads of a process have gone to sleep.
+fn sleeps(pid: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten();
+    let texts = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+    texts
+        .filter_map(|text| text.split_once("\nvoluntary_ctxt_switches:")?.1.lines().next()?.trim().parse::<u64>().ok())
+        .sum()
+}
+
+/// What everybody has to wait for is said once: the workers of VMs that the policy or a user has paused are at rest, and
+/// nobody goes on who would be paused again.
+/// Semantics: 51, T7.
+#[test]
+fn a_full_group_whose_vms_are_all_paused_is_at_rest() {
+    if skipped("groups-at-rest") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/full", json!({ "max_bytes": 96 * MIB }));
+    let names = ["a", "b", "c", "d"];
+    for name in names {
+        let mut storm = guest("/full", "storm", json!({}));
+        storm["oom"] = json!({ "action": "pause", "deadline_ms": 300 });
+        serve.create_with(name, &storm);
+    }
+    serve.good("PUT", "/vms/quiet", guest("/", "touch 16M 8M; shell", json!({ "max_bytes": 60 * MIB })));
+    serve.wait_console("quiet", "READY");
+    serve.good("POST", "/vms/quiet/pause", Value::Null);
+    for name in names {
+        serve.wait_state(name, "paused");
+    }
+    let full = serve.group("/full");
+    let missing = number(&full, "memory.max_bytes") - number(&full, "memory.current_bytes");
+    assert!(missing < MIB, "{full}");
+    let pids: Vec<_> = names.iter().chain(&["quiet"]).map(|name| pid(&serve.show(name))).collect();
+    let before: Vec<_> = pids.iter().map(|pid| sleeps(*pid)).collect();
+    for _ in 0..300 {
+        serve.good("GET", "/host", Value::Null);
+    }
+    let after: Vec<_> = pids.iter().map(|pid| sleeps(*pid)).collect();
+    let woken: Vec<_> = after.iter().zip(before).map(|(after, before)| after - before).collect();
+    assert!(woken.iter().all(|woken| *woken < 20), "{woken:?}");
+    let (_, events) = http(&serve.socket(), "GET", "/events?follow=false", None).expect("events");
+    let of = |kind: &str| events.lines().filter(|line| line.contains(&format!("\"event\":\"{kind}\""))).count();
+    assert_eq!((of("paused"), of("resumed")), (5, 0), "{events}");
+    // Real room is an end of it.
+    serve.good("PATCH", "/groups/full", json!({ "max_bytes": 400 * MIB }));
+    for name in names {
+        serve.wait_state(name, "running");
+    }
 }

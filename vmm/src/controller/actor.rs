@@ -376,7 +376,8 @@ impl Actor {
             answer(reply, Ok(self.vm_view(id, false)));
             return;
         }
-        if vm.paused_by == Some(PausedBy::Policy) && vm.need() > 0 {
+        if vm.paused_by == Some(PausedBy::Policy) && !self.pay(id) {
+            let vm = &self.vms[&id];
             let (name, need) = (vm.name.clone(), Pages(vm.need()));
             let usage = self.tree.snapshot(vm.node).memory.usage;
             let message = format!(

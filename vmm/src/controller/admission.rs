@@ -216,6 +216,7 @@ impl Actor {
             reported: false,
             guest_stats: None,
             missing: 0,
+            refused_since: None,
             refused_at: None,
             grant_due: false,
             balloon_sent: None,

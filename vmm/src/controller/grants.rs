@@ -5,10 +5,23 @@
 //! is charged: first for faults that have happened (a refusal counts, and the worker holds its vCPUs), then ahead of
 //! need, as long as there is room.
 //!
-//! A want that was refused is remembered and served as soon as something changes; the worker need not ask again.
+//! A want that was refused is remembered and served as soon as something changes, who has waited longest first; the worker
+//! need not ask again. As long as somebody is refused, nothing is left to be had ahead of need at that level.
 //!
 //! A hold has one deadline, from the first report that says so. Repeating it does not put the deadline off, and
 //! being released cancels it.
+//!
+//! ```text
+//!  held ── deadline ─► refused? ─ no ─► its grant is on the way: look again in a second
+//!                         │ yes
+//!                         ▼
+//!                      the neighbours' stocks come back ─ served ─► it goes on
+//!                         │ nothing came
+//!                         ▼
+//!                      the policy: kill, or pause until there is room for what it owes and GO_ON more
+//! ```
+//!
+//! Why more? A VM that went on with the page that it owes would touch the next one and be paused again, and so on.
 
 use std::time::Duration;
 
@@ -26,6 +39,9 @@ use super::overhead;
 use super::view::{OomAction, VmState};
 use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
+
+/// Room beyond what it owes that a VM needs to go on by itself after its policy has paused it.
+const GO_ON: u64 = 64;
 
 /// Time after which the policy tries again to pause a VM whose worker does not read.
 const SILENT_RETRY: Duration = Duration::from_secs(1);
@@ -56,6 +72,8 @@ impl Actor {
         self.answered(id, report.answers);
         // Before anything is granted anew: what just came back may be all that a new limit waits for.
         self.advance_changes();
+        // Nor is it granted to this one ahead of need while others wait for it.
+        self.serve_refused_but(Some(id));
         self.serve(id, true);
     }
 
@@ -81,12 +99,12 @@ impl Actor {
         if !vm.accounted() {
             return;
         }
-        let need = vm.need().min(vm.most().saturating_sub(vm.outstanding()).0);
+        let need = vm.need();
         // What does not fit is missing from the reserve, and the loader's first want is refused too: only the worker
         // knows what the kernel needs, so it is the one to fail and to name the smallest limit that would do.
         let got = self.charge_need(id, need, Mode::Wait);
         let vm = self.vms.get_mut(&id).expect("checked");
-        vm.missing = need - got;
+        vm.set_missing(need - got);
         let (short, stock) = (got < need, vm.report.stock);
         if !short {
             let most = self.stock_max(id);
@@ -106,15 +124,14 @@ impl Actor {
         // One that has not read its last grant yet asks again by itself if that is not enough. An answer to each of its
         // reports would be the reason for another report, and so on for ever.
         let asked = fresh && vm.report.want.max(vm.report.want_now) > 0 && vm.in_flight() == 0;
-        let useful = vm.most().saturating_sub(vm.outstanding()).0;
-        let need = vm.need().min(useful);
-        let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(useful).max(need);
+        let need = vm.need();
+        let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(vm.useful()).max(need);
         let was_refused = vm.refused();
         let new = fresh && need > vm.missing;
         let got = self.charge_need(id, need, if new { Mode::Wait } else { Mode::Again });
         let vm = self.vms.get_mut(&id).expect("checked");
         let refused = got < need;
-        vm.missing = need - got;
+        vm.set_missing(need - got);
         let mut ahead = 0;
         if !refused {
             let held_stock = vm.report.stock + vm.in_flight().saturating_sub(got);
@@ -132,15 +149,37 @@ impl Actor {
             neighbours.retain(|id| !self.is_recalled(*id));
             self.recall(&neighbours, |_| ());
         }
-        let vm = &self.vms[&id];
-        if !refused && vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::Policy) {
+        if !refused && self.vms[&id].stopped_by_policy() {
             self.resume(id, "policy", None);
         }
     }
 
+    /// Whether so many pages could be charged.
+    fn has_room(&self, id: VmId, pages: u64) -> bool {
+        self.tree.margin(self.vms[&id].node).is_none_or(|room| room.0 >= pages)
+    }
+
+    /// Charges all that a VM owes, or nothing. For somebody who wants it to go on, with whatever room there is.
+    pub fn pay(&mut self, id: VmId) -> bool {
+        let need = self.vms[&id].need();
+        if !self.has_room(id, need) {
+            return false;
+        }
+        if need > 0 {
+            let node = self.vms[&id].node;
+            self.charged(id, |tree| tree.try_charge(node, Pages(need), Mode::Again));
+            self.vms.get_mut(&id).expect("checked").set_missing(0);
+            self.send_grant(id, false);
+        }
+        true
+    }
+
     /// Charges at most `pages` that faults wait for and returns how many. In mode `Wait` what does not fit counts as
-    /// a failure.
-    pub fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
+    /// a failure. A VM that its policy has stopped gets all of it when it can go on with it, else nothing.
+    fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
+        if self.vms[&id].stopped_by_policy() && pages > 0 && !self.has_room(id, pages.saturating_add(GO_ON)) {
+            return 0;
+        }
         let node = self.vms[&id].node;
         let fits = self.tree.margin(node).map_or(pages, |room| room.0.min(pages));
         let charged = self.charged(id, |tree| tree.try_charge(node, Pages(fits), mode));
@@ -153,7 +192,7 @@ impl Actor {
     }
 
     /// Charges at most `pages` ahead of need.
-    pub fn charge_ahead(&mut self, id: VmId, pages: u64) -> u64 {
+    fn charge_ahead(&mut self, id: VmId, pages: u64) -> u64 {
         let node = self.vms[&id].node;
         self.charged(id, |tree| tree.charge_up_to(node, Pages(pages), Pages::ZERO, Mode::NoRetry))
     }
@@ -179,11 +218,10 @@ impl Actor {
 
     /// Those who share with a VM the limit that is in its way, and hold stock.
     fn neighbours(&self, id: VmId) -> Vec<VmId> {
-        let Some(level) = self.vms[&id].refused_at.filter(|level| self.tree.contains(*level)) else {
-            return Vec::new();
-        };
-        let mut vms = self.vms_of(Target::Group(level));
-        vms.retain(|other| *other != id && self.vms[other].report.stock + self.vms[other].in_flight() > 0);
+        let vm = &self.vms[&id];
+        let level = vm.refused_at.filter(|level| *level != vm.node && self.tree.contains(*level));
+        let mut vms = level.map(|level| self.vms_of(Target::Group(level))).unwrap_or_default();
+        vms.retain(|other| *other != id && self.vms[other].spare() > 0);
         vms
     }
 
@@ -249,11 +287,18 @@ impl Actor {
 
     /// Tries the refused wants again when there may be room for them.
     pub fn serve_refused(&mut self) {
+        self.serve_refused_but(None);
+    }
+
+    /// The same but for one, whose turn is next.
+    fn serve_refused_but(&mut self, next: Option<VmId>) {
         if !std::mem::take(&mut self.roomier) {
             return;
         }
         for id in self.vms.refused() {
-            self.serve(id, false);
+            if Some(id) != next {
+                self.serve(id, false);
+            }
         }
     }
 
@@ -322,9 +367,14 @@ impl Actor {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
-        let (running, granted) = (vm.state == VmState::Running, vm.granted_total);
+        let (running, granted, refused) = (vm.state == VmState::Running, vm.granted_total, vm.refused());
         let Some(hold) = &mut vm.hold else { return };
         if hold.acted || hold.deadline > now || !running {
+            return;
+        }
+        if !refused {
+            // What it waits for is on its way.
+            hold.deadline = now + host::scaled(SILENT_RETRY);
             return;
         }
         if hold.recalled {
@@ -339,11 +389,11 @@ impl Actor {
             actor.serve_refused();
             let now = Instant::now();
             let Some(vm) = actor.vms.get_mut(&id) else { return };
-            let running = vm.state == VmState::Running;
+            let (running, refused) = (vm.state == VmState::Running, vm.refused());
             let Some(hold) = vm.hold.as_mut().filter(|hold| hold.since == since && !hold.acted && running) else {
                 return;
             };
-            if vm.granted_total > granted {
+            if vm.granted_total > granted || !refused {
                 // It has got something, and may go on.
                 (hold.recalled, hold.deadline) = (false, now + vm.oom.deadline);
             } else {

@@ -191,7 +191,7 @@ impl Actor {
         vm.patience = None;
         // Its name is free again; its charges stay until the host has the memory.
         self.tree.set_returning(vm.node).expect("a VM has no members");
-        vm.missing = 0;
+        vm.set_missing(0);
         vm.grant_due = false;
         let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
         let epitaph = cause.to_string();

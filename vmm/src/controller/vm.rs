@@ -172,7 +172,7 @@ pub(super) struct Hold {
 pub enum PausedBy {
     /// Somebody at the interface: only they let it go on.
     User,
-    /// The policy: it goes on when its debt can be paid.
+    /// The policy: it goes on when there is room for more than its debt.
     Policy,
 }
 
@@ -210,6 +210,8 @@ pub(super) struct Vm {
     pub guest_stats: Option<(GuestStats, Instant)>,
     /// Pages of the last want that could not be served: their refusal has been counted.
     pub missing: u64,
+    /// Since when that is so.
+    pub refused_since: Option<Instant>,
     /// The node whose limit was in its way.
     pub refused_at: Option<NodeId>,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
@@ -274,7 +276,13 @@ impl Vm {
 
     /// The last want could not be served in full.
     pub fn refused(&self) -> bool {
-        self.missing > 0
+        self.refused_since.is_some()
+    }
+
+    /// So many pages of the last want could not be served.
+    pub fn set_missing(&mut self, pages: u64) {
+        self.missing = pages;
+        self.refused_since = (pages > 0).then(|| self.refused_since.unwrap_or_else(Instant::now));
     }
 
     /// Pages granted that the worker had not seen when it last reported.
@@ -282,9 +290,24 @@ impl Vm {
         self.granted_total.saturating_sub(self.report.granted_total)
     }
 
-    /// Pages that faults wait for, or that the reserve is short of.
+    /// Pages that faults wait for, or that the reserve is short of; no more than it can use.
     pub fn need(&self) -> u64 {
-        self.report.want_now.max(self.report.debt).saturating_sub(self.in_flight())
+        self.report.want_now.max(self.report.debt).saturating_sub(self.in_flight()).min(self.useful())
+    }
+
+    /// Pages that it can use beside those that it has, whatever it says.
+    pub fn useful(&self) -> u64 {
+        self.most().saturating_sub(self.outstanding()).0
+    }
+
+    /// Pages charged ahead of need: those that nobody waits for.
+    pub fn spare(&self) -> u64 {
+        (self.report.stock + self.in_flight()).saturating_sub(self.report.want_now.max(self.report.debt))
+    }
+
+    /// The policy has stopped it, nobody else.
+    pub fn stopped_by_policy(&self) -> bool {
+        self.state == VmState::Paused && self.paused_by == Some(PausedBy::Policy)
     }
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  get_mut(id) ─► touched ─► refresh: Needs::of(vm) ─┬─► deadlines  ordered by time
-//!  insert         {id, …}    the only writer of the  ├─► refused    a want could not be served
+//!  insert         {id, …}    the only writer of the  ├─► refused    a want could not be served, the longest first
 //!  remove                    sets on the right       ├─► due        a message was dropped
 //!                                                    └─► restless   held, or not any more
 //! ```
@@ -29,7 +29,7 @@ use super::vm::{Vm, VmId};
 #[derive(Clone, Copy, Default, PartialEq)]
 struct Needs {
     deadline: Option<Instant>,
-    refused: bool,
+    refused: Option<Instant>,
     due: bool,
 }
 
@@ -38,7 +38,7 @@ impl Needs {
         let grant = vm.grant_due && vm.greeted;
         Self {
             deadline: vm.next_deadline(),
-            refused: vm.refused(),
+            refused: vm.refused_since,
             // One that waits for room in its queue is due again when it has some.
             due: vm.alive() && !vm.awaits_room && (grant || vm.balloon_due || vm.start_due),
         }
@@ -60,7 +60,7 @@ pub(super) struct Vms {
     named: HashMap<String, BTreeSet<VmId>>,
     touched: BTreeSet<VmId>,
     deadlines: BTreeSet<(Instant, VmId)>,
-    refused: BTreeSet<VmId>,
+    refused: BTreeSet<(Instant, VmId)>,
     due: BTreeSet<VmId>,
     restless: BTreeSet<VmId>,
     crowded: bool,
@@ -127,10 +127,10 @@ impl Vms {
         self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect()
     }
 
-    /// Those whose last want could not be served.
+    /// Those whose last want could not be served; who has waited for longest comes first.
     pub fn refused(&mut self) -> Vec<VmId> {
         self.refresh();
-        self.refused.iter().copied().collect()
+        self.refused.iter().map(|(_, id)| *id).collect()
     }
 
     /// Those for whose workers a message was dropped, and who do not wait for room yet.
@@ -174,21 +174,18 @@ impl Vms {
     }
 
     fn sort(&mut self, id: VmId, before: Needs, now: Needs) {
-        if before.deadline != now.deadline {
-            if let Some(at) = before.deadline {
-                self.deadlines.remove(&(at, id));
-            }
-            if let Some(at) = now.deadline {
-                self.deadlines.insert((at, id));
+        let times =
+            [(&mut self.deadlines, before.deadline, now.deadline), (&mut self.refused, before.refused, now.refused)];
+        for (set, before, now) in times {
+            if before != now {
+                before.map(|at| set.remove(&(at, id)));
+                now.map(|at| set.insert((at, id)));
             }
         }
-        let sets = [(&mut self.refused, before.refused, now.refused), (&mut self.due, before.due, now.due)];
-        for (set, before, now) in sets {
-            match (before, now) {
-                (false, true) => drop(set.insert(id)),
-                (true, false) => drop(set.remove(&id)),
-                (true, true) | (false, false) => {}
-            }
+        match (before.due, now.due) {
+            (false, true) => drop(self.due.insert(id)),
+            (true, false) => drop(self.due.remove(&id)),
+            (true, true) | (false, false) => {}
         }
     }
 }

@@ -88,6 +88,14 @@ impl Honest {
         true
     }
 
+    /// The guest gives pages away, and nobody has them then.
+    async fn free(&mut self, pages: u64) {
+        self.stock.uncharge(Pages(pages));
+        self.stock.recall();
+        self.held &= self.stock.debt() > Pages(0);
+        self.speak().await;
+    }
+
     /// Says what it must, as the worker's loop does after each event.
     async fn speak(&mut self) {
         let ask = self.asked.ask(&self.stock, Pages(0));
@@ -137,13 +145,14 @@ async fn settle(crowd: &mut [Honest], most: usize) -> usize {
     }
 }
 
-/// So many VMs in a group with room for a third of what they want, and how much is said until they have it.
+/// So many VMs in a group with room for a third of what they want, and how much is said until they have it. The policy waits
+/// for a minute.
 async fn crowd(members: u64) -> (Controller, Vec<Honest>, usize) {
     let (controller, _) = Controller::start(Limit::Max);
     controller.put_group("/full", change(pages(members * 1000))).await.expect("made");
     let mut crowd = Vec::new();
     for n in 0..members {
-        let oom = OomPolicy { deadline: Duration::from_secs(3600), ..OomPolicy::default() };
+        let oom = OomPolicy { deadline: Duration::from_secs(60), ..OomPolicy::default() };
         let setup = Setup { max: Limit::Max, group: "/full", oom, ..Setup::default() };
         crowd.push(Honest::start(&controller, &format!("vm{n}"), setup, 3000).await);
     }
@@ -185,4 +194,101 @@ async fn the_worker_of_a_paused_vm_has_nothing_to_say() {
         assert!(said <= 8, "{verb}: {said} messages");
         assert_eq!(vms[0].stock.stock() == Pages(0), verb == "pause", "{verb}");
     }
+}
+
+async fn count(controller: &Controller, kind: EventKind) -> usize {
+    controller.events(0).await.expect("events").iter().filter(|event| event.event == kind).count()
+}
+
+/// Whoever has waited for longest is served first, whatever his number; nobody gets anything ahead of need before.
+#[tokio::test(start_paused = true)]
+async fn what_comes_back_goes_to_who_has_waited_for_longest() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/full", change(pages(3000))).await.expect("made");
+    let mut crowd = Vec::new();
+    for (name, wants) in [("a", 1000), ("b", 0), ("c", 0), ("d", 3000)] {
+        let setup = Setup { max: Limit::Max, group: "/full", ..Setup::default() };
+        crowd.push(Honest::start(&controller, name, setup, wants).await);
+        settle(&mut crowd, 10_000).await;
+    }
+    for wants_now in [2, 1] {
+        tokio::time::advance(Duration::from_millis(10)).await;
+        crowd[wants_now].wants = 20;
+        settle(&mut crowd, 10_000).await;
+    }
+    let debts: Vec<_> = crowd.iter().map(|worker| worker.stock.debt().0).collect();
+    assert!(debts[0] == 0 && debts[1..].iter().all(|debt| *debt > 0), "{debts:?}");
+    // As much as the first two of them wait for. Who gives it would like to have some of it ahead of need.
+    let given = Pages(debts[3] + debts[2]);
+    crowd[0].stock.uncharge(given);
+    crowd[0].stock.recall();
+    crowd[0].report(None, (10, 0)).await;
+    for worker in &mut crowd {
+        while worker.hear().await {}
+    }
+    let now: Vec<_> = crowd.iter().map(|worker| (worker.stock.debt().0, worker.stock.stock().0)).collect();
+    assert_eq!(now, [(0, 0), (debts[1], 0), (0, 0), (0, 0)]);
+}
+
+/// A pause by the policy is the end of the matter until there is real room: a page that comes back is no reason to let
+/// somebody go on who will want the next one.
+/// Semantics: 51, T7.
+#[tokio::test(start_paused = true)]
+async fn nobody_flaps_between_pause_and_resume() {
+    let (controller, mut crowd, _) = crowd(5).await;
+    for _ in 0..70 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        settle(&mut crowd, 1000).await;
+    }
+    assert!(crowd.iter().all(|worker| worker.fake.report.paused));
+    assert_eq!((count(&controller, EventKind::Paused).await, count(&controller, EventKind::Resumed).await), (5, 0));
+    // Somebody gives a little, and again: that is collected until it is worth while.
+    let debt = crowd[1..].iter().map(|worker| worker.stock.debt().0).min().expect("four");
+    let mut given = crowd[0].stock.debt().0;
+    crowd[0].free(given).await;
+    settle(&mut crowd, 1000).await;
+    assert_eq!(count(&controller, EventKind::Resumed).await, 1, "it owes nothing any more");
+    crowd[0].wants = 0;
+    given = 0;
+    while count(&controller, EventKind::Resumed).await == 1 {
+        crowd[0].free(7).await;
+        given += 7;
+        settle(&mut crowd, 1000).await;
+        assert!(given < debt + 100, "there is room by now");
+    }
+    assert!(given >= debt + 64, "{given} pages for a debt of {debt}");
+    for _ in 0..70 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        settle(&mut crowd, 1000).await;
+    }
+    assert_eq!((count(&controller, EventKind::Paused).await, count(&controller, EventKind::Resumed).await), (6, 2));
+
+    // Who asks for it by name gets what there is.
+    let paused = crowd.iter().position(|worker| worker.fake.report.paused).expect("four are");
+    let (name, debt) = (format!("vm{paused}"), crowd[paused].stock.debt().0);
+    crowd[0].free(debt).await;
+    settle(&mut crowd, 1000).await;
+    let asked = controller.clone();
+    let asking = tokio::spawn(async move { asked.resume(&name).await });
+    tokio::task::yield_now().await;
+    settle(&mut crowd, 1000).await;
+    asking.await.expect("no panic").expect("its debt can be paid");
+}
+
+/// A worker that is slow to read its grant is held and not out of memory.
+/// Semantics: 51.
+#[tokio::test(start_paused = true)]
+async fn a_grant_on_its_way_is_no_reason_to_pause() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let mut vms = [Honest::start(&controller, "vm", Setup::default(), 100).await];
+    settle(&mut vms, 100).await;
+    // Faults that are faster than the link, which then stands still.
+    let [vm] = &mut vms;
+    vm.wants = 1000;
+    vm.touch(1000).await;
+    assert!(vm.held && vm.stock.debt() > Pages(0));
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(count(&controller, EventKind::VictimSelected).await, 0);
+    settle(&mut vms, 1000).await;
+    assert!(!vms[0].held && vms[0].wants == 0);
 }
