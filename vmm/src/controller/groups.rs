@@ -36,7 +36,7 @@ use super::{Controller, VmState};
 const MOST: usize = 1024;
 
 /// Levels of groups below the root: a VM is one more.
-const DEEPEST: usize = MAX_LEVELS - 2;
+pub(super) const DEEPEST: usize = MAX_LEVELS - 2;
 
 /// A path of a group in its one form: `/`, or `/` before every name.
 ///

@@ -96,12 +96,31 @@ impl Actor {
     fn check_move(&self, target: Target, path: &str) -> Result<NodeId, Refusal> {
         self.check_there(target)?;
         let to = self.group_for(path)?;
-        if let Target::Group(node) = target
-            && self.accounts(to)
-        {
-            self.check_nobody_is_being_made(node)?;
+        if let Target::Group(node) = target {
+            if self.accounts(to) {
+                self.check_nobody_is_being_made(node)?;
+            }
+            self.check_depth(node, to)?;
         }
         Ok(to)
+    }
+
+    /// Whether each group at and below `node` would still leave a level for VMs.
+    fn check_depth(&self, node: NodeId, to: NodeId) -> Result<(), Refusal> {
+        let names = |at: NodeId| self.tree.ancestry(at).count() - 1;
+        let inside = self.groups.iter().filter(|at| self.tree.is_within(**at, node));
+        let height = inside.map(|at| names(*at) - names(node)).max().unwrap_or(0);
+        let deepest = names(to) + 1 + height;
+        // Into itself it cannot be moved in any case.
+        if deepest <= groups::DEEPEST || self.tree.is_within(to, node) {
+            return Ok(());
+        }
+        let (most, name, to) = (groups::DEEPEST, self.tree.path(node), self.tree.path(to));
+        let message = format!(
+            "the path of a group has at most {most} names, and the deepest in {name} would have {deepest} in {to}: move it to \
+             another, or its groups first"
+        );
+        Err(Refusal::new(Code::WrongState, message))
     }
 
     /// The stocks are back, or will not come: move.

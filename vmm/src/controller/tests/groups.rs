@@ -430,3 +430,20 @@ async fn promises_refuse_what_makes_them_worse_and_nothing_else() {
     assert_eq!((refusal.code, refusal.missing_bytes), (Code::DoesNotFit, Some(4096)));
     drop((a, b));
 }
+
+/// A group whose path nobody may write cannot come about by a move either.
+/// Semantics: 32.
+#[tokio::test(start_paused = true)]
+async fn a_move_makes_no_path_that_is_too_long() {
+    let controller = groups(4096, 4096).await;
+    for path in ["/a", "/a/b", "/a/b/c", "/iron/x", "/iron/x/y", "/iron/x/y/z"] {
+        controller.put_group(path, change(Limit::Max)).await.expect("made");
+    }
+    let refusal = controller.move_group("/a", "/iron/x/y/z").await.expect_err("seven names");
+    assert_eq!(refusal.code, Code::WrongState);
+    assert!(refusal.message.contains("at most 6 names"), "{}", refusal.message);
+    controller.move_group("/a", "/iron/x/y").await.expect("six names");
+    controller.remove_group("/iron/x/y/a/b/c").await.expect("its path can be written");
+    let refusal = controller.move_group("/iron/x", "/iron/x/y/a/b").await.expect_err("into itself");
+    assert!(refusal.message.contains("itself"), "{}", refusal.message);
+}
