@@ -1,6 +1,7 @@
 //! Linux guests. They need a KVM that runs a kernel at CPL 0, so `scripts/test` runs this binary in the nested rig where
 //! the machine's own KVM does not.
 
+mod cost;
 mod single;
 
 const MIB: u64 = 1 << 20;
