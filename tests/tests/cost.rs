@@ -91,7 +91,7 @@ fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
     assert!(how.contains("killed by the host: its cgroup was full"), "{how}");
 }
 
-/// A VM costs what it is charged, in user space and, where that can be measured, in the kernel: when it idles, when its
+/// A VM costs what it is charged, in user space and, where that can be measured, in the kernel: when it idles (with four vCPUs too), when its
 /// guest has touched half of its RAM, and when it uses nearly all of it and has given a page of each block to its balloon, so
 /// that every page has a record of its own.
 /// Semantics: 11.
@@ -106,28 +106,36 @@ fn what_a_vm_costs_is_what_it_is_charged() {
     let given: Vec<_> = (4..158).step_by(2).collect();
     let gifts: Vec<_> = given.iter().map(|mib| format!("balloon inflate {mib}M 4096")).collect();
     let full = format!("touch 4M 154M seed=1; balloon init; {}; shell", gifts.join("; "));
-    let mut bad = false;
-    for (name, cmdline, guest_mib, gifts) in
-        [("idle", "shell", 0, 0), ("half", "touch 4M 80M seed=1; shell", 80, 0), ("full", &full, 150, given.len())]
-    {
-        config["cmdline"] = cmdline.into();
+    for (name, cpus, cmdline, guest_mib, gifts) in [
+        ("idle", 1, "shell", 0, 0),
+        ("wide", 4, "shell", 0, 0),
+        ("half", 1, "touch 4M 80M seed=1; shell", 80, 0),
+        ("full", 1, &full, 150, given.len() as u64),
+    ] {
+        (config["cpus"], config["cmdline"]) = (cpus.into(), cmdline.into());
         serve.create_with(name, &config);
-        let vm = wait_until("the guest has done its work", 60, || {
-            let done = |vm: &Value| {
-                number(vm, "memory.stat.guest_bytes") >= guest_mib << 20
-                    && number(vm, "memory.stat.ballooned_bytes") == gifts as u64 * 4096
-            };
-            Some(serve.show(name)).filter(done)
+        wait_until("the guest has done its work", 60, || {
+            let vm = serve.show(name);
+            let touched = number(&vm, "memory.stat.guest_bytes") >= guest_mib << 20;
+            (touched && number(&vm, "memory.stat.ballooned_bytes") == gifts * 4096).then_some(())
         });
-        for of in ["user_bytes", "kernel_bytes"] {
-            let accounted = number(&vm, &format!("overhead.accounted.{of}"));
-            let Some(measured) = vm["overhead"]["measured"][of].as_u64() else {
-                println!("SKIP {name} {of} reason=no cgroup to measure in");
-                continue;
+        // What is charged before it exists comes when each vCPU has run for the first time.
+        let mut seen = Vec::new();
+        wait_until("it costs what it is charged", 10, || {
+            let vm = serve.show(name);
+            let figures = ["user_bytes", "kernel_bytes"].map(|of| {
+                let charged = number(&vm, &format!("overhead.accounted.{of}"));
+                (of, charged, vm["overhead"]["measured"][of].as_u64())
+            });
+            if seen != figures {
+                println!("{name}: of, charged, measured: {figures:?}");
+                seen = figures.to_vec();
+            }
+            let fits = |(_, charged, measured): &(_, u64, Option<u64>)| {
+                // Without a cgroup nobody can say what the kernel uses.
+                measured.is_none_or(|measured| charged.abs_diff(measured) * 10 <= measured)
             };
-            println!("{name} {of}: accounted {} KiB, measured {} KiB", accounted >> 10, measured >> 10);
-            bad |= accounted.abs_diff(measured) * 10 > measured;
-        }
+            figures.iter().all(fits).then_some(())
+        });
     }
-    assert!(!bad, "not within ten per cent: above");
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ballast::worker::gate::monotonic_ns;
 use ballast_tests::serve::Serve;
 use ballast_tests::{number, wait_until};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
 use serde_json::{Value, json};
 
@@ -70,7 +70,7 @@ fn outcome(id: &str) -> Outcome {
 /// A part of a measurement that runs in a process of its own; `words` are its arguments.
 pub fn child(words: &[String]) -> bool {
     match words {
-        [what] if what == "first_instruction" => println!("{}", first_instruction()),
+        [what] if what == "first_instruction" => println!("{}", first_instruction(Mode::Real)),
         [what, socket, request, answer] if what == "echo" => {
             echo(Path::new(socket), request.parse().expect("a number"), answer.parse().expect("a number"));
         }
@@ -404,12 +404,44 @@ fn own(what: &str) -> f64 {
     text.trim().parse().unwrap_or_else(|_| panic!("{what} said `{}`", text.trim()))
 }
 
+/// How the bare guest's vCPU begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As after a reset: nothing to set up, and KVM needs no page tables of its own.
+    Real,
+    /// As our guests begin, in 64-bit mode: a KVM with shadow paging keeps its vCPU ready to shadow page tables.
+    Paged,
+}
+
+/// Puts a vCPU into 64-bit user mode, over the tables at `tables` that map the first 2 MiB.
+fn page(sregs: &mut kvm_sregs, tables: u64) {
+    let flat = |selector, type_| kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = flat(0x2b, 0x3);
+    sregs.cs = kvm_segment { l: 1, db: 0, ..flat(0x33, 0xb) };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    // With the permission bitmap of a task state segment at 0 that permits every port.
+    sregs.tr = kvm_segment { limit: 0xffff, type_: 0xb, present: 1, ..Default::default() };
+    sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8005_0033, tables, 0x220, 0xd01);
+}
+
 /// What nobody can be faster than: KVM's own calls for a VM with interrupt controllers, memory and a vCPU, up to the
 /// exit of its first instruction. In nanoseconds.
-pub fn first_instruction() -> u64 {
+pub fn first_instruction(mode: Mode) -> u64 {
     // out dx, al
     const CODE: u8 = 0xee;
     const AT: u64 = 0x1000;
+    const TABLES: u64 = 0x3000;
     let kvm = Kvm::new().expect("KVM");
     let begin = monotonic_ns();
     // SAFETY: a new mapping that touches nothing that exists.
@@ -434,9 +466,19 @@ pub fn first_instruction() -> u64 {
     unsafe { ram.cast::<u8>().add(AT as usize).write_volatile(CODE) };
     let mut sregs = vcpu.get_sregs().expect("registers");
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    if mode == Mode::Paged {
+        // Present, writable, for the user; the last one maps 2 MiB.
+        for (table, entry) in [(0, (TABLES + 0x1000) | 7), (1, (TABLES + 0x2000) | 7), (2, 0x87)] {
+            // SAFETY: the address is in the mapping, and aligned.
+            unsafe { ram.cast::<u8>().add((TABLES + table * 0x1000) as usize).cast::<u64>().write_volatile(entry) };
+        }
+        page(&mut sregs, TABLES);
+    }
     vcpu.set_sregs(&sregs).expect("registers");
     let mut regs = vcpu.get_regs().expect("registers");
-    (regs.rip, regs.rflags, regs.rdx) = (AT, 2, 0x3f8);
+    // With ports allowed to the user.
+    let flags = if mode == Mode::Paged { 0x3002 } else { 2 };
+    (regs.rip, regs.rflags, regs.rdx) = (AT, flags, 0x3f8);
     vcpu.set_regs(&regs).expect("registers");
     match vcpu.run().expect("the guest runs") {
         VcpuExit::IoOut(0x3f8, _) => {}
