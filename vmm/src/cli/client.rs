@@ -9,6 +9,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 
+use super::socket::deserted;
 use super::{Failure, NOT_REACHED};
 use crate::chain::chain;
 use crate::controller::error::{Code, Refusal};
@@ -19,10 +20,7 @@ pub async fn open(socket: &Path, method: Method, target: &str, body: String) -> 
         Failure::error(format!("the controller at {} does not answer: {}", socket.display(), chain(error)))
     };
     let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| match error.kind() {
-        std::io::ErrorKind::ConnectionRefused => Failure::error(format!(
-            "nobody listens at {} any more: its VM was killed; remove the file, or start the VM again with ballast run",
-            socket.display()
-        )),
+        std::io::ErrorKind::ConnectionRefused => deserted(socket),
         std::io::ErrorKind::PermissionDenied => {
             Failure::error(format!("no permission to use {}: only the user who started the VM may", socket.display()))
         }

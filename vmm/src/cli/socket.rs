@@ -122,15 +122,7 @@ fn check_socket(path: &Path) -> Result<(), Failure> {
 /// # Errors
 /// When there is none, or more than one.
 pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
-    let places = match &arg.socket {
-        Some(path) if path.is_dir() => vec![path.clone()],
-        Some(path) => {
-            check_socket(path)?;
-            return Ok(path.clone());
-        }
-        None => directories(),
-    };
-    let mut alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
+    let mut alive = all(arg)?;
     match alive.len() {
         1 => Ok(alive.remove(0)),
         0 => Err(none_runs()),
@@ -149,13 +141,34 @@ pub fn none_runs() -> Failure {
 /// All controllers that run.
 ///
 /// # Errors
-/// When the file that was named is no socket.
+/// When the file that was named is no socket, or none runs and one was killed whose VMs may run on.
 pub fn all(arg: &SocketArg) -> Result<Vec<PathBuf>, Failure> {
-    match &arg.socket {
-        Some(path) if path.is_dir() => Ok(sockets_in(path)),
-        Some(path) => check_socket(path).map(|()| vec![path.clone()]),
-        None => Ok(directories().iter().flat_map(|dir| sockets_in(dir)).collect()),
+    let places = match &arg.socket {
+        Some(path) if path.is_dir() => vec![path.clone()],
+        Some(path) => return check_socket(path).map(|()| vec![path.clone()]),
+        None => directories(),
+    };
+    let alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
+    let mut services = places.iter().map(|dir| dir.join(SERVICE));
+    match services.find(|path| alive.is_empty() && path.exists()) {
+        Some(killed) => Err(deserted(&killed)),
+        None => Ok(alive),
     }
+}
+
+/// That nobody listens at a socket that is there.
+pub fn deserted(socket: &Path) -> Failure {
+    let path = socket.display();
+    Failure::error(if socket.ends_with(SERVICE) {
+        format!(
+            "nobody listens at {path} any more: the controller was killed; its VMs run on, and `ballast serve`, started as \
+             it was, takes them over"
+        )
+    } else {
+        format!(
+            "nobody listens at {path} any more: its VM was killed; remove the file, or start the VM again with ballast run"
+        )
+    })
 }
 
 /// Sockets in `dir` at which somebody answers.
@@ -205,6 +218,18 @@ mod tests {
         assert_eq!(the_only(&arg).unwrap(), dir.path().join("a.sock"));
         let _b = std::os::unix::net::UnixListener::bind(dir.path().join("b.sock")).unwrap();
         assert!(the_only(&arg).unwrap_err().message.contains("a, b"));
+    }
+
+    /// An empty list would say that there are no VMs.
+    #[test]
+    fn a_controller_that_was_killed_is_not_taken_for_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let arg = SocketArg { socket: Some(dir.path().to_owned()) };
+        assert_eq!(all(&arg).unwrap(), [] as [PathBuf; 0]);
+        drop(std::os::unix::net::UnixListener::bind(dir.path().join("ballast.sock")).unwrap());
+        assert!(all(&arg).unwrap_err().message.contains("its VMs run on"));
+        let _a = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
+        assert_eq!(all(&arg).unwrap(), [dir.path().join("a.sock")]);
     }
 
     #[test]

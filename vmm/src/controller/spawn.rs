@@ -93,7 +93,9 @@ pub enum SpawnError {
     #[error("KVM cannot be used")]
     Kvm(#[from] VmError),
     /// Something else is where the VM's directory has to be.
-    #[error("{0} is in the way: it must be a directory for nobody but you, or not be there; choose another --socket")]
+    #[error(
+        "{0} is in the way: it must be a directory for nobody but you, or not be there; choose another --socket or --state-dir"
+    )]
     InTheWay(String),
     /// A system call failed.
     #[error("{what}")]
