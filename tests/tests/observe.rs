@@ -55,6 +55,21 @@ fn a_vm_that_is_held_has_pressure_and_one_that_is_not_has_none() {
     assert_eq!(status, 400, "{text}");
 }
 
+/// The metrics that a document names, each with the labels that it wants to be equal to something.
+fn expressions(text: &str) -> Vec<(String, Vec<String>)> {
+    let metric = |(start, _)| {
+        let rest: &str = &text[start..];
+        let end = rest.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(rest.len());
+        let selector =
+            rest[end..].strip_prefix('{').and_then(|rest| rest.split_once('}')).map_or("", |(inner, _)| inner);
+        let labels = selector.split(',').filter(|label| label.contains('=') && !label.contains("!="));
+        (rest[..end].to_owned(), labels.map(str::to_owned).collect())
+    };
+    let found: Vec<_> = text.match_indices("ballast_").map(metric).collect();
+    assert!(found.len() > 10, "{found:?}");
+    found
+}
+
 #[test]
 fn metrics_are_what_a_collector_reads() {
     if skipped("metrics") {
@@ -85,6 +100,13 @@ fn metrics_are_what_a_collector_reads() {
     assert_eq!(metrics["ballast_events"].series["event=\"created\""], 1.0);
     assert!(web("ballast_faults", "kind=\"all\",") > 0.0);
     assert!(metrics["ballast_guest_stats_age_seconds"].series.is_empty(), "the guest has no driver");
+    for (name, labels) in expressions(include_str!("../../docs/operations.md")) {
+        let family = metrics.get(name.trim_end_matches("_total"));
+        let family = family.unwrap_or_else(|| panic!("docs/operations.md asks for {name}, which is not there"));
+        for label in labels {
+            assert!(family.series.keys().any(|series| series.contains(&label)), "{name} has no {label}: {family:?}");
+        }
+    }
     // Everything that a VM has is there once, and a VM that has ended has nothing.
     let (status, _) = serve.ask("POST", "/vms/web/kill", None);
     assert_eq!(status, 200);

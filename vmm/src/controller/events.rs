@@ -69,6 +69,33 @@ pub enum EventKind {
     Dropped,
 }
 
+impl EventKind {
+    /// All of them.
+    pub const ALL: [Self; 21] = [
+        Self::Created,
+        Self::Started,
+        Self::Adopted,
+        Self::NotAdopted,
+        Self::Stopped,
+        Self::AccountingBegan,
+        Self::LimitRequested,
+        Self::LimitChanged,
+        Self::LimitNotReached,
+        Self::HighCrossed,
+        Self::MaxHit,
+        Self::Paused,
+        Self::Resumed,
+        Self::ResumeRefused,
+        Self::VictimSelected,
+        Self::Killed,
+        Self::WorkerDied,
+        Self::Removed,
+        Self::Moved,
+        Self::Restarted,
+        Self::Dropped,
+    ];
+}
+
 /// One event. The numbers that explain it are in further keys, their units in the names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
@@ -146,9 +173,10 @@ impl EventLog {
         self.last
     }
 
-    /// How often what has happened, of all that ever has.
+    /// How often what has happened; 0 for what never has, so that its first time is seen as a change.
     pub fn counts(&self) -> Vec<(EventKind, u64)> {
-        self.counts.iter().map(|(kind, count)| (*kind, *count)).collect()
+        let count = |kind| self.counts.get(kind).copied().unwrap_or_default();
+        EventKind::ALL.iter().map(|kind| (*kind, count(kind))).collect()
     }
 
     /// The events of this life after number `since`, oldest first; led by an event `dropped` when some are no longer
@@ -230,6 +258,14 @@ mod tests {
         assert_eq!(events[0].seq, 10);
         assert_eq!(events[1].seq, 11);
         assert_eq!(log.after(10).len(), RING);
+    }
+
+    #[test]
+    fn every_kind_is_counted_from_the_start() {
+        let counts = EventLog::default().counts();
+        assert!(counts.is_sorted_by_key(|(kind, _)| *kind) && counts.iter().all(|(_, count)| *count == 0));
+        let schema = serde_json::to_value(<EventKind as utoipa::PartialSchema>::schema()).unwrap();
+        assert_eq!(schema["enum"], serde_json::to_value(EventKind::ALL).unwrap());
     }
 
     #[test]
