@@ -1,6 +1,6 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
-use ballast_tests::serve::{Serve, pid};
+use ballast_tests::serve::{Console, Serve, pid};
 use ballast_tests::{http, missing_on_host, number, payload, resident_pages, wait_until};
 use serde_json::{Value, json};
 
@@ -418,12 +418,17 @@ fn a_full_group_whose_vms_are_all_paused_is_at_rest() {
         return;
     }
     let serve = Serve::start(&[]);
-    serve.good("PUT", "/groups/full", json!({ "max_bytes": 96 * MIB }));
+    // Less than any one of them wants, so that none of them is content while the others wait.
+    serve.good("PUT", "/groups/full", json!({ "max_bytes": 56 * MIB }));
     let names = ["a", "b", "c", "d"];
-    for name in names {
-        let mut storm = guest("/full", "storm", json!({}));
-        storm["oom"] = json!({ "action": "pause", "deadline_ms": 300 });
-        serve.create_with(name, &storm);
+    let guests = names.map(|name| {
+        let mut shell = guest("/full", "shell", json!({}));
+        shell["oom"] = json!({ "action": "pause", "deadline_ms": 300 });
+        Console::of(&serve.create_with(name, &shell))
+    });
+    for mut guest in guests {
+        guest.expect("READY", 20);
+        guest.send("storm");
     }
     serve.good("PUT", "/vms/quiet", guest("/", "touch 16M 8M; shell", json!({ "max_bytes": 60 * MIB })));
     serve.wait_console("quiet", "READY");
