@@ -8,9 +8,10 @@
 //!     └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Phases come in lives of six: in one of each, the controller is killed in the middle of its work and once more when all
-//! is at rest, and has to be found again as it was; what it holds after a drain may not grow during the others. The last lines are the failures, and one that begins with
-//! `SOAK PASS` or `SOAK FAIL`. The seed makes the same draws again; what happens between threads is another matter.
+//! Phases come in lives of several: in one of each, the controller is killed in the middle of its work and once more when
+//! all is at rest, and has to be found again as it was; what it holds after a drain may not grow during the others. The
+//! last lines are the failures, and one that begins with `SOAK PASS` or `SOAK FAIL`. The seed makes the same draws again;
+//! what happens between threads is another matter.
 
 mod client;
 mod host;
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ballast::controller::events::RING;
+use ballast::controller::events::{self, RING};
 use ballast_tests::random::Random;
 use ballast_tests::serve::{Serve, kill, spew};
 use ballast_tests::{deadline, number};
@@ -31,9 +32,10 @@ use world::World;
 
 /// Clients at work at a time.
 const CLIENTS: u64 = 8;
-/// Phases from one kill of the controller to the next.
-const LIFE: u64 = 6;
-/// What the controller's memory may grow in a life once its ring of events is full: what the allocator still keeps.
+/// Phases from one kill of the controller to the next, in a short run and in a long one.
+const LIFE: [u64; 2] = [6, 24];
+/// What the controller's memory may grow in a life once its ring of events is full of other events than those that filled
+/// it first: what the allocator still keeps.
 const GROWTH: u64 = 2 << 20;
 
 fn main() -> ExitCode {
@@ -110,14 +112,14 @@ impl Soak {
     fn run(mut self) -> bool {
         eprintln!("soak: {} s, seed {}", self.time.as_secs(), self.seed);
         let start = Instant::now();
-        let length = Duration::from_secs(if self.time > Duration::from_secs(120) { 10 } else { 4 });
+        let length = Duration::from_secs(if self.is_long() { 10 } else { 4 });
         rest::drain(&self.world);
         self.hold("before anything");
         while start.elapsed() < self.time && self.world.failures().is_empty() {
             self.phase(length);
             rest::settle(&self.world);
             self.rest("after a phase");
-            if self.phases % LIFE == 1 {
+            if self.ends_a_life() {
                 self.next_controller();
                 self.rest("with the next controller");
             }
@@ -129,12 +131,21 @@ impl Soak {
         self.summary(start.elapsed())
     }
 
+    fn is_long(&self) -> bool {
+        self.time > Duration::from_secs(120)
+    }
+
+    /// Whether the controller ends in this phase.
+    fn ends_a_life(&self) -> bool {
+        self.phases % LIFE[usize::from(self.is_long())] == 1
+    }
+
     /// Clients at work, and kills.
     fn phase(&mut self, length: Duration) {
         let until = Instant::now() + length;
         // Where a life ends is drawn; that one does is not.
-        let end_of_life = (self.phases % LIFE == 1)
-            .then(|| Instant::now() + length.mul_f64(0.2 + self.random.below(60) as f64 / 100.0));
+        let end_of_life =
+            self.ends_a_life().then(|| Instant::now() + length.mul_f64(0.2 + self.random.below(60) as f64 / 100.0));
         let mut end_of_life = end_of_life;
         let world = Arc::clone(&self.world);
         std::thread::scope(|scope| {
@@ -232,9 +243,10 @@ impl Soak {
         if now.descriptors > first.descriptors || now.threads > first.threads {
             self.world.fail(format!("phase {} {when}: at first it held {first:?}, now {now:?}", self.phases));
         }
-        let events = self.world.get("/host", "/host").map_or(0, |host| number(&host, "last_event"));
+        eprintln!("soak: phase {} {when}: {now:?}", self.phases);
+        let events = self.world.get("/host", "/host").map_or(0, |host| number(&host, "last_event") % events::LIFE);
         match self.full {
-            None if events >= RING as u64 => self.full = Some(now.memory),
+            None if events >= 2 * RING as u64 => self.full = Some(now.memory),
             None => {}
             Some(full) => {
                 let growth = now.memory.saturating_sub(full);
