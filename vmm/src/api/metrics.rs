@@ -68,11 +68,12 @@ struct Node<'a> {
     pressure: &'a PressureView,
 }
 
-impl<'a> Node<'a> {
-    fn of_vm(vm: &'a VmView) -> Self {
-        let memory = &vm.memory;
-        Self {
-            label: ("vm", &vm.name),
+/// A [`Node`] of a view of a VM or of a group: they have the same names for it.
+macro_rules! node {
+    ($label:expr, $view:expr) => {{
+        let (view, memory) = ($view, &$view.memory);
+        Node {
+            label: $label,
             current: memory.current_bytes,
             peak: memory.peak_bytes,
             limits: [
@@ -80,35 +81,24 @@ impl<'a> Node<'a> {
                 ("low", memory.low_bytes),
                 ("high", memory.high_bytes),
                 ("max", memory.max_bytes),
-                ("vmm_max", vm.vmm.max_bytes),
-                ("swap_max", vm.swap.max_bytes),
+                ("vmm_max", view.vmm.max_bytes),
+                ("swap_max", view.swap.max_bytes),
             ],
-            vmm: &vm.vmm,
-            swap: &vm.swap,
+            vmm: &view.vmm,
+            swap: &view.swap,
             events: &memory.events,
-            pressure: &vm.pressure,
+            pressure: &view.pressure,
         }
+    }};
+}
+
+impl<'a> Node<'a> {
+    fn of_vm(vm: &'a VmView) -> Self {
+        node!(("vm", &vm.name), vm)
     }
 
     fn of_group(group: &'a GroupView) -> Self {
-        let memory = &group.memory;
-        Self {
-            label: ("group", &group.path),
-            current: memory.current_bytes,
-            peak: memory.peak_bytes,
-            limits: [
-                ("min", memory.min_bytes),
-                ("low", memory.low_bytes),
-                ("high", memory.high_bytes),
-                ("max", memory.max_bytes),
-                ("vmm_max", group.vmm.max_bytes),
-                ("swap_max", group.swap.max_bytes),
-            ],
-            vmm: &group.vmm,
-            swap: &group.swap,
-            events: &memory.events,
-            pressure: &group.pressure,
-        }
+        node!(("group", &group.path), group)
     }
 }
 

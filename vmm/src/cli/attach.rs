@@ -54,16 +54,7 @@ pub async fn attach(args: ConsoleArgs) -> Result<u8, Failure> {
         eprintln!("ballast: this is the console of {vm}; Ctrl-] leaves it");
     }
     let mut console = console::start(stream).map_err(failed)?;
-    let left = console.left.take();
-    let leaving = async {
-        if let Some(left) = left
-            && left.await.is_ok()
-        {
-            return;
-        }
-        // The end of stdin is not the end: the answer may still come.
-        std::future::pending().await
-    };
+    let leaving = console.leaving();
     let status = tokio::select! {
         () = leaving => Some(DONE),
         signal = signals.next() => Some(super::run::signal_status(signal)),

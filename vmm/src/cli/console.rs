@@ -74,8 +74,22 @@ fn restore() {
 pub struct Console {
     raw: Option<Raw>,
     drained: oneshot::Receiver<()>,
-    /// Completes when the user has typed Ctrl-].
-    pub left: Option<oneshot::Receiver<()>>,
+    left: Option<oneshot::Receiver<()>>,
+}
+
+impl Console {
+    /// Completes when the user has typed Ctrl-]. The end of stdin is not the end: the answer may still come.
+    pub fn leaving(&mut self) -> impl Future<Output = ()> + use<> {
+        let left = self.left.take();
+        async move {
+            if let Some(left) = left
+                && left.await.is_ok()
+            {
+                return;
+            }
+            std::future::pending().await
+        }
+    }
 }
 
 /// Connects the guest's console with stdin and stdout.

@@ -64,15 +64,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
 
     notify::ready();
     let mut status = None;
-    let left = console.left.take();
-    let leaving = async {
-        if let Some(left) = left
-            && left.await.is_ok()
-        {
-            return;
-        }
-        std::future::pending().await
-    };
+    let leaving = console.leaving();
     let ended = tokio::select! {
         ended = &mut end => ended,
         signal = signals.next() => {

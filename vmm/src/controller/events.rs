@@ -117,6 +117,14 @@ pub struct Event {
     pub details: Map<String, Value>,
 }
 
+/// The details of an event, and more of them: both JSON objects.
+pub fn merged(mut details: Value, more: Value) -> Value {
+    if let (Some(map), Value::Object(more)) = (details.as_object_mut(), more) {
+        map.extend(more);
+    }
+    details
+}
+
 /// What an event happened to.
 #[derive(Clone, Copy, Debug)]
 pub enum Subject<'a> {

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, Input, answer};
 use super::changes::Target;
-use super::events::EventKind;
+use super::events::{EventKind, merged};
 use super::host;
 use super::overhead;
 use super::view::{OomAction, VmState};
@@ -443,15 +443,11 @@ impl Actor {
             "balloon_target_bytes": self.balloon_target(id).bytes(),
             "balloon_actual_bytes": Pages(vm.report.balloon_actual.into()).bytes(),
         });
-        let map = details.as_object_mut().expect("just made");
         if let Some(hold) = vm.hold {
             let held = Instant::now().saturating_duration_since(hold.since);
-            map.insert("held_ms".to_owned(), u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into());
+            details["held_ms"] = u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into();
         }
-        if let Value::Object(more) = more {
-            map.extend(more);
-        }
-        details
+        merged(details, more)
     }
 }
 

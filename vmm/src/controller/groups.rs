@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use super::actor::{Actor, answer};
 use super::changes::{Changed, MemoryChange, Part, Target};
 use super::error::{Code, Refusal};
-use super::events::{EventKind, Subject};
+use super::events::{EventKind, Subject, merged};
 use super::journal::Entry;
 use super::view::{CounterView, GroupMemoryView, GroupView, MemoryEvents};
 use super::vm::{Reply, VmId};
@@ -321,15 +321,12 @@ impl Actor {
             }
             Target::Group(node) => {
                 let counters = self.tree.snapshot(node);
-                let mut details = json!({
+                let details = json!({
                     "usage_bytes": counters.memory.usage.bytes(),
                     "max_bytes": counters.limits.max.as_bytes(),
                 });
-                if let (Some(map), Value::Object(more)) = (details.as_object_mut(), more) {
-                    map.extend(more);
-                }
                 let path = self.tree.path(node);
-                self.event_of(kind, Subject::Group(&path), details);
+                self.event_of(kind, Subject::Group(&path), merged(details, more));
             }
         }
     }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, Input, Past, WORKER_PATIENCE, answer};
 use super::error::{Code, Refusal};
-use super::events::EventKind;
+use super::events::{EventKind, merged};
 use super::host;
 use super::journal::Entry;
 use super::link::FromLink;
@@ -196,10 +196,7 @@ impl Actor {
         let cause = vm.cause.take().unwrap_or_else(|| VmEnd::Died { message: death.to_string() });
         let epitaph = cause.to_string();
         let (kind, extra) = describe(&cause);
-        let mut details = details;
-        if let (Some(map), serde_json::Value::Object(extra)) = (details.as_object_mut(), extra) {
-            map.extend(extra);
-        }
+        let details = merged(details, extra);
         let gone = Refusal::new(Code::WrongState, format!("the VM {:?} has ended", vm.name));
         vm.process.tidy();
         if let Some(console) = &mut vm.console {

@@ -197,14 +197,13 @@ fn create() -> Outcome {
         median(runs.iter().map(|(ours, _)| ours / 1e6)),
         median(runs.iter().map(|(_, bare)| bare / 1e6)),
     );
-    Outcome {
-        id: "R25",
-        name: "create_to_first_instruction",
-        unit: "x",
-        goal: Goal::AtMost { floor: 20.0, target: 5.0 },
-        values: runs.iter().map(|(ours, bare)| ours / bare).collect(),
-        notes,
-    }
+    let goal = Goal::AtMost { floor: 20.0, target: 5.0 };
+    Outcome { id: "R25", name: "create_to_first_instruction", unit: "x", goal, values: ratios(&runs), notes }
+}
+
+/// Ours over the other's, run by run.
+fn ratios(runs: &[(f64, f64)]) -> Vec<f64> {
+    runs.iter().map(|(ours, other)| ours / other).collect()
 }
 
 /// VMs a second that `clients` make, each one after the other, until the answer that the guest runs.
@@ -338,14 +337,8 @@ fn set_limit() -> Outcome {
         us(&same, |run| run.0),
         us(&same, |run| run.1),
     );
-    Outcome {
-        id: "R27",
-        name: "set_limit_round_trip",
-        unit: "x",
-        goal: Goal::AtMost { floor: 3.0, target: 1.5 },
-        values: runs.iter().map(|(ours, echo)| ours / echo).collect(),
-        notes,
-    }
+    let goal = Goal::AtMost { floor: 3.0, target: 1.5 };
+    Outcome { id: "R27", name: "set_limit_round_trip", unit: "x", goal, values: ratios(&runs), notes }
 }
 
 /// Binds all threads of a process (0: this thread) to a CPU, as far as there is one of that number.

@@ -85,23 +85,17 @@ fn limits(random: &mut Random) -> Value {
         0 => Value::Null,
         _ => json!(random.below(most * 4) * MIB / 4),
     };
-    if random.chance(75) {
-        body["max_bytes"] = amount(random, 64);
-    }
-    if random.chance(20) {
-        body["high_bytes"] = amount(random, 48);
-    }
-    if random.chance(10) {
-        body["low_bytes"] = amount(random, 8);
-    }
-    if random.chance(10) {
-        body["min_bytes"] = amount(random, 4);
-    }
-    if random.chance(5) {
-        body["swap_max_bytes"] = amount(random, 8);
-    }
-    if random.chance(5) {
-        body["vmm_max_bytes"] = amount(random, 4);
+    for (percent, key, most) in [
+        (75, "max_bytes", 64),
+        (20, "high_bytes", 48),
+        (10, "low_bytes", 8),
+        (10, "min_bytes", 4),
+        (5, "swap_max_bytes", 8),
+        (5, "vmm_max_bytes", 4),
+    ] {
+        if random.chance(percent) {
+            body[key] = amount(random, most);
+        }
     }
     body
 }
