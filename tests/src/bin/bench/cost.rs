@@ -37,9 +37,12 @@ fn ours(serve: &Serve, touched: u64, figure: &str) -> u64 {
         "memory": { "size_bytes": SIZE, "max_bytes": 2 * SIZE },
     });
     serve.create_with("vm", &config);
-    let vm = wait_until("the guest has touched its RAM", 60, || {
-        Some(serve.show("vm")).filter(|vm| number(vm, "memory.stat.guest_bytes") >= touched)
+    // It has run then, so its vCPU has what it runs with.
+    wait_until("the guest has touched its RAM", 60, || {
+        serve.raw("GET", "/vms/vm/console", None).1.contains("READY").then_some(())
     });
+    let vm = serve.show("vm");
+    assert!(number(&vm, "memory.stat.guest_bytes") >= touched, "{vm}");
     assert_eq!(serve.ask("DELETE", "/vms/vm", None).0, 204);
     number(&vm, figure)
 }

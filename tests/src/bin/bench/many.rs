@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ballast::worker::gate::monotonic_ns;
 use ballast_tests::serve::Serve;
 use ballast_tests::{number, wait_until};
-use kvm_bindings::{kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
 use serde_json::{Value, json};
 
@@ -465,6 +465,9 @@ pub fn first_instruction(mode: Mode) -> u64 {
             // SAFETY: the address is in the mapping, and aligned.
             unsafe { ram.cast::<u8>().add((TABLES + table * 0x1000) as usize).cast::<u64>().write_volatile(entry) };
         }
+        // A processor that is described has 64-bit mode.
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("CPUID");
+        vcpu.set_cpuid2(&cpuid).expect("CPUID");
         page(&mut sregs, TABLES);
     }
     vcpu.set_sregs(&sregs).expect("registers");
