@@ -26,7 +26,10 @@
 //! An option on the command line takes the place of the word, or the whole table, of its name.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -35,6 +38,9 @@ use toml::Spanned;
 use super::Failure;
 use super::options::{BalloonArg, MemoryArg, OomArg, PairError, Pairs, group_path, name};
 use super::vm_args::cpus;
+
+/// Bytes that a file may have: far more than any has, and little memory.
+const LARGEST: u64 = 1 << 20;
 
 /// What is in a file, checked.
 #[derive(Debug, Default)]
@@ -95,9 +101,9 @@ impl VmFile {
     /// Reads the file at `path`.
     ///
     /// # Errors
-    /// When it cannot be read, or is not such a file.
+    /// When it cannot be read, is larger than 1 MiB, or is not such a file.
     pub fn read(path: &Path) -> Result<Self, Failure> {
-        let text = std::fs::read_to_string(path)
+        let text = contents(path)
             .map_err(|error| Failure::usage(format!("--config: {} cannot be read: {error}", path.display())))?;
         let place = path.parent().unwrap_or(Path::new(""));
         Self::parse(&text, place).map_err(|(span, message)| {
@@ -128,6 +134,20 @@ impl VmFile {
             balloon: table(contents.balloon)?,
             oom: table(contents.oom)?,
         })
+    }
+}
+
+/// The text of a file, or of a pipe. A device may have no end.
+fn contents(path: &Path) -> io::Result<String> {
+    let file = File::open(path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_fifo() {
+        return Err(io::Error::other("it is neither a file nor a pipe"));
+    }
+    let mut text = String::new();
+    match file.take(LARGEST + 1).read_to_string(&mut text)? as u64 {
+        0..=LARGEST => Ok(text),
+        _ => Err(io::Error::other("it is larger than 1 MiB")),
     }
 }
 
@@ -208,6 +228,30 @@ mod tests {
             assert_eq!(found, line, "{text}: {message}");
             assert!(message.contains(part), "{text}: {message}");
         }
+    }
+
+    #[test]
+    fn what_has_no_end_is_not_read_to_it() {
+        let place = tempfile::tempdir().unwrap();
+        let large = place.path().join("large.toml");
+        let refused = |path: &Path| VmFile::read(path).expect_err("refused").message;
+        std::fs::write(&large, vec![b'#'; 1 << 20]).unwrap();
+        assert!(VmFile::read(&large).is_ok(), "1 MiB is allowed");
+        std::fs::write(&large, vec![b'#'; (1 << 20) + 1]).unwrap();
+        assert!(refused(&large).ends_with("large.toml cannot be read: it is larger than 1 MiB"), "{}", refused(&large));
+        for none in ["/dev/zero", "/"] {
+            assert!(
+                refused(Path::new(none)).ends_with("it is neither a file nor a pipe"),
+                "{}",
+                refused(Path::new(none))
+            );
+        }
+        let (reader, mut writer) = io::pipe().unwrap();
+        let writing = std::thread::spawn(move || while io::Write::write_all(&mut writer, &[b'#'; 4096]).is_ok() {});
+        let pipe = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+        assert!(refused(Path::new(&pipe)).ends_with("larger than 1 MiB"), "{}", refused(Path::new(&pipe)));
+        drop(reader);
+        writing.join().unwrap();
     }
 
     #[test]
