@@ -6,7 +6,7 @@
 use std::error::Error;
 
 use clap::CommandFactory;
-use clap::error::ContextKind;
+use clap::error::{ContextKind, ErrorKind};
 
 use super::Cli;
 
@@ -21,7 +21,17 @@ pub fn sentence<'w>(error: &clap::Error, words: impl IntoIterator<Item = &'w str
     };
     let command = Cli::command();
     let is_verb = |word: &&str| command.get_subcommands().any(|verb| verb.get_name() == *word && !verb.is_hide_set());
-    let verb = words.into_iter().find(is_verb).map(|verb| format!(" {verb}")).unwrap_or_default();
+    let verb = words.into_iter().find(is_verb).unwrap_or_default();
+    // `--memory` is what `create` has, and clap's tip would be to write it after `--`.
+    let option = error.get(ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
+    let unknown = error.kind() == ErrorKind::UnknownArgument && option.starts_with("--memory");
+    let what = match what.split_once("; tip: ") {
+        Some((what, _)) if unknown && ["group", "set"].contains(&verb) => {
+            format!("{what}; tip: limits are words without dashes, such as memory.max=400M")
+        }
+        _ => what,
+    };
+    let verb = if verb.is_empty() { String::new() } else { format!(" {verb}") };
     printable(&format!("{what}; see ballast{verb} --help"))
 }
 
@@ -63,6 +73,11 @@ mod tests {
         ] {
             let sentence = said(&[&run, words].concat());
             assert!(sentence.starts_with(expected), "{words:?}: {sentence}");
+        }
+        for words in [&["group", "create", "/gold", "--memory", "max=400M"][..], &["set", "web", "--memory=max=400M"]] {
+            let (sentence, tip) = (said(words), "tip: limits are words without dashes, such as memory.max=400M; see ");
+            assert!(sentence.starts_with("unexpected argument '--memory' found; tip: "), "{sentence}");
+            assert!(sentence.contains(tip) && !sentence.contains("-- --"), "{sentence}");
         }
         let missing = "the following required arguments were not provided: --memory <SIZES> --kernel <FILE>; see";
         assert!(said(&["run"]).starts_with(missing), "{}", said(&["run"]));
