@@ -64,7 +64,7 @@ const COLUMNS: [(Column, &str, usize, u8); 11] = [
     (Column::State, "STATE", 8, 3),
     (Column::Used, "USED", 7, 0),
     (Column::Max, "MAX", 7, 2),
-    (Column::Bar, "", 10, 5),
+    (Column::Bar, "USAGE", 10, 5),
     (Column::Share, "%", 4, 1),
     (Column::Balloon, "BALLOON", 13, 7),
     (Column::Swap, "SWAP", 5, 8),

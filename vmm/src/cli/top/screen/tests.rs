@@ -115,7 +115,7 @@ fn an_ordinary_terminal_has_everything_in_its_place() {
     assert!(lines[1].starts_with("/ [||||||||"), "{}", lines[1]);
     assert!(lines[1].ends_with("1G of 4G, 25%   pressure some 0.00 full 0.00"), "{}", lines[1]);
     let heading: Vec<_> = lines[2].split_whitespace().collect();
-    assert_eq!(heading, ["NAME", "STATE", "USED", "MAX", "%", "BALLOON", "PRESS", "HELD"]);
+    assert_eq!(heading, ["NAME", "STATE", "USED", "MAX", "USAGE", "%", "BALLOON", "PRESS", "HELD"]);
     assert_eq!(names(&lines), ["db", "web", "idle"]);
     let row: Vec<_> = lines[3].split_whitespace().collect();
     assert_eq!(row[..4], ["db", "held", "256M", "256M"]);
