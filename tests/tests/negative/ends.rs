@@ -191,6 +191,11 @@ impl OnTerminal {
 
     /// The program with these words.
     fn with(place: Place, name: String, words: &[&str]) -> Self {
+        Self::of_kind("xterm", place, name, words)
+    }
+
+    /// The program with these words, on a terminal of this kind.
+    fn of_kind(kind: &str, place: Place, name: String, words: &[&str]) -> Self {
         let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pty");
         rustix::pty::grantpt(&ours).and_then(|()| rustix::pty::unlockpt(&ours)).expect("a pty of ours");
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -198,7 +203,7 @@ impl OnTerminal {
         let before = text(&settings(&terminal));
         let mut command = Command::new(ballast());
         let end = || terminal.try_clone().expect("a descriptor");
-        command.args(words).env_remove("BALLAST_LOG").stdin(end()).stdout(end()).stderr(end());
+        command.args(words).env("TERM", kind).env_remove("BALLAST_LOG").stdin(end()).stdout(end()).stderr(end());
         let lead = || {
             rustix::process::setsid()?;
             // SAFETY: descriptor 0 is open: it is the terminal that was just put there.
@@ -221,13 +226,12 @@ impl OnTerminal {
         Self { child: Some(child), ours, printed, seen: String::new(), terminal, before, place, name }
     }
 
-    /// Waits until `part` has been printed since the last call.
-    fn expect(&mut self, part: &str) {
+    /// Waits until `part` has been printed since the last call; gives that and what was before it.
+    fn expect(&mut self, part: &str) -> String {
         let end = Instant::now() + deadline(10);
         loop {
             if let Some(at) = self.seen.find(part) {
-                self.seen.drain(..at + part.len());
-                return;
+                return self.seen.drain(..at + part.len()).collect();
             }
             match self.printed.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
@@ -317,6 +321,27 @@ fn one_who_leaves_the_console_of_a_vm_leaves_the_vm_alone() {
     visitor.expect("OK exit");
     assert_eq!(visitor.ended(), Some(0));
     assert_eq!(vm.wait(10).code(), Some(0));
+}
+
+#[test]
+fn a_terminal_without_a_cursor_gets_one_page_of_what_is_going_on() {
+    if skipped("top-terminal") {
+        return;
+    }
+    let vm = TestVm::builder(&unique("watched")).memory("size=64M,max=48M").cmdline("shell").start();
+    vm.expect("READY", 10);
+    let words = ["top", "--socket", word(vm.socket())];
+    let look = |kind: &str| OnTerminal::of_kind(kind, Place::new(), unique("looker"), &words);
+    for kind in ["dumb", ""] {
+        let mut top = look(kind);
+        let page = top.expect(&vm.name);
+        assert!(page.starts_with("ballast: 1 VM") && !page.contains('\x1b'), "{kind:?}: {page:?}");
+        assert_eq!(top.ended(), Some(0), "{kind:?}");
+    }
+    let mut top = look("xterm");
+    top.expect("\x1b[?1049h");
+    top.type_in(b"q");
+    assert_eq!(top.ended(), Some(0));
 }
 
 #[test]

@@ -50,7 +50,7 @@ pub struct TopArgs {
     /// Only VMs of this group and of those in it
     #[arg(long, value_name = "PATH")]
     group: Option<String>,
-    /// Print one page and end, as when the output is no terminal
+    /// Print one page and end, as when the output is no terminal, or one without a cursor
     #[arg(long)]
     batch: bool,
     #[command(flatten)]
@@ -63,7 +63,7 @@ pub async fn top(args: TopArgs) -> Result<u8, Failure> {
     let mut screen = Screen::new(args.sort, args.group, is_utf8());
     let (overviews, troubles) = sources.ask().await?;
     screen.show(overviews, troubles);
-    if args.batch || !std::io::stdout().is_terminal() || !std::io::stdin().is_terminal() {
+    if args.batch || !can_move() {
         let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).unwrap_or(PAGE_WIDTH);
         let lines = screen.page(width);
         let text: String = lines.iter().map(|line| format!("{}\n", line.to_string().trim_end())).collect();
@@ -209,6 +209,12 @@ async fn overview(socket: &Path) -> Result<Overview, Failure> {
     let target = format!("/overview?events={EVENTS}");
     let (_, body) = client::request(socket, Method::GET, &target, String::new()).await?;
     client::decode(&body)
+}
+
+/// Whether there is a terminal whose cursor can be moved. One without a kind may print what is meant to move it.
+fn can_move() -> bool {
+    let kind = std::env::var("TERM").unwrap_or_default();
+    std::io::stdout().is_terminal() && std::io::stdin().is_terminal() && !kind.is_empty() && kind != "dumb"
 }
 
 /// Whether the terminal understands more than ASCII.
