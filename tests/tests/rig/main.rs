@@ -2,6 +2,7 @@
 //! the machine's own KVM does not.
 
 mod cost;
+mod fleet;
 mod single;
 
 const MIB: u64 = 1 << 20;
