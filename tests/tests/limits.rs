@@ -77,6 +77,24 @@ fn a_guest_held_past_its_deadline_is_paused_and_resumes_when_it_gets_room() {
     assert!(vm.command("verify 16M 40M seed=1", 20).starts_with("OK"));
 }
 
+/// A walk is filled in pieces up to the limit: they shrink with the room, and only the very last pages come one by one.
+#[test]
+fn a_walk_up_to_the_limit_takes_few_faults() {
+    if skipped("few-faults") {
+        return;
+    }
+    let mut vm = TestVm::builder("fewfaults")
+        .memory("size=256M,max=64M")
+        .option("--oom", "deadline=60s")
+        .cmdline("shell")
+        .start();
+    vm.expect("READY", 10);
+    vm.send("touch 16M 100M seed=7");
+    let now = held(&vm);
+    let touched = number(&now, "faults.touched_pages");
+    assert!(touched < 800, "{touched} faults for 64 MiB, of which 4 MiB are 1024 pages: {}", now["faults"]);
+}
+
 #[test]
 fn a_guest_held_past_its_deadline_is_killed_when_that_is_its_policy() {
     if skipped("oom-kill") {

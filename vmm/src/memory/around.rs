@@ -50,8 +50,8 @@ impl Around {
     /// The window for a fault at `page` when the run of fillable pages around it is `run`, and its stream's number
     /// for [`Around::filled`].
     ///
-    /// `run` contains `page`. With `single` the window is the page itself (near a limit).
-    pub fn window(&mut self, page: u64, run: std::ops::Range<u64>, single: bool) -> (Window, usize) {
+    /// `run` contains `page`. The window has at most `most` pages, and at least one.
+    pub fn window(&mut self, page: u64, run: std::ops::Range<u64>, most: u64) -> (Window, usize) {
         self.clock += 1;
         let found = self.streams.iter().position(|s| s.granule > 0 && (s.above == page || s.below == page + 1));
         let slot = found.unwrap_or_else(|| {
@@ -63,13 +63,12 @@ impl Around {
         stream.used = self.clock;
         let downwards = found.is_some() && stream.above != page;
         stream.granule = if found.is_some() { (stream.granule * 2).min(self.max) } else { 1 };
-        let window = if single {
-            Window { first: page, pages: 1 }
-        } else if downwards {
-            let first = (page + 1).saturating_sub(stream.granule).max(run.start);
+        let pages = stream.granule.min(most).max(1);
+        let window = if downwards {
+            let first = (page + 1).saturating_sub(pages).max(run.start);
             Window { first, pages: page + 1 - first }
         } else {
-            Window { first: page, pages: stream.granule.min(run.end - page) }
+            Window { first: page, pages: pages.min(run.end - page) }
         };
         (window, slot)
     }
@@ -87,7 +86,7 @@ mod tests {
     use super::*;
 
     fn touch(around: &mut Around, page: u64) -> Window {
-        let (window, slot) = around.window(page, 0..1 << 20, false);
+        let (window, slot) = around.window(page, 0..1 << 20, MAX_GRANULE);
         around.filled(slot, window);
         window
     }
@@ -151,10 +150,25 @@ mod tests {
     }
 
     #[test]
+    fn a_window_has_no_more_than_it_may_and_a_walk_goes_on_behind_it() {
+        let mut around = Around::new(1);
+        let mut walk = |page: u64, most: u64| {
+            let (window, slot) = around.window(page, 0..1 << 20, most);
+            around.filled(slot, window);
+            assert_eq!(window.first, page);
+            window.pages
+        };
+        assert_eq!([walk(0, 0), walk(1, 1), walk(2, 3), walk(5, 5), walk(10, 100)], [1, 1, 3, 5, 16]);
+        let mut around = Around::new(1);
+        touch(&mut around, 1000);
+        assert_eq!(around.window(999, 0..1 << 20, 1).0, Window { first: 999, pages: 1 });
+    }
+
+    #[test]
     fn the_window_stays_inside_the_run() {
         let mut around = Around::new(1);
         for (page, run) in [(10, 10..11), (11, 11..12), (12, 12..14)] {
-            let (w, slot) = around.window(page, run.clone(), false);
+            let (w, slot) = around.window(page, run.clone(), MAX_GRANULE);
             around.filled(slot, w);
             assert!(
                 w.first >= run.start && w.first + w.pages <= run.end && (w.first..w.first + w.pages).contains(&page)

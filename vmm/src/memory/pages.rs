@@ -45,9 +45,10 @@ pub fn reserve_target(cpus: u32) -> u64 {
 /// Pages of a window that are filled first (64 KiB): few enough that the touch waits little longer than for one page.
 const HEAD: u64 = 16;
 
-/// Room below which a fault fills nothing but the touched page (4 MiB). The ceiling of a limit that is being lowered
-/// leaves little more than a MiB, and the guest's balloon driver needs that for itself.
-const NEAR_LIMIT: u64 = 1024;
+/// A fault fills at most one part in so many of the room that is left: 32 pages with 4 MiB, and nothing but the touched
+/// page with less than 256 KiB. What is filled around a touch is charged and may never be used, and the ceiling of a limit
+/// that is being lowered leaves little more than a MiB, which the guest's balloon driver needs for itself.
+const AROUND_SHARE: u64 = 32;
 
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
@@ -184,9 +185,9 @@ impl Pages {
     /// Charges and fills the touched page, and what lies around it when that is promising. False when there was nothing
     /// left to charge it to.
     fn fill_fault(&mut self, page: u64, state: FrameState) -> bool {
-        let near_limit = self.stock.room().is_some_and(|room| room.0 < NEAR_LIMIT);
-        let single = state == FrameState::Ballooned || near_limit || self.stock.debt() > Count(0);
-        let (window, stream) = self.around.window(page, self.ram.contiguous(page), single);
+        let single = state == FrameState::Ballooned || self.stock.debt() > Count(0);
+        let most = if single { 1 } else { self.stock.room().map_or(u64::MAX, |room| room.0 / AROUND_SHARE) };
+        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
         let window = self.absent_in(window, page);
         let Some(filled) = self.charge_and_fill(window, page, true) else { return false };
         self.around.filled(stream, filled);

@@ -20,7 +20,7 @@ use ballast::devices::bus::{BusDevice, Buses, Effect};
 use ballast::machine::boot::{BootPlan, BootRequest};
 use ballast::machine::kvm::{NewVm, supported_cpuid};
 use ballast::machine::{RamLayout, Step, layout};
-use ballast::memory::around::Around;
+use ballast::memory::around::{Around, MAX_GRANULE};
 use ballast::memory::uffd::{Fill, Uffd};
 use ballast::memory::{GuestMem, Ram};
 use ballast::worker::gate::monotonic_ns;
@@ -399,7 +399,7 @@ fn bare(around: bool, work: &str) -> u64 {
             let n = uffd.read::<64>(|event| {
                 let page = ram.index_of_hva(event.address).expect("RAM");
                 let run = page..if around { ram.pages() } else { page + 1 };
-                let (window, stream) = windows.window(page, run, !around);
+                let (window, stream) = windows.window(page, run, if around { MAX_GRANULE } else { 1 });
                 windows.filled(stream, window);
                 let mut done = 0;
                 while done < window.pages {
