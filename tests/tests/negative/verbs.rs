@@ -5,10 +5,11 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Stdio;
 
-use ballast_tests::TestVm;
+use ballast_tests::serve::Serve;
+use ballast_tests::{TestVm, wait_until};
 use serde_json::Value;
 
-use super::{Place, Reaped, Said, finish, program, skipped};
+use super::{Place, Reaped, Said, finish, program, skipped, word};
 
 /// Every verb that is about one VM, without its name.
 const VERBS: [&[&str]; 6] = [&["show"], &["set", "memory.max=64M"], &["pause"], &["resume"], &["kill"], &["events"]];
@@ -147,5 +148,54 @@ fn a_reader_that_has_enough_ends_its_verb() {
         vm.post("pause");
         vm.post("resume");
         assert_eq!(child.wait(&format!("{words:?} ends")), Some(0), "{words:?}");
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").expect("a device that takes nothing");
+    let fails = |mut command: std::process::Command, of: &[&str]| {
+        let output = command.stdout(full()).output().expect("the program runs");
+        let err = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(1), "{of:?}: {err}");
+        assert!(err.starts_with("ballast: the output could not be written: No space left"), "{of:?}: {err}");
+        assert_eq!(err.lines().count(), 1, "{of:?}: {err}");
+    };
+    for words in [&["completions", "bash"][..], &["doctor"], &["--help"], &["run", "--help"], &["--version"]] {
+        fails(program(words), words);
+    }
+    let place = Place::new();
+    let mut ps = program(&["ps", "--json", "--socket"]);
+    ps.arg(place.path(""));
+    fails(ps, &["ps"]);
+    std::os::unix::fs::symlink("/dev/full", place.path("ballast.1")).expect("a link can be made");
+    finish(program(&["man", word(&place.path(""))])).refused(1, "the man pages cannot be written to ", &"man");
+    if skipped("full-stdout") {
+        return;
+    }
+    let serve = Serve::start(&["--budget", "256M"]);
+    serve.create("web");
+    wait_until("the guest says something", 10, || {
+        serve.raw("GET", "/vms/web/console", None).1.contains("READY").then_some(())
+    });
+    for words in [
+        &["ps"][..],
+        &["ps", "--json"],
+        &["show", "web"],
+        &["show", "web", "--json"],
+        &["set", "web", "memory.max=40M", "--json"],
+        &["events"],
+        &["events", "-f", "--json"],
+        &["check"],
+        &["check", "--json"],
+        &["oom", "rank"],
+        &["group", "ls"],
+        &["group", "show", "/", "--json"],
+        &["console", "--no-follow", "web"],
+        &["top", "--batch"],
+    ] {
+        let mut command = program(words);
+        command.env("BALLAST_SOCKET", serve.place());
+        fails(command, words);
     }
 }

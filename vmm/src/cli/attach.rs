@@ -1,6 +1,6 @@
 //! `ballast console`: goes to the console of a VM that runs, and leaves it alone when it goes.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use hyper::Method;
 
 use super::options::name;
 use super::signals::Signals;
-use super::{DONE, Failure, SocketArg, client, console, socket, usage};
+use super::{DONE, Failure, SocketArg, client, console, output, socket, usage};
 use crate::chain::chain;
 use crate::controller::host;
 use crate::controller::view::VmView;
@@ -35,9 +35,7 @@ pub async fn attach(args: ConsoleArgs) -> Result<u8, Failure> {
     let socket = socket::to_reach(&args.socket, &vm)?;
     if args.no_follow {
         let (_, text) = client::request(&socket, Method::GET, &format!("/vms/{vm}/console"), String::new()).await?;
-        // A closed pipe is the reader's choice.
-        let _ = std::io::stdout().write_all(&text);
-        return Ok(DONE);
+        return output::print(text);
     }
     let show = async || -> Result<VmView, Failure> {
         let (_, body) = client::request(&socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;

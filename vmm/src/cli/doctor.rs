@@ -4,7 +4,7 @@ use std::path::Path;
 
 use memcg_core::units::human;
 
-use super::{DONE, ERROR};
+use super::{DONE, ERROR, Failure, output};
 use crate::controller::cgroup::Cgroups;
 use crate::controller::host::{self, Problem};
 use crate::worker::sandbox;
@@ -13,7 +13,7 @@ use crate::worker::sandbox;
 const LITTLE_MEMORY: u64 = 64 << 20;
 
 /// Checks everything and prints a line for each; 0 when VMs can run with limits.
-pub fn doctor() -> u8 {
+pub fn doctor() -> Result<u8, Failure> {
     let checks = [
         ("kernel", host::check_kernel().map(|release| format!("Linux {release}"))),
         ("kvm", host::open_kvm().map(|_| "/dev/kvm can be used".to_owned())),
@@ -53,9 +53,8 @@ pub fn doctor() -> u8 {
     out.push_str(&landlock);
     out.push_str(&cgroup);
     out.push_str(linux);
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes());
-    status
+    output::print(out)?;
+    Ok(status)
 }
 
 fn seccomp() -> Result<String, Problem> {

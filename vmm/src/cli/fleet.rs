@@ -8,7 +8,7 @@ use memcg_core::units::human;
 use super::options::{group_path, name};
 use super::verbs::each;
 use super::vm_args::VmArgs;
-use super::{DONE, Failure, NamesArg, SocketArg, client, show, socket, usage};
+use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket, usage};
 use crate::controller::view::{VmState, VmView};
 
 /// `ballast create`.
@@ -61,7 +61,7 @@ pub async fn move_to(args: MoveArgs) -> Result<u8, Failure> {
     let body = serde_json::json!({ "group": args.group }).to_string();
     let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{}/move", args.name), body).await?;
     let view: VmView = client::decode(&body)?;
-    if args.json { show::json(&view) } else { Ok(DONE) }
+    if args.json { output::json(&view) } else { Ok(DONE) }
 }
 
 /// Ends VMs and forgets them.
@@ -98,14 +98,11 @@ pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
         }
     }
     vms.sort_by(|a, b| a.name.cmp(&b.name));
-    let text = if args.json {
-        let text = serde_json::to_string_pretty(&vms).map_err(|error| Failure::error(error.to_string()))?;
-        format!("{text}\n")
+    if args.json {
+        output::json(&vms)?
     } else {
-        table(&vms)
+        output::print(table(&vms))?
     };
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
     Ok(status)
 }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::options::{duration, group_path};
 use super::verbs::{change_query, changed, patch};
-use super::{DONE, Failure, SocketArg, client, show, socket};
+use super::{DONE, Failure, SocketArg, client, output, show, socket};
 use crate::api::MemoryPatch;
 use crate::controller::view::{GroupView, LimitsView};
 
@@ -125,11 +125,11 @@ pub async fn group(args: GroupArgs) -> Result<u8, Failure> {
             let socket = socket::to_reach_service(&print.socket)?;
             let (_, body) = client::request(&socket, Method::GET, "/groups", String::new()).await?;
             let views: Vec<GroupView> = client::decode(&body)?;
-            if print.json { answer(Some(&views)) } else { out(&table(&views)) }
+            if print.json { answer(Some(&views)) } else { output::print(table(&views)) }
         }
         GroupVerb::Show { path, print } => {
             let (_, view) = one(&print, Method::GET, &format!("/groups{path}"), String::new()).await?;
-            if print.json { answer(Some(&view)) } else { out(&lines(&view)) }
+            if print.json { answer(Some(&view)) } else { output::print(lines(&view)) }
         }
     }
 }
@@ -152,13 +152,7 @@ fn encode(patch: &MemoryPatch) -> Result<String, Failure> {
 
 /// Prints an answer as JSON, if there is one to print.
 fn answer<T: Serialize>(view: Option<&T>) -> Result<u8, Failure> {
-    view.map_or(Ok(DONE), show::json)
-}
-
-fn out(text: &str) -> Result<u8, Failure> {
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-    Ok(DONE)
+    view.map_or(Ok(DONE), output::json)
 }
 
 fn table(groups: &[GroupView]) -> String {

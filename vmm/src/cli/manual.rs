@@ -1,11 +1,10 @@
 //! What is generated from the command line's own description: completions and man pages.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::{Command, CommandFactory, ValueEnum};
 
-use super::{Cli, DONE, Failure};
+use super::{Cli, DONE, Failure, output};
 
 /// A shell that completions can be made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,7 +33,7 @@ pub struct ManArgs {
 }
 
 /// Prints completions for a shell.
-pub fn completions(args: &CompletionsArgs) -> u8 {
+pub fn completions(args: &CompletionsArgs) -> Result<u8, Failure> {
     let shell = match args.shell {
         Shell::Bash => clap_complete::Shell::Bash,
         Shell::Zsh => clap_complete::Shell::Zsh,
@@ -42,9 +41,7 @@ pub fn completions(args: &CompletionsArgs) -> u8 {
     };
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "ballast", &mut text);
-    // A closed pipe is the reader's choice.
-    let _ = std::io::stdout().write_all(&text);
-    DONE
+    output::print(text)
 }
 
 /// Writes a page for the program and one for each verb.

@@ -21,6 +21,7 @@ mod manual;
 mod notify;
 mod observe;
 mod options;
+mod output;
 #[cfg(test)]
 mod reference;
 mod run;
@@ -196,10 +197,14 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no errors; a command line with nothing on it is answered with the help. That
-            // nobody reads it is not worth a message.
+            // Help and version are no errors; a command line with nothing on it is answered with the help.
             if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-                let _ = error.print();
+                if let Err(error) = error.print()
+                    && error.kind() != std::io::ErrorKind::BrokenPipe
+                {
+                    eprintln!("ballast: {}", output::unwritten(&error));
+                    return ExitCode::from(ERROR);
+                }
                 return ExitCode::from(if error.use_stderr() { USAGE } else { DONE });
             }
             let words: Vec<_> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
@@ -239,8 +244,8 @@ pub fn main() -> ExitCode {
             Verb::Top(args) => top::top(args).await,
             Verb::Check(args) => observe::check(args).await,
             Verb::Oom(verb) => observe::oom(verb).await,
-            Verb::Doctor => Ok(doctor::doctor()),
-            Verb::Completions(args) => Ok(manual::completions(&args)),
+            Verb::Doctor => doctor::doctor(),
+            Verb::Completions(args) => manual::completions(&args),
             Verb::Man(args) => manual::man(&args),
         }
     });

@@ -4,9 +4,8 @@ use std::fmt::Write;
 
 use hyper::Method;
 use memcg_core::units::human;
-use serde::Serialize;
 
-use super::{DONE, ERROR, Failure, SocketArg, client, show, socket};
+use super::{DONE, ERROR, Failure, SocketArg, client, output, show, socket};
 use crate::controller::check::CheckView;
 use crate::controller::rank::{RankView, RankedView};
 use crate::controller::view::{OomAction, OomPreference};
@@ -37,16 +36,14 @@ pub async fn check(args: CheckArgs) -> Result<u8, Failure> {
         }
         views.push((socket.display().to_string(), view));
     }
-    let text = if args.json {
-        match views.as_slice() {
-            [(_, only)] => pretty(only)?,
-            all => pretty(&all.iter().map(|(_, view)| view).collect::<Vec<_>>())?,
+    match views.as_slice() {
+        [(_, only)] if args.json => output::json(only)?,
+        all if args.json => output::json(&all.iter().map(|(_, view)| view).collect::<Vec<_>>())?,
+        all => {
+            let of = |socket| (all.len() > 1).then_some(socket);
+            output::print(all.iter().map(|(socket, view)| report(of(socket), view)).collect::<String>())?
         }
-    } else {
-        let several = views.len() > 1;
-        views.iter().map(|(socket, view)| report(several.then_some(socket), view)).collect()
     };
-    print(&text);
     Ok(status)
 }
 
@@ -92,8 +89,7 @@ pub async fn oom(verb: OomVerb) -> Result<u8, Failure> {
     let target = format!("/oom/rank?group={}", args.group);
     let (_, body) = client::request(&socket, Method::GET, &target, String::new()).await?;
     let view: RankView = client::decode(&body)?;
-    print(&if args.json { pretty(&view)? } else { ranking(&view) });
-    Ok(DONE)
+    if args.json { output::json(&view) } else { output::print(ranking(&view)) }
 }
 
 /// The list, with what decides it from left to right.
@@ -138,16 +134,6 @@ fn row(candidate: &RankedView) -> [String; 10] {
         human(candidate.above_bytes),
         human(candidate.frees_bytes),
     ]
-}
-
-fn pretty(value: &impl Serialize) -> Result<String, Failure> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::error(error.to_string()))?;
-    Ok(format!("{text}\n"))
-}
-
-fn print(text: &str) {
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
 }
 
 #[cfg(test)]

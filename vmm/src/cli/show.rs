@@ -4,11 +4,10 @@ use std::fmt::Write;
 
 use hyper::Method;
 use memcg_core::units::human;
-use serde::Serialize;
 use serde_json::Value;
 
 use super::options::name;
-use super::{DONE, Failure, SocketArg, client, socket};
+use super::{Failure, SocketArg, client, output, socket};
 use crate::controller::view::{OverheadView, PressureLine, VmState, VmView};
 
 /// Shows a VM.
@@ -22,9 +21,7 @@ pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> 
     } else {
         table(&client::decode(&body)?)
     };
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-    Ok(DONE)
+    output::print(text)
 }
 
 /// A JSON value without quotes.
@@ -62,17 +59,6 @@ pub fn age(ms: u64) -> String {
         seconds @ 7_200..172_800 => format!("{}h", seconds / 3_600),
         seconds => format!("{}d", seconds / 86_400),
     }
-}
-
-/// Prints what was answered as JSON.
-///
-/// # Errors
-/// When it cannot be written as JSON.
-pub fn json<T: Serialize>(view: &T) -> Result<u8, Failure> {
-    let text = serde_json::to_string_pretty(view).map_err(|error| Failure::error(error.to_string()))?;
-    // A closed pipe is the reader's choice.
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), format!("{text}\n").as_bytes());
-    Ok(DONE)
 }
 
 /// Lines of columns as wide as what is in them. The first `words` begin where their column does, numbers end there.

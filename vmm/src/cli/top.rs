@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::signals::Signals;
-use super::{DONE, Failure, SocketArg, client, socket};
+use super::{DONE, Failure, SocketArg, client, output, socket};
 use crate::controller::overview::Overview;
 use screen::{Screen, Sort};
 
@@ -67,9 +67,7 @@ pub async fn top(args: TopArgs) -> Result<u8, Failure> {
         let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).unwrap_or(PAGE_WIDTH);
         let lines = screen.page(width);
         let text: String = lines.iter().map(|line| format!("{}\n", line.to_string().trim_end())).collect();
-        // A closed pipe is the reader's choice.
-        let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
-        return Ok(DONE);
+        return output::print(text);
     }
     let signals = Signals::new().map_err(|error| Failure::error(format!("signals cannot be taken: {error}")))?;
     let mut terminal = Terminal::open()?;

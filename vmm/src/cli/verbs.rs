@@ -1,6 +1,5 @@
 //! `set`, `start`, `stop`, `pause`, `resume`, `kill`, `events`.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{duration, group_path, limit, name, on_off};
-use super::{DONE, Failure, NOT_REACHED, NamesArg, SocketArg, client, show, socket, usage};
+use super::{DONE, Failure, NOT_REACHED, NamesArg, SocketArg, client, output, show, socket, usage};
 use crate::api::{MemoryPatch, NodeLimits};
 use crate::controller::events::{Event, EventKind};
 use crate::controller::stop::StopView;
@@ -110,7 +109,7 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
     let (status, body) = client::request(&socket, Method::PATCH, &target, body).await?;
     let view: VmView = client::decode(&body)?;
     if args.json {
-        show::json(&view)?;
+        output::json(&view)?;
     }
     Ok(changed(status == hyper::StatusCode::ACCEPTED, &LimitsView { vms: vec![view], ..LimitsView::default() }))
 }
@@ -132,7 +131,7 @@ async fn set_all(args: &SetArgs, names: &[String], patch: MemoryPatch) -> Result
     let (_, body) = client::request(&socket, Method::POST, &target, body).await?;
     let view: LimitsView = client::decode(&body)?;
     if args.json {
-        show::json(&view)?;
+        output::json(&view)?;
     }
     Ok(changed(!view.in_force, &view))
 }
@@ -282,9 +281,7 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
                 continue;
             }
             let text = if args.json { line } else { event_line(&event).into_bytes() };
-            let mut out = std::io::stdout().lock();
-            if out.write_all(&text).and_then(|()| out.flush()).is_err() {
-                // Whoever reads has enough.
+            if !output::write(text)? {
                 return Ok(DONE);
             }
         }
