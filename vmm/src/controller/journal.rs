@@ -18,9 +18,9 @@
 //!   would stand still. Compaction does sync, so that a host's crash leaves the old or the new file.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -437,6 +437,11 @@ pub enum JournalError {
 
 /// Where lines go.
 pub trait Store: Send {
+    /// Whether nobody will find here what is appended.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
     /// Makes sure that lines of [`AHEAD`] bytes together can be appended.
     ///
     /// # Errors
@@ -466,12 +471,16 @@ struct InFile {
 impl InFile {
     /// Writes a new journal beside the old one and puts it in its place.
     fn create(path: &Path, lines: &[u8]) -> io::Result<Self> {
-        let new = path.with_extension("new");
+        // Beside it are the directories of the VMs: none of these has a name that begins with a dot.
+        let new = path.with_file_name(".journal.new");
         match std::fs::remove_file(&new) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
         let written = || -> io::Result<File> {
+            if let Some(directory) = path.parent() {
+                DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+            }
             let mut file = File::options().append(true).create_new(true).mode(0o600).open(&new)?;
             file.write_all(lines)?;
             file.sync_all()?;
@@ -485,6 +494,11 @@ impl InFile {
 }
 
 impl Store for InFile {
+    fn is_lost(&self) -> bool {
+        let id = |found: std::fs::Metadata| (found.dev(), found.ino());
+        std::fs::symlink_metadata(&self.path).map(id).ok() != self.file.metadata().map(id).ok()
+    }
+
     fn make_room(&mut self) -> io::Result<()> {
         if self.allocated >= self.size + AHEAD {
             return Ok(());
@@ -539,8 +553,10 @@ impl Journal {
     pub fn open(path: &Path) -> Result<(Remembered, Self), JournalError> {
         let name = || path.display().to_string();
         let failed = |source| JournalError::System { path: name(), source };
-        let text = match std::fs::read(path) {
-            Ok(text) => text,
+        let text = match std::fs::symlink_metadata(path) {
+            Ok(found) if found.is_dir() => return Err(failed(io::ErrorKind::IsADirectory.into())),
+            Ok(found) if !found.is_file() => return Err(failed(io::Error::other("it is not a file"))),
+            Ok(_) => std::fs::read(path).map_err(failed)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(e) => return Err(failed(e)),
         };
@@ -588,7 +604,7 @@ impl Journal {
     /// # Errors
     /// When it cannot.
     pub fn prepare(&mut self) -> io::Result<()> {
-        if self.behind {
+        if self.behind || self.store.as_ref().is_some_and(|store| store.is_lost()) {
             self.compact()?;
         }
         self.store.as_mut().map_or(Ok(()), |store| store.make_room())
@@ -615,9 +631,15 @@ impl Journal {
             tracing::error!(why, "an entry was left out of the journal: this is a bug of ballast");
             return Ok(());
         }
-        let size = if self.behind { Ok(u64::MAX) } else { store.append(&line) };
-        self.behind |= size.is_err();
-        if size? > SMALL.max(4 * self.compact) { self.compact() } else { Ok(()) }
+        if self.behind {
+            return self.compact();
+        }
+        let size = store.append(&line).inspect_err(|_| self.behind = true)?;
+        if size <= SMALL.max(4 * self.compact) {
+            return Ok(());
+        }
+        // When that fails the line is there all the same: tried again when the journal has grown as much again.
+        self.compact().inspect_err(|_| self.compact = size)
     }
 }
 

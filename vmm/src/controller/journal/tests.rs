@@ -68,7 +68,7 @@ fn what_was_appended_is_what_the_next_controller_knows() {
     assert_eq!(third.epoch, 3);
     Journal::remove_if_empty(&path);
     assert!(path.exists(), "it has something to say");
-    assert!(!path.with_extension("new").exists());
+    assert_eq!(std::fs::read_dir(dir.path()).expect("there").count(), 1, "nothing is left beside it");
 }
 
 #[test]
@@ -214,4 +214,39 @@ fn what_was_moved_is_where_it_was_moved_to() {
     assert_eq!(paths, ["/golden", "/iron", "/iron/gold", "/iron/gold/web"]);
     let places: Vec<_> = known.vms().map(|vm| (vm.group.as_str(), vm.config.group.as_str())).collect();
     assert_eq!(places, [("/iron/gold/web", "/iron/gold/web"), ("/golden", "/golden"), ("/", "/")]);
+}
+
+/// A VM may have any name, and its directory is beside the journal.
+#[test]
+fn no_vm_is_in_the_journal_s_way() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(dir.path().join("journal.new")).expect("a VM's");
+    let path = dir.path().join("journal");
+    drop(Journal::open(&path).expect("begun"));
+    assert_eq!(Journal::open(&path).expect("read").1.epoch(), 2);
+}
+
+/// Who removes the directory of a controller that runs has not removed what it remembers.
+#[test]
+fn a_journal_that_was_removed_is_written_anew() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("state/journal");
+    std::fs::create_dir(path.parent().expect("state")).expect("made");
+    let (_, mut journal) = Journal::open(&path).expect("begun");
+    journal.append(made("first", 1)).expect("written");
+    std::fs::remove_dir_all(path.parent().expect("state")).expect("removed");
+    journal.prepare().expect("made again");
+    journal.append(made("second", 1)).expect("written");
+    let (remembered, _) = Journal::open(&path).expect("read");
+    assert_eq!(remembered.vms().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+}
+
+/// What is not a file would be waited for.
+#[test]
+fn only_a_file_is_a_journal() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("journal");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).expect("a pipe");
+    let error = Journal::open(&path).err().expect("refused");
+    assert!(error.to_string().contains("not a file"), "{error}");
 }
