@@ -30,6 +30,8 @@ pub struct Finding {
     pub ok: bool,
     /// What was looked at, or what is wrong, with the numbers.
     pub message: String,
+    looked_at: String,
+    violations: Vec<String>,
 }
 
 impl Finding {
@@ -39,8 +41,19 @@ impl Finding {
         if violations.len() > NAMED {
             message.push_str(&format!("; and {} more", violations.len() - NAMED));
         }
-        let ok = violations.is_empty();
-        Finding { name, ok, message: if ok { looked_at.into() } else { message } }
+        let (ok, looked_at) = (violations.is_empty(), looked_at.into());
+        let message = if ok { looked_at.clone() } else { message };
+        Finding { name, ok, message, looked_at, violations: violations.to_vec() }
+    }
+
+    /// What is still wrong of what was wrong in an earlier look at the same invariant, with the numbers of this one. Two
+    /// violations are of the same thing when they begin with the same words before a colon.
+    #[must_use]
+    pub fn since(self, before: &Finding) -> Finding {
+        let about = |violation: &String| violation.split(": ").next().map(str::to_owned);
+        let known: Vec<_> = before.violations.iter().map(about).collect();
+        let still: Vec<_> = self.violations.into_iter().filter(|violation| known.contains(&about(violation))).collect();
+        Finding::new(self.name, self.looked_at, &still)
     }
 }
 

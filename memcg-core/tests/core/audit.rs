@@ -117,3 +117,15 @@ fn a_long_list_is_counted() {
     let finding = Finding::new("x", "", &violations);
     assert_eq!((finding.ok, finding.message.as_str()), (false, "v0; v1; v2; and 7 more"));
 }
+
+/// What was on its way at one look and had arrived at the next was never wrong; what stays wrong may have other numbers.
+#[test]
+fn what_is_wrong_at_each_look_is_found() {
+    let look =
+        |violations: &[&str]| Finding::new("x", "all", &violations.iter().map(|v| (*v).to_owned()).collect::<Vec<_>>());
+    let first = look(&["web: 3 pages too many", "db: gone"]);
+    let second = look(&["web: 5 pages too many", "new: gone"]).since(&first);
+    assert_eq!((second.ok, second.message.as_str()), (false, "web: 5 pages too many"));
+    let third = look(&["new: gone", "db: gone"]).since(&second);
+    assert_eq!((third.ok, third.message.as_str()), (true, "all"));
+}
