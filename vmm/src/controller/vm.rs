@@ -10,6 +10,7 @@ use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -312,13 +313,15 @@ impl Vm {
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.
     pub fn send(&mut self, message: ToWorker) -> bool {
-        let sent = self.to_worker.try_send(message).is_ok();
-        // Every request may end here: a line for each would fill the log, and then the controller waits for its reader.
-        if !sent && self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+        let sent = self.to_worker.try_send(message);
+        // Every request may end here: a line for each would fill the log, and then the controller waits for its reader. One
+        // that has gone is no news.
+        let full = matches!(sent, Err(TrySendError::Full(_)));
+        if full && self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
             self.warned = Some(Instant::now());
             tracing::warn!(vm = self.name, "the worker does not read its messages");
         }
-        sent
+        sent.is_ok()
     }
 
     /// A new sequence number for a message that is answered.
