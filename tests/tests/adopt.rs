@@ -386,3 +386,61 @@ fn a_new_budget_counts_for_vms_that_are_taken_over() {
     let view = exact(&serve, "free");
     assert_eq!(number(&serve.ask("GET", "/host", None).1, "current_bytes"), number(&view, "memory.current_bytes"));
 }
+
+/// A worker that stands still when its controller begins holds nobody up, and is taken over when it goes on.
+#[test]
+fn a_worker_that_is_silent_is_taken_over_when_it_speaks() {
+    if skipped("adopt-silent") {
+        return;
+    }
+    let mut serve = Serve::start(&["--budget", "1G"]);
+    let silent = serve.create_with("silent", &guest("touch 8M 4M seed=5; shell", &json!({ "max_bytes": 32 * MIB })));
+    wait_console(&serve, "silent", "READY");
+    let before = exact(&serve, "silent");
+    let other = serve.create("other");
+    kill(pid(&silent), libc::SIGSTOP);
+    killed(&mut serve);
+    serve.again();
+    assert_eq!(pid(&serve.show("other")), pid(&other));
+    let (status, refusal) = serve.ask("GET", "/vms/silent", None);
+    assert_eq!((status, &refusal["code"]), (409, &json!("wrong_state")));
+    assert!(refusal["message"].as_str().is_some_and(|words| words.contains("tried again until")), "{refusal}");
+    assert_eq!(serve.ask("PUT", "/vms/silent", Some(&shell())).0, 409, "its name stays taken");
+    kill(pid(&silent), libc::SIGCONT);
+    wait_until("it is taken over", 30, || (serve.ask("GET", "/vms/silent", None).0 == 200).then_some(()));
+    let after = exact(&serve, "silent");
+    assert_eq!(pid(&after), pid(&silent));
+    for part in ["max_bytes", "stat"] {
+        let of = |view: &Value| match part {
+            "stat" => view["memory"]["stat"]["guest_bytes"].clone(),
+            key => view["memory"][key].clone(),
+        };
+        assert_eq!(of(&after), of(&before), "{part}");
+    }
+    let host = number(&serve.ask("GET", "/host", None).1, "current_bytes");
+    let sum: u64 = ["silent", "other"].map(|name| number(&serve.show(name), "memory.current_bytes")).iter().sum();
+    assert_eq!(host, sum, "what was charged for the worst is given back");
+}
+
+/// A worker that cannot be reached has not ended: its name stays taken, what it can hold stays charged, and `rm` ends it.
+#[test]
+fn a_worker_whose_socket_was_removed_has_not_ended() {
+    if skipped("adopt-unreachable") {
+        return;
+    }
+    let mut serve = Serve::start(&["--budget", "1G"]);
+    let lost = serve.create("lost");
+    killed(&mut serve);
+    let place = serve.state().join("lost/worker");
+    std::fs::rename(&place, serve.state().join("lost/elsewhere")).expect("moved");
+    serve.again();
+    let refusal = serve.ask("GET", "/vms/lost", None).1;
+    assert!(refusal["message"].as_str().is_some_and(|words| words.contains("nothing answers at")), "{refusal}");
+    assert_eq!(serve.ask("PUT", "/vms/lost", Some(&shell())).0, 409);
+    let charged = number(&serve.ask("GET", "/host", None).1, "current_bytes");
+    assert!(charged > number(&lost, "memory.current_bytes"), "the most it can hold: {charged}");
+    assert!(is_alive(pid(&lost)), "nobody has asked for its end");
+    assert_eq!(serve.ask("DELETE", "/vms/lost", None).0, 204);
+    assert!(!is_alive(pid(&lost)));
+    assert_eq!(number(&serve.ask("GET", "/host", None).1, "current_bytes"), 0);
+}

@@ -18,6 +18,7 @@
 //! | `moves.rs` | VMs and groups that change their group |
 //! | `recall.rs` | stocks that are wanted back |
 //! | `squeeze.rs` | who gives what a group has to |
+//! | `strays.rs` | workers that run and could not be taken over |
 //! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `pressure.rs` | how long VMs and groups wait for memory |
@@ -34,7 +35,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::admission::Created;
-use super::adopt::Stray;
+
 use super::changes::Change;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
@@ -47,6 +48,7 @@ use super::pressure::Pressures;
 use super::recall::Recall;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
+use super::strays::Stray;
 use super::view::{VmState, VmView};
 use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;

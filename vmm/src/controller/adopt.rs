@@ -9,6 +9,7 @@
 //!                │                       there never was a worker, and the VM is forgotten
 //!                │ a stranger ─────────► the same; the stranger is left alone
 //!                │ another version ────► Stray: left alone, counted with the most it can hold
+//!                │ silence, no socket ─► the same, and met again every few seconds
 //!                ▼
 //!             node, limits, overhead ─► recount: charge what Hello says ─► grant: a new epoch ─► one of the VMs
 //! ```
@@ -33,19 +34,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::frame::Cost;
-use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::{self, LimitPatch, Mode, NodeId};
 use memcg_core::units::{Limit, Pages};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags};
 use serde_json::json;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::actor::{Actor, Input, WORKER_PATIENCE, answer};
+use super::actor::{Actor, answer};
 use super::cgroup::Cgroup;
+use super::check;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
@@ -53,27 +55,21 @@ use super::groups;
 use super::journal::{Entry, Remembered, RememberedGroup, RememberedVm};
 use super::link::{self, FromLink};
 use super::spawn::{self, Death, DeathWatch, WorkerHandle};
+use super::strays::Why;
 use super::view::VmState;
-use super::vm::{Reply, VmEnd, VmId, WorkerProcess};
+use super::vm::{VmEnd, VmId, WorkerProcess};
 use super::{Controller, VmSpec, activation, host};
 use crate::worker::LAST_WORDS;
 use crate::worker::protocol::{self, DecodeError, FromWorker, Hello, MAX_MESSAGE, Report, ToWorker};
 
+/// How long a worker may take to say hello to a controller that begins: the others wait as long.
+const MEETING: Duration = Duration::from_secs(3);
+
 /// Time between two tries to reach a worker that has not noticed the end of its last controller yet.
 const AGAIN: Duration = Duration::from_millis(20);
 
-/// A worker that runs and could not be taken over.
-pub(super) struct Stray {
-    worker: Option<WorkerHandle>,
-    why: String,
-    /// Where the most that it can hold is charged, when the journal knows it.
-    node: Option<NodeId>,
-    vm: Option<RememberedVm>,
-    removers: Vec<Reply<()>>,
-}
-
 /// What was found in the place of a VM's worker.
-enum Found {
+pub(super) enum Found {
     /// Itself.
     Worker(Box<Worker>),
     /// It has ended.
@@ -81,11 +77,11 @@ enum Found {
     /// There never was one: the controller died before it had started it.
     Never,
     /// It runs, and cannot be talked to.
-    Stray { worker: Option<(WorkerHandle, DeathWatch)>, why: String },
+    Stray { worker: Option<(WorkerHandle, DeathWatch)>, why: Why },
 }
 
 /// A worker that has said hello.
-struct Worker {
+pub(super) struct Worker {
     handle: WorkerHandle,
     watch: DeathWatch,
     socket: OwnedFd,
@@ -126,6 +122,7 @@ impl Controller {
             });
         }
         let mut met = meetings.join_all().await;
+        find_unreachable(state, &mut met).await;
         self.ask(|actor, reply| {
             actor.begin_recount();
             answer(reply, Ok(()));
@@ -171,7 +168,7 @@ impl Controller {
                 && let Ok(pidfd) = link::process(&peer.socket)
                 && let Ok(worker) = spawn::watch_over(peer.pid, pidfd, &directory, Cgroup::of_process(peer.pid))
             {
-                let why = "the journal does not know it".to_owned();
+                let why = Why::for_ever("the journal does not know it");
                 self.leave_alone(name.to_owned(), None, Some(worker), why).await?;
             }
         }
@@ -192,45 +189,53 @@ impl Controller {
                 .await
             }
             Some(Found::Stray { worker, why }) => self.leave_alone(vm.name.clone(), Some(vm), worker, why).await,
-            Some(Found::Worker(worker)) => {
-                let Worker { handle, watch, socket, hello } = *worker;
-                // Without it the guest goes on all the same.
-                let console = ConsoleLog::of_worker(handle.pid()).ok();
-                let id = self.ask(move |actor, reply| answer(reply, actor.restore(&vm, console))).await?;
-                let hello = FromLink::Message(FromWorker::Hello(hello));
-                // Nobody waits for the end of a VM of `serve`.
-                let _end = self.adopt_with(id, handle, watch, socket, Some(hello)).await?;
-                Ok(())
-            }
+            Some(Found::Worker(worker)) => self.restore_worker(vm, *worker).await,
         }
     }
 
-    async fn leave_alone(
-        &self,
-        name: String,
-        vm: Option<RememberedVm>,
-        worker: Option<(WorkerHandle, DeathWatch)>,
-        why: String,
-    ) -> Result<(), Refusal> {
-        let (handle, watch) = worker.unzip();
-        let of = name.clone();
-        self.ask(move |actor, reply| answer(reply, actor.leave_alone(of, vm, handle, why))).await?;
-        if let Some(watch) = watch {
-            let inbox = self.inbox.clone();
-            tokio::spawn(async move {
-                watch.ended().await;
-                let ended = Box::new(move |actor: &mut Actor| actor.stray_ended(&name));
-                // An actor that is gone does not care.
-                let _ = inbox.send(Input::Request(ended)).await;
-            });
-        }
+    pub(super) async fn restore_worker(&self, vm: RememberedVm, worker: Worker) -> Result<(), Refusal> {
+        let Worker { handle, watch, socket, hello } = worker;
+        // Without it the guest goes on all the same.
+        let console = ConsoleLog::of_worker(handle.pid()).ok();
+        let id = self.ask(move |actor, reply| answer(reply, actor.restore(&vm, console))).await?;
+        let hello = FromLink::Message(FromWorker::Hello(hello));
+        // Nobody waits for the end of a VM of `serve`.
+        let _end = self.adopt_with(id, handle, watch, socket, Some(hello)).await?;
         Ok(())
     }
 }
 
+/// Finds the workers of VMs that seem to have ended, and run where nobody can reach them: their sockets were removed.
+async fn find_unreachable(state: &Path, met: &mut [(usize, RememberedVm, Option<Found>)]) {
+    let unseen = |found: &Option<Found>| {
+        matches!(found, Some(Found::Ended(_) | Found::Never | Found::Stray { worker: None, .. }))
+    };
+    if !met.iter().any(|(.., found)| unseen(found)) {
+        return;
+    }
+    let below = state.to_owned();
+    let running = tokio::task::spawn_blocking(move || check::workers_below(&below)).await;
+    let Ok(Ok(running)) = running else {
+        tracing::error!("/proc cannot be looked at: a worker that runs and cannot be reached is not found");
+        return;
+    };
+    for (_, vm, found) in met.iter_mut().filter(|(.., found)| unseen(found)) {
+        let directory = state.join(&vm.name);
+        let worker = running.get(&vm.name).and_then(|pid| {
+            let pidfd = rustix::process::pidfd_open(Pid::from_raw(*pid)?, PidfdFlags::empty()).ok()?;
+            spawn::watch_over(*pid, pidfd, &directory, Cgroup::of_process(*pid)).ok()
+        });
+        if worker.is_some() {
+            let socket = spawn::worker_socket(&directory);
+            let why = Why::for_now(format!("nothing answers at its socket {}", socket.display()));
+            *found = Some(Found::Stray { worker, why });
+        }
+    }
+}
+
 /// Looks who is in the place of a VM's worker.
-async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
-    let until = Instant::now() + host::scaled(WORKER_PATIENCE);
+pub(super) async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
+    let until = Instant::now() + host::scaled(MEETING);
     let gone = || match spawn::worker_log(directory).exists() {
         true => Found::Ended(end_in_log(&spawn::log_tail(directory))),
         false => Found::Never,
@@ -242,7 +247,7 @@ async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }
-            Err(Errno::AGAIN) => return Found::Stray { worker: None, why: "it takes no connection".to_owned() },
+            Err(Errno::AGAIN) => return Found::Stray { worker: None, why: Why::for_now("it takes no connection") },
             Err(_) => return gone(),
         };
         let stranger = |what: &str| {
@@ -273,9 +278,9 @@ async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }
-            Err(Silence::Closed) => "it hangs up".to_owned(),
-            Err(Silence::TimeOver) => "it says nothing".to_owned(),
-            Err(Silence::Garbage(error)) => format!("it is of another build ({error})"),
+            Err(Silence::Closed) => Why::for_now("it hangs up"),
+            Err(Silence::TimeOver) => Why::for_now("it says nothing"),
+            Err(Silence::Garbage(error)) => Why::for_ever(format!("it is of another build ({error})")),
         };
         if is_worker(pid, name) {
             return Found::Stray { worker: Some((handle, watch)), why };
@@ -336,7 +341,7 @@ fn end_of(words: FromWorker) -> VmEnd {
 }
 
 impl RememberedVm {
-    fn spec(&self) -> Result<VmSpec, Refusal> {
+    pub(super) fn spec(&self) -> Result<VmSpec, Refusal> {
         let mut spec = self.config.spec(&self.name)?;
         spec.group.clone_from(&self.group);
         spec.instance = self.instance;
@@ -444,7 +449,7 @@ impl Actor {
     }
 
     /// Charges pages that are there, whatever the limits.
-    fn charge_whatever(&mut self, node: NodeId, pages: Pages) {
+    pub fn charge_whatever(&mut self, node: NodeId, pages: Pages) {
         let charged = self.tree.try_charge(node, pages, Mode::NoFail);
         let _crossed = charged.expect("what fits into RAM fits into a counter");
     }
@@ -483,7 +488,7 @@ impl Actor {
     }
 
     /// A VM that has ended before this controller began. `end`: nobody was there to see it.
-    fn restore_ended(&mut self, remembered: &RememberedVm, end: Option<VmEnd>) -> Result<(), Refusal> {
+    pub fn restore_ended(&mut self, remembered: &RememberedVm, end: Option<VmEnd>) -> Result<(), Refusal> {
         let (id, node) = self.create_again(remembered.spec()?, None)?;
         let (to_worker, _) = mpsc::channel(1);
         self.attach(id, Box::new(Nobody), to_worker)?;
@@ -504,92 +509,5 @@ impl Actor {
             }
         }
         Ok(())
-    }
-
-    /// A worker runs that cannot be taken over.
-    fn leave_alone(
-        &mut self,
-        name: String,
-        vm: Option<RememberedVm>,
-        worker: Option<WorkerHandle>,
-        why: String,
-    ) -> Result<(), Refusal> {
-        let mut node = None;
-        if let Some(vm) = &vm {
-            let spec = vm.spec()?;
-            let most = spec.size + Cost::most(spec.size).total() + super::vm::reserve(spec.cpus) + STOCK_CAP;
-            let at = self.add_node(self.group_for(&spec.group)?, &spec)?;
-            if spec.accounting {
-                self.charge_what_is_there(at, &spec.overhead);
-                let most = spec.limits.max.and_then(Limit::as_pages).map_or(most, |max| max.min(most));
-                self.charge_whatever(at, most);
-            }
-            node = Some(at);
-        }
-        let pid = worker.as_ref().map(WorkerHandle::pid);
-        tracing::error!(vm = name, pid, "the worker runs and is not taken over: {why}");
-        self.event(EventKind::NotAdopted, Some(&name), json!({ "pid": pid, "reason": why }));
-        self.strays.insert(name, Stray { worker, why, node, vm, removers: Vec::new() });
-        Ok(())
-    }
-
-    /// The process of a stray has ended.
-    fn stray_ended(&mut self, name: &str) {
-        let Some(stray) = self.strays.remove(name) else { return };
-        if let Some(node) = stray.node {
-            self.discard(node);
-        }
-        if let Some(worker) = stray.worker {
-            worker.tidy();
-        }
-        if stray.removers.is_empty() {
-            if let Some(vm) = stray.vm {
-                let end = VmEnd::Died { message: "ended, unattended".to_owned() };
-                let restored = self.restore_ended(&vm, Some(end));
-                debug_assert!(restored.is_ok(), "its name was kept free");
-            }
-            return;
-        }
-        self.remember(Entry::Gone { vm: name.to_owned() });
-        self.event(EventKind::Removed, Some(name), json!({}));
-        for reply in stray.removers {
-            answer(reply, Ok(()));
-        }
-    }
-
-    /// Ends a stray for somebody at the interface; `unknown` is the answer when there is none.
-    pub fn remove_stray(&mut self, name: &str, unknown: Refusal, reply: Reply<()>) {
-        match self.strays.get_mut(name) {
-            Some(Stray { worker: Some(worker), removers, .. }) => {
-                worker.kill();
-                removers.push(reply);
-            }
-            _ => answer(reply, Err(unknown)),
-        }
-    }
-
-    /// What is said of a name that no VM here has.
-    pub fn unknown(&self, name: &str) -> Refusal {
-        let Some(stray) = self.strays.get(name) else {
-            return Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here"));
-        };
-        let pid = stray.worker.as_ref().map_or("unknown".to_owned(), |worker| worker.pid().to_string());
-        let message = format!(
-            "the worker of the VM {name:?} (process {pid}) could not be taken over: {}; start the ballast that made it, or \
-             end it with `ballast rm {name}`",
-            stray.why
-        );
-        Refusal::new(Code::WrongState, message)
-    }
-
-    /// Refuses the name of a stray to others.
-    ///
-    /// # Errors
-    /// When one has it.
-    pub fn no_stray(&self, name: &str) -> Result<(), Refusal> {
-        if !self.strays.contains_key(name) {
-            return Ok(());
-        }
-        Err(Refusal { code: Code::AlreadyExists, ..self.unknown(name) })
     }
 }

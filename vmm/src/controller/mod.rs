@@ -35,6 +35,7 @@ pub mod spawn;
 mod squeeze;
 pub mod start;
 pub mod stop;
+mod strays;
 #[cfg(test)]
 mod tests;
 pub mod view;

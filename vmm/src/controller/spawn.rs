@@ -522,6 +522,11 @@ impl WorkerHandle {
         self.pid
     }
 
+    /// The VM's directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Sends SIGKILL; harmless when it is dead already.
     pub fn kill(&self) {
         if let Err(error) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
