@@ -211,7 +211,7 @@ impl Actor {
         }
         for group in charge.crossed_high.iter().filter(|at| *at != node) {
             self.target_event(EventKind::HighCrossed, Target::Group(group), json!({}));
-            self.squeeze(group);
+            self.squeeze_soon(group);
         }
         charge.pages.0
     }

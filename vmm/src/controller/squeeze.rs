@@ -32,7 +32,7 @@ use super::vm::VmId;
 /// Time between two looks at a group that gives.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// A group whose VMs have aims.
+/// A group whose VMs have aims, or that is above its high.
 pub(super) struct Squeeze {
     aims: BTreeMap<VmId, Pages>,
     /// When it is looked at again.
@@ -44,6 +44,13 @@ impl Actor {
     pub fn aim(&self, id: VmId) -> Limit {
         let above = self.tree.ancestry(self.vms[&id].node).filter_map(|at| self.squeezed.get(&at)?.aims.get(&id));
         above.min().map_or(Limit::Max, |aim| Limit::Pages(*aim))
+    }
+
+    /// A group has gone above its high. Usage may cross it many times a second; once a second is looked at anyway.
+    pub fn squeeze_soon(&mut self, group: NodeId) {
+        if !self.squeezed.contains_key(&group) {
+            self.squeeze(group);
+        }
     }
 
     /// Looks at a group whose usage or limits have changed.
@@ -63,7 +70,8 @@ impl Actor {
             None => BTreeMap::new(),
         };
         let concerned: Vec<_> = before.keys().chain(aims.keys()).copied().collect();
-        if !aims.is_empty() {
+        // Above its high it is looked at again also when nobody can give: a guest's driver may come later.
+        if !aims.is_empty() || high.is_some_and(|high| usage > high) {
             self.squeezed.insert(group, Squeeze { aims, next: Instant::now() + host::scaled(EVERY) });
         }
         for id in concerned {

@@ -378,6 +378,23 @@ async fn a_group_s_need_is_spread_over_the_balloons_of_its_vms() {
     assert_eq!(targets(controller.list().await.expect("listed")), [0, 0, 0]);
 }
 
+/// A group that is above its high asks those whose driver comes later, too.
+/// Semantics: 41.
+#[tokio::test(start_paused = true)]
+async fn a_driver_that_comes_when_its_group_is_above_its_high_is_asked() {
+    let controller = groups(3000, 4096).await;
+    let mut booting = member(&controller, "a", "/gold", 2500).await;
+    assert_eq!(vm(&controller, "a").await.balloon.target_bytes, 0, "it has no driver yet");
+    booting.report.balloon_ready = true;
+    booting.tell().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(vm(&controller, "a").await.balloon.target_bytes > 0);
+    // It gives all that it has to, and gets it back when its group is not in its way any more.
+    booting.free(1000).await;
+    controller.change_group("/gold", change(Limit::Max)).await.expect("raised");
+    assert_eq!(vm(&controller, "a").await.balloon.target_bytes, 0);
+}
+
 /// A group that is removed while memory of its VMs is not back is shown with what is left, and its path is free.
 /// Semantics: 13, 20, 90.
 #[tokio::test(start_paused = true)]
