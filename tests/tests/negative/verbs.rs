@@ -199,3 +199,57 @@ fn output_that_cannot_be_written_is_an_error() {
         fails(command, words);
     }
 }
+
+/// A controller whose process is stopped has a socket, and takes no connections: the queue is full soon.
+#[test]
+fn a_controller_that_is_stopped_holds_nobody_up() {
+    let place = Place::new();
+    let stopped = UnixListener::bind(place.path("one.sock")).expect("a socket can be made");
+    rustix::net::listen(&stopped, 1).expect("a short queue");
+    let other = UnixListener::bind(place.path("two.sock")).expect("a socket can be made");
+    // Answers everybody the same, for as long as this test runs.
+    std::thread::spawn(move || {
+        for stream in other.incoming() {
+            use std::io::{Read, Write};
+            let mut stream = stream.expect("a connection");
+            if stream.read(&mut [0; 1024]).is_ok_and(|length| length > 0) {
+                // Whoever has hung up does not mind.
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
+            }
+        }
+    });
+    let (directory, socket) = (place.path(""), place.path("one.sock"));
+    let silent = "one.sock has not answered for 5 s: its process is stopped";
+    std::thread::scope(|scope| {
+        for verb in VERBS.into_iter().chain([&["stop"][..], &["console"], &["console", "--no-follow"]]) {
+            let (directory, socket) = (&directory, &socket);
+            scope.spawn(move || about("one", directory, verb).refused(1, silent, &verb));
+            scope.spawn(move || about("web", socket, verb).refused(1, silent, &verb));
+        }
+        for words in [&["check"][..], &["oom", "rank"], &["group", "ls"], &["rm", "web"], &["events"]] {
+            let mut command = program(words);
+            command.arg("--socket").arg(&socket);
+            scope.spawn(move || finish(command).refused(1, silent, &words));
+        }
+        scope.spawn(|| {
+            let mut ps = program(&["ps", "--socket"]);
+            ps.arg(&directory);
+            let said = finish(ps);
+            assert_eq!(said.status, Some(1), "{said:?}");
+            assert!(said.out.starts_with("NAME") && said.err.contains(silent), "{said:?}");
+        });
+        scope.spawn(|| {
+            let mut top = program(&["top", "--batch", "--socket"]);
+            top.arg(&socket);
+            let said = finish(top);
+            assert!(said.out.contains("one.sock has not answered"), "{said:?}");
+        });
+        scope.spawn(|| {
+            if !skipped("stopped-serve") {
+                let mut serve = program(&["serve", "--socket"]);
+                serve.arg(&socket);
+                finish(serve).refused(1, "one.sock is in use by a running VM", &"serve");
+            }
+        });
+    });
+}

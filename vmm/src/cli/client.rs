@@ -1,6 +1,16 @@
 //! Requests to a controller: HTTP/1.1 over its unix socket.
+//!
+//! A request may take long: a limit that is waited for, a guest that powers itself off. A controller that is stopped never
+//! answers. What tells one from the other is that a controller answers a small question at once, whatever else it is asked:
+//!
+//! ```text
+//!  request ──── PATIENCE ────► GET /host ──┬─ answered: wait on, for another PATIENCE
+//!     └ answered: done                     └─ not within PATIENCE: it is silent
+//! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -8,18 +18,74 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
 
 use super::socket::deserted;
-use super::{Failure, NOT_REACHED};
+use super::{DONE, Failure, NOT_REACHED, usage};
 use crate::chain::chain;
 use crate::controller::error::{Code, Refusal};
+use crate::controller::host::scaled;
+
+/// How long nothing may be heard of a controller before it is asked whether it is there, and how long it may take to say so.
+const PATIENCE: Duration = Duration::from_millis(2500);
+
+/// Time between two attempts to connect with one at whom as many wait already as may.
+const CONNECT_AGAIN: Duration = Duration::from_millis(20);
+
+/// Waits for what a controller is to answer, for as long as that lives.
+///
+/// # Errors
+/// When it is silent.
+pub async fn awaited<T>(socket: &Path, answer: impl Future<Output = T>) -> Result<T, Failure> {
+    let patience = scaled(PATIENCE);
+    let mut answer = pin!(answer);
+    loop {
+        if let Ok(answer) = timeout(patience, &mut answer).await {
+            return Ok(answer);
+        }
+        let question = timeout(patience, send(socket, Method::GET, "/host", String::new()));
+        tokio::select! {
+            answer = &mut answer => return Ok(answer),
+            alive = question => match alive {
+                Ok(Ok(_)) => {}
+                // It takes no more requests, but may still answer those that it has.
+                Ok(Err(failure)) => return timeout(patience, answer).await.map_err(|_| failure),
+                Err(_) => return Err(silent(socket)),
+            }
+        }
+    }
+}
+
+fn silent(socket: &Path) -> Failure {
+    Failure::error(format!(
+        "the controller at {} has not answered for {} s: its process is stopped or has too little CPU time; kill -CONT lets \
+         a stopped one go on, which then does what it was asked",
+        socket.display(),
+        (2 * scaled(PATIENCE)).as_secs()
+    ))
+}
 
 /// Sends a request and returns the answer with its body still to come.
+///
+/// # Errors
+/// When it is not answered.
 pub async fn open(socket: &Path, method: Method, target: &str, body: String) -> Result<Response<Incoming>, Failure> {
+    awaited(socket, send(socket, method, target, body)).await?
+}
+
+/// [`open`], however long that takes.
+async fn send(socket: &Path, method: Method, target: &str, body: String) -> Result<Response<Incoming>, Failure> {
     let lost = |error: &dyn std::error::Error| {
         Failure::error(format!("the controller at {} does not answer: {}", socket.display(), chain(error)))
     };
-    let stream = tokio::net::UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+    let stream = loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => sleep(CONNECT_AGAIN).await,
+            stream => break stream,
+        }
+    };
+    let stream = stream.map_err(|error| match error.kind() {
         std::io::ErrorKind::ConnectionRefused => deserted(socket),
         std::io::ErrorKind::PermissionDenied => {
             Failure::error(format!("no permission to use {}: only the user who started the VM may", socket.display()))
@@ -50,11 +116,49 @@ pub async fn request(
     target: &str,
     body: String,
 ) -> Result<(StatusCode, Bytes), Failure> {
-    let answer = open(socket, method, target, body).await?;
-    let status = answer.status();
-    let body = answer.into_body().collect().await;
+    let answer = async {
+        let answer = send(socket, method, target, body).await?;
+        Ok((answer.status(), answer.into_body().collect().await))
+    };
+    let (status, body) = awaited(socket, answer).await??;
     let body = body.map_err(|error| Failure::error(format!("the answer was cut off: {}", chain(&error))))?.to_bytes();
     if status.is_success() { Ok((status, body)) } else { Err(refused(status, &body)) }
+}
+
+/// Asks all of these controllers the same at once, and waits until each has answered or is known not to.
+pub async fn ask_all<T>(sockets: &[PathBuf], target: &str) -> Vec<Result<T, Failure>>
+where
+    T: DeserializeOwned + Send + 'static,
+{
+    let ask = |socket: &PathBuf| {
+        let (socket, target) = (socket.clone(), target.to_owned());
+        tokio::spawn(async move { decode(&request(&socket, Method::GET, &target, String::new()).await?.1) })
+    };
+    let mut answers = Vec::new();
+    for asked in sockets.iter().map(ask).collect::<Vec<_>>() {
+        answers.push(asked.await.unwrap_or_else(|error| Err(Failure::error(error.to_string()))));
+    }
+    answers
+}
+
+/// [`ask_all`]: the answers, each with its socket, and the exit status. One that does not answer, or has just ended, does
+/// not hide the others: that is said on stderr.
+pub async fn answers<T>(sockets: Vec<PathBuf>, target: &str) -> (Vec<(PathBuf, T)>, u8)
+where
+    T: DeserializeOwned + Send + 'static,
+{
+    let (mut answers, mut status) = (Vec::new(), DONE);
+    let asked = ask_all(&sockets, target).await;
+    for (socket, answer) in sockets.into_iter().zip(asked) {
+        match answer {
+            Ok(answer) => answers.push((socket, answer)),
+            Err(failure) => {
+                eprintln!("ballast: {}", usage::printable(&failure.message));
+                status = failure.status;
+            }
+        }
+    }
+    (answers, status)
 }
 
 /// The failure that an answer from 400 upwards stands for.
@@ -71,4 +175,44 @@ pub fn refused(status: StatusCode, body: &[u8]) -> Failure {
 /// Reads an answer's JSON.
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(body).map_err(|error| Failure::error(format!("the answer makes no sense: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    /// Takes a connection with the request at its beginning, of which the first line is given.
+    fn take(listener: &UnixListener) -> (UnixStream, String) {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = [0; 1024];
+        let length = stream.read(&mut head).unwrap();
+        let head = String::from_utf8_lossy(&head[..length]).into_owned();
+        (stream, head.lines().next().unwrap_or_default().to_owned())
+    }
+
+    fn answer(mut stream: &UnixStream, body: &str) {
+        write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_controller_that_is_there_may_take_its_time() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("a.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let controller = std::thread::spawn(move || {
+            let (long, first) = take(&listener);
+            let (question, second) = take(&listener);
+            answer(&question, "{}");
+            let (again, third) = take(&listener);
+            answer(&again, "{}");
+            answer(&long, "[7]");
+            [first, second, third]
+        });
+        let answers: Vec<Result<Vec<u32>, _>> = ask_all(std::slice::from_ref(&path), "/long").await;
+        assert_eq!(answers[0].as_ref().unwrap(), &[7]);
+        assert_eq!(controller.join().unwrap(), ["GET /long HTTP/1.1", "GET /host HTTP/1.1", "GET /host HTTP/1.1"]);
+    }
 }

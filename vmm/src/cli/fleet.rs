@@ -1,14 +1,12 @@
 //! `create`, `ps` and `rm`: the VMs of `ballast serve`.
 
-use std::path::Path;
-
 use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{group_path, name};
 use super::verbs::each;
 use super::vm_args::VmArgs;
-use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket, usage};
+use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket};
 use crate::controller::view::{VmState, VmView};
 
 /// `ballast create`.
@@ -85,18 +83,8 @@ pub struct PsArgs {
 
 /// Lists the VMs of `serve` and of every `run`.
 pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
-    let mut vms: Vec<VmView> = Vec::new();
-    let mut status = DONE;
-    for socket in socket::all(&args.socket)? {
-        match list(&socket).await {
-            Ok(list) => vms.extend(list),
-            // One that does not answer, or has just ended, does not hide the others.
-            Err(failure) => {
-                eprintln!("ballast: {}", usage::printable(&failure.message));
-                status = failure.status;
-            }
-        }
-    }
+    let (lists, status) = client::answers::<Vec<VmView>>(socket::all(&args.socket)?, "/vms").await;
+    let mut vms: Vec<_> = lists.into_iter().flat_map(|(_, list)| list).collect();
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     if args.json {
         output::json(&vms)?
@@ -104,12 +92,6 @@ pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
         output::print(table(&vms))?
     };
     Ok(status)
-}
-
-/// The VMs of one controller.
-async fn list(socket: &Path) -> Result<Vec<VmView>, Failure> {
-    let (_, body) = client::request(socket, Method::GET, "/vms", String::new()).await?;
-    client::decode(&body)
 }
 
 /// One line for each VM, in columns as wide as what is in them.

@@ -1,11 +1,12 @@
 //! `check` and `oom rank`: looking at a whole host.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 
 use hyper::Method;
 use memcg_core::units::human;
 
-use super::{DONE, ERROR, Failure, SocketArg, client, output, show, socket};
+use super::{ERROR, Failure, SocketArg, client, output, show, socket};
 use crate::controller::check::CheckView;
 use crate::controller::rank::{RankView, RankedView};
 use crate::controller::view::{OomAction, OomPreference};
@@ -26,30 +27,26 @@ pub async fn check(args: CheckArgs) -> Result<u8, Failure> {
     if sockets.is_empty() {
         return Err(socket::none_runs());
     }
-    let mut status = DONE;
-    let mut views = Vec::new();
-    for socket in &sockets {
-        let (_, body) = client::request(socket, Method::GET, "/check", String::new()).await?;
-        let view: CheckView = client::decode(&body)?;
-        if !view.ok {
-            status = ERROR;
-        }
-        views.push((socket.display().to_string(), view));
+    let only = sockets.len() == 1;
+    let (views, mut status) = client::answers::<CheckView>(sockets, "/check").await;
+    if views.iter().any(|(_, view)| !view.ok) {
+        status = ERROR;
     }
     match views.as_slice() {
-        [(_, only)] if args.json => output::json(only)?,
-        all if args.json => output::json(&all.iter().map(|(_, view)| view).collect::<Vec<_>>())?,
+        [] => {}
+        [(_, view), ..] if args.json && only => drop(output::json(view)?),
+        all if args.json => drop(output::json(&all.iter().map(|(_, view)| view).collect::<Vec<_>>())?),
         all => {
-            let of = |socket| (all.len() > 1).then_some(socket);
-            output::print(all.iter().map(|(socket, view)| report(of(socket), view)).collect::<String>())?
+            let report = |(socket, view): &(PathBuf, _)| report((!only).then_some(socket), view);
+            output::print(all.iter().map(report).collect::<String>())?;
         }
-    };
+    }
     Ok(status)
 }
 
 /// The findings, one a line.
-fn report(socket: Option<&String>, view: &CheckView) -> String {
-    let mut out = socket.map(|socket| format!("{socket}\n")).unwrap_or_default();
+fn report(socket: Option<&Path>, view: &CheckView) -> String {
+    let mut out = socket.map(|socket| format!("{}\n", socket.display())).unwrap_or_default();
     for invariant in &view.invariants {
         let verdict = if invariant.ok { "ok" } else { "WRONG" };
         // Writing to a string cannot fail.
@@ -149,7 +146,7 @@ mod tests {
         let invariants = vec![invariant("limits", true, "fine"), invariant("parts", false, "web: 7 pages too many")];
         let view = CheckView { ok: false, invariants };
         assert_eq!(report(None, &view), "ok     limits     fine\nWRONG  parts      web: 7 pages too many\n");
-        assert!(report(Some(&"/run/a.sock".to_owned()), &view).starts_with("/run/a.sock\nok "));
+        assert!(report(Some(Path::new("/run/a.sock")), &view).starts_with("/run/a.sock\nok "));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Where sockets are: `--socket`, `$BALLAST_SOCKET`, else the user's or the system's directory.
 
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::{Failure, SocketArg};
+use crate::api::server::knock;
 
 /// The directory for everybody.
 const SYSTEM: &str = "/run/ballast";
@@ -48,13 +48,13 @@ pub fn to_reach_service(arg: &SocketArg) -> Result<PathBuf, Failure> {
     })
 }
 
-/// The first socket at which somebody answers, else the first that is there.
+/// The first socket at which somebody listens, else the first that is there.
 fn first_of(candidates: &[PathBuf]) -> Result<Option<PathBuf>, Failure> {
     let there: Vec<_> = candidates.iter().filter(|path| path.exists()).collect();
     let found = match there.as_slice() {
         [] => return Ok(None),
         [only] => only,
-        [first, ..] => there.iter().find(|path| UnixStream::connect(path).is_ok()).unwrap_or(first),
+        [first, ..] => there.iter().find(|path| knock(path).is_ok()).unwrap_or(first),
     };
     check_socket(found)?;
     Ok(Some(found.to_path_buf()))
@@ -171,7 +171,7 @@ pub fn deserted(socket: &Path) -> Failure {
     })
 }
 
-/// Sockets in `dir` at which somebody answers.
+/// Sockets in `dir` at which somebody listens.
 fn sockets_in(dir: &Path) -> Vec<PathBuf> {
     let mut found: Vec<_> = std::fs::read_dir(dir)
         .into_iter()
@@ -180,7 +180,7 @@ fn sockets_in(dir: &Path) -> Vec<PathBuf> {
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "sock"))
-        .filter(|path| UnixStream::connect(path).is_ok())
+        .filter(|path| knock(path).is_ok())
         .collect();
     found.sort();
     found

@@ -12,10 +12,9 @@
 mod screen;
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use hyper::Method;
 use ratatui::crossterm::event::{self, Event as Input, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::widgets::Paragraph;
 use tokio::sync::mpsc;
@@ -28,9 +27,6 @@ use screen::{Screen, Sort};
 
 /// Time between two refreshes.
 const REFRESH: Duration = Duration::from_secs(1);
-
-/// How long a controller may take to answer before the others are shown without it.
-const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Refreshes after which controllers are looked for again.
 const LOOK_AROUND: u32 = 10;
@@ -105,13 +101,11 @@ impl Drop for Terminal {
 async fn follow(
     terminal: &mut Terminal,
     mut screen: Screen,
-    mut sources: Sources,
+    sources: Sources,
     mut signals: Signals,
 ) -> Result<u8, Failure> {
     let mut keys = keys();
-    let mut clock = tokio::time::interval_at(Instant::now() + REFRESH, REFRESH);
-    // A terminal that was stopped for a while has nothing to catch up on.
-    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut answers = answers(sources);
     loop {
         terminal.draw(&mut screen)?;
         tokio::select! {
@@ -125,8 +119,8 @@ async fn follow(
                 Some(_) => {}
                 None => return Ok(DONE),
             },
-            _ = clock.tick() => {
-                let (overviews, troubles) = sources.ask().await?;
+            Some(answer) = answers.recv() => {
+                let (overviews, troubles) = answer?;
                 screen.show(overviews, troubles);
             }
         }
@@ -144,6 +138,23 @@ fn keys() -> mpsc::UnboundedReceiver<Input> {
         }
     });
     keys
+}
+
+/// What the controllers answer, every second: keys do not wait for one that is silent.
+fn answers(mut sources: Sources) -> mpsc::Receiver<Answers> {
+    let (sender, answers) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut clock = tokio::time::interval_at(Instant::now() + REFRESH, REFRESH);
+        // A terminal that was stopped for a while has nothing to catch up on.
+        clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            clock.tick().await;
+            if sender.send(sources.ask().await).await.is_err() {
+                return;
+            }
+        }
+    });
+    answers
 }
 
 /// Does what a key says. False: that was enough.
@@ -170,6 +181,9 @@ fn obey(screen: &mut Screen, key: KeyEvent) -> bool {
     true
 }
 
+/// What controllers answer, and what is wrong with those that do not.
+type Answers = Result<(Vec<Overview>, Vec<String>), Failure>;
+
 /// The controllers that are asked.
 struct Sources {
     arg: SocketArg,
@@ -178,8 +192,8 @@ struct Sources {
 }
 
 impl Sources {
-    /// What they answer, and what is wrong with those that do not.
-    async fn ask(&mut self) -> Result<(Vec<Overview>, Vec<String>), Failure> {
+    /// Asks them.
+    async fn ask(&mut self) -> Answers {
         if self.asked.is_multiple_of(LOOK_AROUND) || self.sockets.is_empty() {
             self.sockets = socket::all(&self.arg)?;
         }
@@ -188,11 +202,10 @@ impl Sources {
             return Err(socket::none_runs());
         }
         let (mut overviews, mut troubles) = (Vec::new(), Vec::new());
-        for socket in &self.sockets {
-            match tokio::time::timeout(PATIENCE, overview(socket)).await {
-                Ok(Ok(overview)) => overviews.push(overview),
-                Ok(Err(failure)) => troubles.push(failure.message),
-                Err(_) => troubles.push(format!("the controller at {} does not answer", socket.display())),
+        for answer in client::ask_all(&self.sockets, &format!("/overview?events={EVENTS}")).await {
+            match answer {
+                Ok(overview) => overviews.push(overview),
+                Err(failure) => troubles.push(failure.message),
             }
         }
         if overviews.is_empty() {
@@ -201,12 +214,6 @@ impl Sources {
         }
         Ok((overviews, troubles))
     }
-}
-
-async fn overview(socket: &Path) -> Result<Overview, Failure> {
-    let target = format!("/overview?events={EVENTS}");
-    let (_, body) = client::request(socket, Method::GET, &target, String::new()).await?;
-    client::decode(&body)
 }
 
 /// Whether there is a terminal whose cursor can be moved. One without a kind may print what is meant to move it.

@@ -264,7 +264,10 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
     let status = answer.status();
     let mut body = answer.into_body();
     let mut pending = Vec::new();
-    while let Some(frame) = body.frame().await {
+    loop {
+        // Nothing may happen for as long as one likes.
+        let frame = if args.follow { body.frame().await } else { client::awaited(&socket, body.frame()).await? };
+        let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| Failure::error(format!("the events were cut off: {error}")))?;
         let Ok(data) = frame.into_data() else {
             continue;
