@@ -1,9 +1,9 @@
 //! Does a worker hold what it says? A worker is believed only as far as the host bears it out.
 //!
-//! Every minute, when it is taken over, and when somebody checks, the host is asked how much of guest RAM is resident and how much private memory
-//! the worker has in all; the actor compares that with what it has charged. No guess is in it: a page is charged before
-//! it is filled and given up before it is uncharged, so at no moment can more be resident than was charged at its
-//! beginning and granted since.
+//! Every minute, when it is taken over, and when somebody checks, the host is asked how much of guest RAM is resident and
+//! how much private memory the worker has in all; the actor compares that with what it has charged. No guess is in it: a
+//! page is charged before it is filled and given up before it is uncharged, so at no moment can more be resident than was
+//! charged at its beginning and granted since.
 //!
 //! ```text
 //!  actor: granted, charged ─► a thread: PAGEMAP_SCAN, RssAnon ─► actor: granted meanwhile ─► compare
