@@ -456,3 +456,30 @@ fn a_full_group_whose_vms_are_all_paused_is_at_rest() {
         serve.wait_state(name, "running");
     }
 }
+
+#[test]
+fn one_whose_group_has_no_room_is_told_to_raise_the_group_s_limit() {
+    if skipped("groups-advice") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/p", json!({ "max_bytes": 24 * MIB }));
+    serve.good("PUT", "/groups/p/q", json!({}));
+    let mut config = guest("/p/q", "touch 8M 48M; shell", json!({}));
+    config["oom"] = json!({ "action": "pause", "deadline_ms": 100 });
+    serve.good("PUT", "/vms/web", config);
+    serve.wait_state("web", "paused");
+    let (status, said) = serve.words(&["resume", "web"]);
+    assert_eq!(status, Some(1), "{said}");
+    let advice = "more than the limit of /p leaves: raise it with `ballast group set /p memory.max=…`";
+    assert!(said.contains(advice), "{said}");
+    // The VM's own is the one to raise where that leaves it less.
+    serve.good("PATCH", "/vms/web/memory?mode=force", json!({ "max_bytes": 16 * MIB }));
+    let (status, said) = serve.words(&["resume", "web"]);
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("more than its limit leaves: raise it with `ballast set web memory.max=…`"), "{said}");
+    serve.good("PATCH", "/vms/web/memory", json!({ "max_bytes": null }));
+    assert_eq!(serve.words(&["group", "set", "/p", "memory.max=64M"]).0, Some(0));
+    assert_eq!(serve.words(&["resume", "web"]).0, Some(0));
+    serve.wait_console("web", "READY");
+}

@@ -256,6 +256,15 @@ impl Tree {
         self.ancestry(id).filter_map(|at| self.node(at).room(Counter::Memory)).min()
     }
 
+    /// Whose limit leaves `id` the least room, the nearest of those that leave the same; `None` as for [`Self::margin`].
+    pub fn narrowest(&self, id: NodeId) -> Option<NodeId> {
+        if self.node(id).accounting == Accounting::Off {
+            return None;
+        }
+        let rooms = self.ancestry(id).filter_map(|at| Some((self.node(at).room(Counter::Memory)?, at)));
+        rooms.min_by_key(|(room, _)| *room).map(|(_, at)| at)
+    }
+
     /// The stock that the VM `id` may hold: at most 8 MiB, one eighth of its room, and its part of one eighth of each
     /// group's room ([`reclaim::stock_max`]).
     pub fn stock_max(&self, id: NodeId) -> Pages {

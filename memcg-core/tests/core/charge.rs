@@ -65,6 +65,24 @@ fn a_large_charge_is_all_or_nothing() {
     assert_eq!((node.failcnt, node.batch_misses), (0, 2), "batch misses are no failures");
 }
 
+/// A refusal names a limit; advice must name the one that is in the way, wherever that is.
+#[test]
+fn the_narrowest_limit_is_found_at_any_level_and_the_nearest_of_several() {
+    let mut f = family();
+    let root = f.tree.root();
+    assert_eq!(f.tree.narrowest(f.vm), None);
+    f.max(root, 50);
+    assert_eq!(f.tree.narrowest(f.vm), Some(root));
+    f.max(f.group, 50);
+    assert_eq!(f.tree.narrowest(f.vm), Some(f.group), "of the same");
+    f.max(f.vm, 60);
+    assert_eq!((f.tree.narrowest(f.vm), f.tree.narrowest(root)), (Some(f.group), Some(root)));
+    f.max(f.vm, 20);
+    assert_eq!(f.tree.narrowest(f.vm), Some(f.vm));
+    let _ = f.tree.try_charge(f.sibling, Pages(40), Mode::Wait).unwrap();
+    assert_eq!(f.tree.narrowest(f.vm), Some(f.group), "what others use counts");
+}
+
 /// After a forced change usage may be above the limit: that leaves no room, rather than a huge one.
 /// Semantics: 83, B1.
 #[test]

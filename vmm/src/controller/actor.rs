@@ -382,8 +382,9 @@ impl Actor {
             let vm = &self.vms[&id];
             let (name, need) = (vm.name.clone(), Pages(vm.need()));
             let usage = self.tree.snapshot(vm.node).memory.usage;
+            let (limit, raise) = self.limit_in_the_way(id);
             let message = format!(
-                "the VM {name:?} needs {} more than its limit leaves: raise it with `ballast set {name} memory.max=…`",
+                "the VM {name:?} needs {} more than {limit} leaves: raise it with `{raise}`",
                 memcg_core::units::human(need.bytes())
             );
             let details = self.account(id, json!({ "missing_bytes": need.bytes() }));

@@ -121,7 +121,9 @@ impl Code {
             Self::NoSuchGroup => "a group that is named is not here: make it first with `PUT /groups/{path}`",
             Self::NotEmpty => "the group has VMs or groups in it: remove or move those first",
             Self::WrongState => "the VM has ended, is starting, or is otherwise not as it must be: look at its `state`",
-            Self::ResumeRefused => "the memory that the VM needs does not fit: raise its `max_bytes`, then resume",
+            Self::ResumeRefused => {
+                "the memory that the VM needs does not fit: raise `max_bytes` of the VM or group whose limit is in its way, then resume"
+            }
             Self::AlreadyExists => {
                 "another VM or group of this name is here: choose another name, or `DELETE` that one first"
             }

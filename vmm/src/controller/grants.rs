@@ -216,6 +216,15 @@ impl Actor {
         charge.pages.0
     }
 
+    /// The limit that leaves a VM the least, its own or that of a group that it is in, and the words that raise it.
+    pub fn limit_in_the_way(&self, id: VmId) -> (String, String) {
+        let vm = &self.vms[&id];
+        match self.tree.narrowest(vm.node).filter(|at| *at != vm.node).map(|at| self.tree.path(at)) {
+            Some(group) => (format!("the limit of {group}"), format!("ballast group set {group} memory.max=…")),
+            None => ("its limit".to_owned(), format!("ballast set {} memory.max=…", vm.name)),
+        }
+    }
+
     /// Those who share with a VM the limit that is in its way, and hold stock.
     fn neighbours(&self, id: VmId) -> Vec<VmId> {
         let vm = &self.vms[&id];
@@ -425,7 +434,8 @@ impl Actor {
         match action {
             OomAction::Pause => {
                 // Whoever looks at its console sees a guest that has stopped.
-                tracing::warn!(vm = name, "held at its limit for too long, now paused: raise its memory.max");
+                let (limit, raise) = self.limit_in_the_way(id);
+                tracing::warn!(vm = name, "held at {limit} for too long, now paused: raise it with `{raise}`");
                 self.pause(id, PausedBy::Policy, None);
             }
             OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Policy)),
