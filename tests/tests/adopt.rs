@@ -230,7 +230,12 @@ fn vms_that_are_to_be_left_running_are_left_and_taken_over() {
         serve.signal(libc::SIGTERM);
         assert_eq!(serve.wait(10).code(), Some(0));
         assert!(is_alive(pid(&view)));
-        assert_eq!(serve.left(), [serve.state()], "no socket");
+        for words in [&["ps"][..], &["ps", "--json"], &["show", "web"], &["check"], &["group", "ls"]] {
+            let said = serve.verb(words);
+            let err = String::from_utf8_lossy(&said.stderr);
+            assert_eq!((said.status.code(), said.stdout.len()), (Some(1), 0), "{words:?}: {err}");
+            assert!(err.contains("its VMs run on, and `ballast serve`, started as it was, takes them over"), "{err}");
+        }
         serve.again();
         assert_eq!(pid(&exact(&serve, "web")), pid(&view));
         let (status, same) = serve.ask("PUT", "/vms/web", Some(&shell()));
@@ -238,6 +243,9 @@ fn vms_that_are_to_be_left_running_are_left_and_taken_over() {
     }
     assert_eq!(serve.ask("DELETE", "/vms/web", None).0, 204);
     assert!(!is_alive(pid(&view)));
+    serve.signal(libc::SIGTERM);
+    assert_eq!(serve.wait(10).code(), Some(0));
+    assert_eq!(serve.left(), [] as [PathBuf; 0], "no VM is left, nor a socket that says so");
 }
 
 #[test]

@@ -71,11 +71,18 @@ pub struct Bound {
     file: SocketFile,
 }
 
-/// The file of a socket that this process has made.
+/// The file of a socket that this process has made; removed when it is dropped.
 #[derive(Debug)]
-struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    /// Leaves the file where it is: the next one replaces it, and clients learn from it that there is to be a next one.
+    pub fn leave(mut self) {
+        self.identity = None;
+    }
 }
 
 impl Drop for SocketFile {
@@ -144,7 +151,7 @@ pub fn bind(path: &Path) -> Result<Bound, BindError> {
 pub struct Server {
     task: JoinHandle<()>,
     stopping: watch::Sender<bool>,
-    file: SocketFile,
+    file: Option<SocketFile>,
 }
 
 /// Serves the interface of `controller` on a socket; with `service` it makes VMs, too.
@@ -160,7 +167,7 @@ pub fn serve(bound: Bound, controller: Controller, service: Option<Arc<Service>>
     let (stopping, stopped) = watch::channel(false);
     let router = super::router(controller, service, stopped.clone());
     let task = tokio::spawn(accept_all(listener, router, stopped));
-    Ok(Server { task, stopping, file })
+    Ok(Server { task, stopping, file: Some(file) })
 }
 
 /// Takes connections until the server stops, then waits for those there are.
@@ -208,13 +215,19 @@ fn may_connect(uid: u32) -> bool {
 
 impl Server {
     /// Takes no more connections, gives requests under way a second to be answered, and removes the socket.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
+        self.file.take();
+        self.close().await;
+    }
+
+    /// [`Self::stop`], but the file of the socket is there until what is given is dropped: nobody listens at it.
+    pub async fn close(self) -> Option<SocketFile> {
         let Self { mut task, stopping, file } = self;
-        drop(file);
         stopping.send_replace(true);
         if tokio::time::timeout(GRACE + LAST_READ, &mut task).await.is_err() {
             tracing::debug!("a client did not let go");
             task.abort();
         }
+        file
     }
 }

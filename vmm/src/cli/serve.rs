@@ -92,11 +92,22 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
         };
         stopped.map_err(|error| as_failure(&error))?;
     }
-    server.stop().await;
+    let file = if args.leave_running {
+        server.close().await
+    } else {
+        server.stop().await;
+        None
+    };
     drop(controller);
     // The actor ends with its last user; connections that did not let go may keep it.
     actor.abort();
     Journal::remove_if_empty(&journal);
+    if let Some(file) = file
+        && journal.exists()
+    {
+        // VMs run on: who asks for them must not hear that there are none.
+        file.leave();
+    }
     if args.state_dir.is_none() {
         // What is not empty has something in it that is not ours.
         let _ = std::fs::remove_dir(&state);

@@ -141,7 +141,7 @@ pub fn none_runs() -> Failure {
 /// All controllers that run.
 ///
 /// # Errors
-/// When the file that was named is no socket, or none runs and one was killed whose VMs may run on.
+/// When the file that was named is no socket, or none runs and one has ended whose VMs may run on.
 pub fn all(arg: &SocketArg) -> Result<Vec<PathBuf>, Failure> {
     let places = match &arg.socket {
         Some(path) if path.is_dir() => vec![path.clone()],
@@ -151,7 +151,7 @@ pub fn all(arg: &SocketArg) -> Result<Vec<PathBuf>, Failure> {
     let alive: Vec<_> = places.iter().flat_map(|dir| sockets_in(dir)).collect();
     let mut services = places.iter().map(|dir| dir.join(SERVICE));
     match services.find(|path| alive.is_empty() && path.exists()) {
-        Some(killed) => Err(deserted(&killed)),
+        Some(left) => Err(deserted(&left)),
         None => Ok(alive),
     }
 }
@@ -161,7 +161,7 @@ pub fn deserted(socket: &Path) -> Failure {
     let path = socket.display();
     Failure::error(if socket.ends_with(SERVICE) {
         format!(
-            "nobody listens at {path} any more: the controller was killed; its VMs run on, and `ballast serve`, started as \
+            "nobody listens at {path} any more: the controller has ended; its VMs run on, and `ballast serve`, started as \
              it was, takes them over"
         )
     } else {
@@ -222,7 +222,7 @@ mod tests {
 
     /// An empty list would say that there are no VMs.
     #[test]
-    fn a_controller_that_was_killed_is_not_taken_for_none() {
+    fn a_controller_that_has_left_vms_is_not_taken_for_none() {
         let dir = tempfile::tempdir().unwrap();
         let arg = SocketArg { socket: Some(dir.path().to_owned()) };
         assert_eq!(all(&arg).unwrap(), [] as [PathBuf; 0]);
