@@ -91,8 +91,9 @@ fn a_walk_up_to_the_limit_takes_few_faults() {
     vm.expect("READY", 10);
     vm.send("touch 16M 100M seed=7");
     let now = held(&vm);
-    let touched = number(&now, "faults.touched_pages");
-    assert!(touched < 800, "{touched} faults for 64 MiB, of which 4 MiB are 1024 pages: {}", now["faults"]);
+    // While the controller's answer is on its way pages come one by one from the reserve: how many depends on the host.
+    let touched = number(&now, "faults.touched_pages") - number(&now, "faults.from_reserve_pages");
+    assert!(touched < 600, "{touched} faults for 64 MiB, of which 4 MiB are 1024 pages: {}", now["faults"]);
 }
 
 #[test]
