@@ -414,10 +414,13 @@ fn a_worker_that_is_silent_is_taken_over_when_it_speaks() {
     assert_eq!((status, &refusal["code"]), (409, &json!("wrong_state")));
     assert!(refusal["message"].as_str().is_some_and(|words| words.contains("tried again until")), "{refusal}");
     assert_eq!(serve.ask("PUT", "/vms/silent", Some(&shell())).0, 409, "its name stays taken");
+    let asked = std::time::Instant::now();
     kill(pid(&silent), libc::SIGCONT);
     wait_until("it is taken over", 30, || (serve.ask("GET", "/vms/silent", None).0 == 200).then_some(()));
     let after = exact(&serve, "silent");
     assert_eq!(pid(&after), pid(&silent));
+    let age = number(&after, "age_ms");
+    assert!(u128::from(age) > asked.elapsed().as_millis(), "{age} ms: as old as its process, not as its controller");
     for part in ["max_bytes", "stat"] {
         let of = |view: &Value| match part {
             "stat" => view["memory"]["stat"]["guest_bytes"].clone(),

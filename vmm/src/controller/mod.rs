@@ -108,6 +108,10 @@ impl WorkerProcess for WorkerHandle {
         WorkerHandle::pid(self)
     }
 
+    fn since(&self) -> tokio::time::Instant {
+        self.since()
+    }
+
     fn kill(&self) {
         WorkerHandle::kill(self);
     }

@@ -13,12 +13,14 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::host::{self, Problem};
@@ -509,6 +511,7 @@ pub struct WorkerHandle {
     pidfd: Arc<OwnedFd>,
     directory: Arc<Path>,
     residency: Option<Residency>,
+    since: Instant,
 }
 
 impl WorkerHandle {
@@ -520,6 +523,11 @@ impl WorkerHandle {
     /// Process id.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// When it was started, perhaps by an earlier controller.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// The VM's directory.
@@ -599,6 +607,19 @@ fn supervise(mut child: Child, directory: &Path, cgroup: Option<Cgroup>) -> io::
     }
 }
 
+/// When a process was started; one that is gone, now.
+fn started(pid: i32) -> Instant {
+    let now = Instant::now();
+    let ticks = procfs::process::Process::new(pid).and_then(|process| process.stat()).map(|stat| stat.starttime);
+    let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let boot = Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec as u32);
+    let age = ticks.ok().and_then(|ticks| {
+        let at = Duration::from_millis(ticks.saturating_mul(1000) / procfs::ticks_per_second());
+        boot.checked_sub(at)
+    });
+    now.checked_sub(age.unwrap_or_default()).unwrap_or(now)
+}
+
 /// The handle and the watch of a process that is another one's child.
 ///
 /// # Errors
@@ -615,7 +636,8 @@ pub fn watch_over(
     let pidfd = Arc::new(pidfd);
     // After the exec: the address space is the worker's. One that may not be looked into is not audited.
     let residency = Residency::open(pid, cgroup).inspect_err(|error| tracing::warn!(%error, pid, "no pagemap")).ok();
-    let handle = WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into(), residency };
+    let handle =
+        WorkerHandle { pid, pidfd: Arc::clone(&pidfd), directory: directory.into(), residency, since: started(pid) };
     // SAFETY: the descriptor is owned and stays the same as long as one of its owners lives.
     let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
     Ok((handle, DeathWatch { child: None, pidfd }))

@@ -44,6 +44,10 @@ pub struct VmId(pub u64);
 pub trait WorkerProcess: Send {
     /// Process id.
     fn pid(&self) -> i32;
+    /// When it was started.
+    fn since(&self) -> Instant {
+        Instant::now()
+    }
     /// Ends it at once; harmless when it has ended.
     fn kill(&self);
     /// The socket at which its guest's console is.
