@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ballast_tests::serve::Serve;
-use ballast_tests::{TestVm, payload};
+use ballast_tests::{TestVm, ballast, payload};
 
 use super::skipped;
 
@@ -89,6 +89,30 @@ fn the_curl_lines_of_the_documentation_work() {
     }
     println!("{run} lines");
     assert!(run > 5, "{run} lines only: have they another form now?");
+}
+
+/// What README.md types at `serve`, from the first VM to the budget: every verb as it stands, one after the other.
+#[test]
+fn the_verbs_of_the_readme_work_one_after_the_other() {
+    if skipped("docs-verbs") {
+        return;
+    }
+    let text = std::fs::read_to_string(top().join("README.md")).expect("readable");
+    let from = text.find("## Many guests").expect("its heading");
+    let to = text.find("## A VM in a file").expect("its heading");
+    let blocks = text[from..to].split("```sh\n").skip(1).filter_map(|block| block.split("```").next());
+    // Each block with one verb a line; those of curl have a test of their own, and one controller runs already.
+    let commands: String = blocks.filter(|block| !block.contains("curl")).collect();
+    let commands = commands.replace("ballast serve --budget 1G &", ":");
+    assert!(commands.matches("\nballast ").count() > 12, "have they another form now?\n{commands}");
+    let serve = Serve::start(&["--budget", "1G"]);
+    let mut command = Command::new("bash");
+    command.arg("-euc").arg(format!("ballast() {{ {} \"$@\"; }}\n{commands}", ballast().display()));
+    command.env("BALLAST_SOCKET", serve.place()).env("PAYLOAD", payload()).stdin(Stdio::null());
+    let output = command.output().expect("bash");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && err.is_empty(), "{commands}\n-- {}\n{out}\n{err}", output.status);
+    assert_eq!(serve.show("w1")["group"], "/gold");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! `GET /metrics`: what Prometheus collects, as OpenMetrics text.
 //!
-//! Nothing is kept here: every answer is made of one look at everything ([`Overview`]). Counters are never reset; those of
-//! a VM go with it, those without a label count from the start of the controller. What is not known is absent, never 0
-//! or -1: a limit that is not set, statistics that the guest has not sent.
+//! Nothing is kept here: every answer is made of one look at everything ([`Overview`]). Counters count from the start of
+//! the controller: where one takes a VM over, what it counts itself (`memory.events`, pressure) begins at 0 again, and what
+//! the worker counts goes on. What is not known is absent, never 0 or -1: a limit that is not set, statistics that the guest has not sent.
 //!
 //! A series is of a VM (label `vm`) or of a group (label `group`; `/` is the host), never of both, so
 //! `sum(ballast_memory_current_bytes{vm!=""})` counts every page once. How many there are is bounded by how many VMs and
