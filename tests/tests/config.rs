@@ -50,6 +50,19 @@ fn a_vm_in_a_file_is_made_and_options_take_the_place_of_its_words() {
     assert_eq!(serve.names(), ["other", "web"]);
 }
 
+/// One file is for `create` and for `run`, which has no groups.
+#[test]
+fn run_takes_no_notice_of_the_group_in_a_file() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP config-run reason={reason}");
+        return;
+    }
+    let place = tempfile::tempdir().expect("a temporary directory");
+    let file = file(place.path(), &format!("group = \"/gold\"\n{WEB}"));
+    let ran = program(&["run", "--config", &file, "--cmdline", "exit 7"], place.path()).output().expect("it runs");
+    assert_eq!(ran.status.code(), Some(7), "{}", String::from_utf8_lossy(&ran.stderr));
+}
+
 #[test]
 fn a_file_that_makes_no_sense_is_a_usage_error_with_its_line() {
     let place = tempfile::tempdir().expect("a temporary directory");

@@ -2,7 +2,7 @@
 //!
 //! ```toml
 //! name = "web"
-//! group = "/gold"                   # for create; / by default
+//! group = "/gold"                   # for create, / by default; run has no groups and takes no notice
 //! kernel = "vmlinux"                # paths are relative to the file
 //! initrd = "initrd.img"
 //! cmdline = "quiet panic=-1 pci=off"

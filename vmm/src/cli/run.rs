@@ -36,9 +36,11 @@ pub fn signal_status(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(RUN_FAILED)
 }
 
-/// Runs a VM until it ends.
+/// Runs a VM until it ends. Its controller has no groups: a `group` in the file of `--config` is taken no notice of.
 pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
-    let (name_in_file, config) = args.vm.config()?;
+    let (name_in_file, mut config) = args.vm.config()?;
+    // The file may be one for `create`.
+    config.group = "/".to_owned();
     let vm_name = args.name.or(name_in_file).unwrap_or_else(|| format!("vm-{}", process::id()));
     let listen = socket::to_listen(&args.socket, &vm_name);
     let directory = socket::vm_directory(&listen);
