@@ -55,7 +55,8 @@ fn spelled(arg: &Arg) -> String {
         (Some(short), None) => format!("-{short}{value}"),
         (None, None) => value.trim_start().to_owned(),
     };
-    format!("`{words}`")
+    // In a table it would end the cell, in code too.
+    format!("`{}`", words.replace('|', "\\|"))
 }
 
 /// What an argument means, with what it may be and what it is by default, in one line.
@@ -92,6 +93,10 @@ fn the_reference_in_the_documentation_is_up_to_date() {
 #[test]
 fn every_verb_and_option_is_in_the_reference() {
     let text = reference();
+    let rows = text.lines().filter(|line| line.starts_with('|'));
+    for row in rows {
+        assert_eq!(row.replace("\\|", "").matches('|').count(), 3, "a row of two cells: {row}");
+    }
     for part in ["\n## ballast run\n", "`--memory SIZES`", "`-f, --follow`", "(environment: `BALLAST_SOCKET`)"] {
         assert!(text.contains(part), "{part}");
     }
