@@ -388,6 +388,7 @@ fn the_command_line_has_groups() {
         (&["group", "create", "gold"][..], 2, "not the path of a group"),
         (&["group", "create", "/gold//x"], 2, "is not a name"),
         (&["group", "set", "/gold", "memory.frob=1M"], 2, "no limit"),
+        (&["group", "set", "/gold", "memory.min=300M"], 1, "choose a lower memory.min or a higher memory.max"),
         (&["group", "rm", "/gold"], 1, "has members (1 VMs, 1 groups below)"),
         (&["group", "show", "/none"], 1, "there is no group /none"),
         (&["group", "create", "/none/x"], 1, "group create /none"),

@@ -126,7 +126,9 @@ impl Limits {
 
 /// A limit or protection that is above `memory.max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{knob} {value} would be above memory.max {max}: lower {knob} too, or both in one request")]
+#[error(
+    "{knob} {value} would be above memory.max {max}: choose a lower {knob} or a higher memory.max; a request may set both"
+)]
 pub struct AboveMax {
     /// The limit at fault, such as `memory.min`.
     pub knob: &'static str,

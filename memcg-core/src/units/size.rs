@@ -63,7 +63,7 @@ pub enum SizeError {
     #[error("{0:?} is not a whole number of bytes: use a smaller unit")]
     Fraction(String),
     /// Not a multiple of the page size.
-    #[error("{bytes} bytes is not a multiple of the page size {PAGE_SIZE}: write {below}, the next smaller one")]
+    #[error("{bytes} bytes is not a multiple of the page size {PAGE_SIZE}: {}", instead(*.bytes, *.below))]
     NotPages {
         /// What was asked for.
         bytes: u64,
@@ -73,6 +73,14 @@ pub enum SizeError {
     /// `max` where a number is needed.
     #[error("max is not possible here: write a size such as 512M")]
     MaxNotAllowed,
+}
+
+/// What to write instead of so many bytes. A number that is less than a page was meant with a unit.
+fn instead(bytes: u64, below: u64) -> String {
+    match below {
+        0 => format!("did you mean {bytes}M, which is {}?", bytes << 20),
+        _ => format!("write {below}, the next smaller one"),
+    }
 }
 
 /// Reads a size: bytes, or a number with `K M G T` (base 1024, either case, optional `i`, optional `B`, decimals

@@ -133,7 +133,8 @@ fn one_impossible_patch_refuses_all_of_them() {
     let bad = [
         (
             patch(b, LimitPatch { min: Some(limit(101)), ..LimitPatch::default() }),
-            "/group/b: memory.min 404K would be above memory.max 400K: lower memory.min too, or both in one request",
+            "/group/b: memory.min 404K would be above memory.max 400K: choose a lower memory.min or a higher memory.max; a \
+             request may set both",
         ),
         (
             patch(b, LimitPatch { if_generation: Some(7), ..LimitPatch::max(limit(200)) }),

@@ -303,7 +303,11 @@ mod tests {
             ("max=512M", "size is missing"),
             ("size=0", "too small"),
             ("size=max", "size: max is not possible"),
-            ("size=1000", "size: 1000 bytes is not a multiple"),
+            (
+                "size=1000",
+                "size: 1000 bytes is not a multiple of the page size 4096: did you mean 1000M, which is 1048576000?",
+            ),
+            ("size=5000", "write 4096, the next smaller one"),
             ("size=-1", "write for example size=512M"),
             ("size=1G,max=-1", "max: \"-1\" is negative: for no limit write max"),
             ("size=1G,size=2G", "given twice"),
