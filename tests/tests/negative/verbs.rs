@@ -124,7 +124,8 @@ fn one_of_several_vms_has_to_be_named() {
     drop(UnixListener::bind(place.path("dead.sock")).expect("a socket can be made"));
     let mut events = program(&["events", "--socket"]);
     events.arg(place.path(""));
-    finish(events).refused(1, "several VMs are running, name one: a, b", &"events");
+    let which = format!("--socket {} or --socket {}", place.path("a.sock").display(), place.path("b.sock").display());
+    finish(events).refused(1, &format!("several controllers are running, say which: {which}"), &"events");
 }
 
 #[test]
@@ -248,7 +249,7 @@ fn a_controller_that_is_stopped_holds_nobody_up() {
             if !skipped("stopped-serve") {
                 let mut serve = program(&["serve", "--socket"]);
                 serve.arg(&socket);
-                finish(serve).refused(1, "one.sock is in use by a running VM", &"serve");
+                finish(serve).refused(1, "one.sock is in use by another controller: choose another --socket", &"serve");
             }
         });
     });

@@ -11,7 +11,7 @@ use rustix::fs::FlockOperation;
 use super::options::limit;
 use super::signals::Signals;
 use super::{DONE, Failure, SocketArg, notify, socket};
-use crate::api::server;
+use crate::api::server::{self, BindError};
 use crate::chain::chain;
 use crate::controller::cgroup::Cgroups;
 use crate::controller::journal::Journal;
@@ -60,7 +60,12 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
         tracing::info!("workers have no cgroup of their own: nothing but their account limits them (--cgroup)");
     }
     let mut signals = Signals::new().map_err(|error| as_failure(&error))?;
-    let bound = server::bind(&listen).map_err(|error| as_failure(&error))?;
+    let bound = server::bind(&listen).map_err(|error| match error {
+        BindError::InUse(path) => Failure::error(format!(
+            "{path} is in use by another controller: choose another --socket, or stop that one with SIGTERM"
+        )),
+        error => as_failure(&error),
+    })?;
     let state = args.state_dir.clone().unwrap_or_else(|| socket::vm_directory(&listen));
     let lock = take(&state)?;
     let journal = state.join(JOURNAL);

@@ -127,8 +127,8 @@ pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
         1 => Ok(alive.remove(0)),
         0 => Err(none_runs()),
         _ => {
-            let names: Vec<_> = alive.iter().filter_map(|path| path.file_stem()?.to_str()).collect();
-            Err(Failure::error(format!("several VMs are running, name one: {}", names.join(", "))))
+            let sockets: Vec<_> = alive.iter().map(|path| format!("--socket {}", path.display())).collect();
+            Err(Failure::error(format!("several controllers are running, say which: {}", sockets.join(" or "))))
         }
     }
 }
@@ -217,7 +217,9 @@ mod tests {
         let _a = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
         assert_eq!(the_only(&arg).unwrap(), dir.path().join("a.sock"));
         let _b = std::os::unix::net::UnixListener::bind(dir.path().join("b.sock")).unwrap();
-        assert!(the_only(&arg).unwrap_err().message.contains("a, b"));
+        let message = the_only(&arg).unwrap_err().message;
+        let socket = |name: &str| format!("--socket {}", dir.path().join(name).display());
+        assert!(message.ends_with(&format!("say which: {} or {}", socket("a.sock"), socket("b.sock"))), "{message}");
     }
 
     /// An empty list would say that there are no VMs.
