@@ -1,7 +1,10 @@
 //! Looking at a host: metrics, pressure, the overview, the invariants, the ranking.
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
 use ballast_tests::openmetrics;
-use ballast_tests::serve::{Serve, shell};
+use ballast_tests::serve::{Serve, program, shell};
 use ballast_tests::{missing_on_host, number, wait_until};
 use serde_json::{Value, json};
 
@@ -19,6 +22,31 @@ fn hungry() -> Value {
     config["memory"]["max_bytes"] = json!(24 * MIB);
     config["oom"] = json!({ "deadline_ms": 3_600_000 });
     config
+}
+
+/// Whoever watches is told that nobody is left to watch.
+#[test]
+fn following_the_events_ends_with_an_error_when_the_controller_goes() {
+    if skipped("events-follow") {
+        return;
+    }
+    for signal in [libc::SIGTERM, libc::SIGKILL] {
+        let serve = Serve::start(&[]);
+        serve.create("web");
+        let mut watch = program(&["events", "-f"], serve.place());
+        let mut watch = watch.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("ballast starts");
+        let mut first = String::new();
+        let mut events = BufReader::new(watch.stdout.take().expect("piped"));
+        events.read_line(&mut first).expect("an event");
+        assert!(first.contains("web"), "{first}");
+        serve.signal(signal);
+        // To its end, so that nothing keeps it from ending.
+        std::io::copy(&mut events, &mut std::io::sink()).expect("readable");
+        let ended = watch.wait_with_output().expect("it ends");
+        let err = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!((ended.status.code(), err.lines().count()), (Some(1), 1), "{err}");
+        assert!(err.contains("ballast.sock has ended, and with it its events"), "{err}");
+    }
 }
 
 #[test]

@@ -264,11 +264,13 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
     let status = answer.status();
     let mut body = answer.into_body();
     let mut pending = Vec::new();
+    let ended = || Failure::error(format!("the controller at {} has ended, and with it its events", socket.display()));
     loop {
         // Nothing may happen for as long as one likes.
         let frame = if args.follow { body.frame().await } else { client::awaited(&socket, body.frame()).await? };
         let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| Failure::error(format!("the events were cut off: {error}")))?;
+        // One that was killed did not say where they end.
+        let frame = frame.map_err(|_| ended())?;
         let Ok(data) = frame.into_data() else {
             continue;
         };
@@ -289,7 +291,11 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
             }
         }
     }
-    if status.is_success() { Ok(DONE) } else { Err(client::refused(status, &pending)) }
+    match status.is_success() {
+        true if args.follow => Err(ended()),
+        true => Ok(DONE),
+        false => Err(client::refused(status, &pending)),
+    }
 }
 
 /// An event for people: time of day (UTC), VM, what happened, and the numbers.
