@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Command, CommandFactory, ValueEnum};
+use clap::{Arg, Command, CommandFactory, ValueEnum};
 
 use super::{Cli, DONE, Failure, output};
 
@@ -50,8 +50,24 @@ pub fn man(args: &ManArgs) -> Result<u8, Failure> {
         Failure::error(format!("the man pages cannot be written to {}: {error}", args.directory.display()))
     };
     std::fs::create_dir_all(&args.directory).map_err(failed)?;
-    clap_mangen::generate_to(documented(), &args.directory).map_err(failed)?;
+    clap_mangen::generate_to(repeated(documented()), &args.directory).map_err(failed)?;
     Ok(DONE)
+}
+
+/// The command with dots at what may be there several times: in a synopsis they would be missing.
+fn repeated(command: Command) -> Command {
+    let dotted = |arg: Arg| {
+        let many = arg.is_positional() && arg.get_num_args().is_some_and(|number| number.max_values() > 1);
+        match arg.get_value_names() {
+            Some([name]) if many => {
+                // clap takes only names that last as long as the program, which ends with the pages.
+                let name: &str = format!("{name}...").leak();
+                arg.value_name(name)
+            }
+            _ => arg,
+        }
+    };
+    command.mut_args(dotted).mut_subcommands(repeated)
 }
 
 /// The command with what clap adds by itself left out of the pages.
@@ -76,6 +92,9 @@ mod tests {
         }
         let run = std::fs::read_to_string(directory.join("ballast-run.1")).unwrap();
         assert!(run.contains(".TH") && run.contains("Guest RAM and limits"));
+        let set = std::fs::read_to_string(directory.join("ballast-set.1")).unwrap();
+        let synopsis = set.split(".SH SYNOPSIS").nth(1).and_then(|rest| rest.split(".SH").next()).unwrap();
+        assert!(synopsis.contains("LIMIT=SIZE...") && !synopsis.contains("NAME..."), "{synopsis}");
         let nowhere = ManArgs { directory: "/proc/none".into() };
         assert!(man(&nowhere).unwrap_err().message.contains("/proc/none"));
     }
