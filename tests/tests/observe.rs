@@ -113,6 +113,10 @@ fn metrics_are_what_a_collector_reads() {
     assert_eq!(empty["ballast_vms"].series[""], 0.0);
     assert_eq!(empty["ballast_memory_limit_bytes"].series[r#"group="/",kind="max""#], (1 << 30) as f64);
     serve.create("web");
+    // A VM that runs may not have touched anything yet.
+    wait_until("its guest waits for words", 10, || {
+        serve.raw("GET", "/vms/web/console", None).1.contains("READY").then_some(())
+    });
     // Its worker's numbers are known once it has been asked.
     let view = serve.show("web");
     let metrics = read();
