@@ -239,7 +239,7 @@ fn idle() -> Outcome {
     let mut client = host.client();
     let workers: Vec<u64> = (0..vms).map(|i| number(&host.make(&mut client, &format!("vm{i}")), "pid")).collect();
     let all = || -> Vec<u64> { workers.iter().copied().chain([u64::from(host.serve.pid())]).collect() };
-    settle(&all());
+    settle(&workers);
     let mut ours = 0.0;
     let values = (0..full(2, 6))
         .map(|_| {
@@ -261,12 +261,12 @@ fn idle() -> Outcome {
     }
 }
 
-/// Waits until nobody in these processes has run for a while.
-fn settle(processes: &[u64]) {
+/// Waits until nobody in these workers has run for a while. The controller of many audits one of them at any time.
+fn settle(workers: &[u64]) {
     wait_until("idle VMs are idle", 60, || {
-        let before = wakes(processes);
+        let before = wakes(workers);
         std::thread::sleep(Duration::from_millis(500));
-        (wakes(processes) - before <= 2).then_some(())
+        (wakes(workers) - before <= 2).then_some(())
     });
 }
 
@@ -501,7 +501,7 @@ fn fleet(id: &'static str, vms: usize) -> Outcome {
         times.push(begin.elapsed().as_secs_f64() * 1000.0);
     }
     let all: Vec<u64> = workers.iter().copied().chain([controller]).collect();
-    settle(&all);
+    settle(&workers);
     let made_cpu = cpu_ns(controller) - cpu_before;
     let kernel = (kernel_bytes() - before) / vms as f64;
     let guests: u64 = guest_bytes(&mut client);
