@@ -6,9 +6,10 @@
 //!      ▲                   ▲                     │                │
 //!      └──── give_back ────┴──────── uncharge ◄──┴────────────────┘ (repays the reserve first)
 //!                        stock ── owe ──► what the guest's pages cost beside them; it stays until the VM ends
+//!                        guest pages ── evicted ──► store: their compressed contents; the rest repays or is stock
 //! ```
 //!
-//! At any moment `granted_total - returned_total == guest + stock + reserve + paid`: each page that the controller has
+//! At any moment `granted_total - returned_total == guest + store + stock + reserve + paid`: each page that the controller has
 //! charged is in exactly one place. Totals are cumulative and carry an epoch, so a message that is lost or repeated cannot
 //! count a page twice.
 //!
@@ -21,7 +22,7 @@
 //! pay at once is debt, too: the next pages repay it after the reserve, and before the guest gets any.
 //!
 //! **Epochs.** An epoch is one life of the controller. The first grant of a newer epoch is a recount: the worker's
-//! totals restart at what it holds (`granted_total = guest + stock + reserve + paid`, `returned_total = 0`), and the grant's
+//! totals restart at what it holds (`granted_total = guest + store + stock + reserve + paid`, `returned_total = 0`), and the grant's
 //! total counts from there. The new controller charges what the worker's report says it holds and grants on top of
 //! that. Pages that an old controller granted and that never arrived die with it; pages given back in between are
 //! granted again by the same arithmetic. A grant of an older epoch, and a total below the one known, are errors that
@@ -42,6 +43,7 @@
 //! | 61, B70 | [`Stock::want`] is for pages ahead of need and never a reason to reclaim; [`Stock::want_now`] may be |
 //! | 64, T11, B50 | a large want is answered once, with what there is: a granule falls back to single pages |
 //! | 67, 68 | [`Stock::adopt`]: what is resident when accounting begins |
+//! | 27 | [`Stock::evicted`] is called when contents are in the store and the pages' memory is back |
 //!
 //! Nothing here allocates: it is on the fault path.
 
@@ -83,6 +85,7 @@ pub struct Stock {
     granted_total: u64,
     returned_total: u64,
     guest: Pages,
+    store: Pages,
     stock: Pages,
     reserve: Pages,
     reserve_target: Pages,
@@ -108,6 +111,7 @@ impl Stock {
             granted_total: 0,
             returned_total: 0,
             guest: Pages::ZERO,
+            store: Pages::ZERO,
             stock: Pages::ZERO,
             reserve: Pages::ZERO,
             reserve_target,
@@ -246,6 +250,23 @@ impl Stock {
         self.refill(real);
     }
 
+    /// The contents of `pages` guest pages are in the store, which takes `store` pages of memory now: what that frees
+    /// repays the reserve first, the rest is stock. With no pages, the store has only changed its size: what has died in
+    /// it comes back so.
+    ///
+    /// A store that takes more than it had and was given is a bug of the caller: it is clamped, counted in
+    /// [`Self::underflows`], and stops a debug build.
+    pub fn evicted(&mut self, pages: Pages, store: Pages) {
+        let (real, most) = (pages.min(self.guest), pages.min(self.guest) + self.store);
+        if real != pages || store > most {
+            self.underflows += 1;
+            debug_assert!(false, "{pages} of {} evicted into a store of {store}, it had {}", self.guest, self.store);
+        }
+        self.guest = self.guest.saturating_sub(real);
+        self.store = store.min(most);
+        self.refill(most.saturating_sub(self.store));
+    }
+
     /// Stock above what the controller allows, to be given back.
     pub fn surplus(&self) -> Pages {
         self.stock.saturating_sub(self.stock_max)
@@ -293,6 +314,11 @@ impl Stock {
         self.guest
     }
 
+    /// Pages of memory that the contents of evicted pages take.
+    pub fn store(&self) -> Pages {
+        self.store
+    }
+
     /// Pages charged ahead of need.
     pub fn stock(&self) -> Pages {
         self.stock
@@ -320,9 +346,9 @@ impl Stock {
         self.paid
     }
 
-    /// Everything the controller has charged for this worker: guest + stock + reserve + what was paid.
+    /// Everything the controller has charged for this worker: guest + store + stock + reserve + what was paid.
     pub fn held(&self) -> Pages {
-        self.guest + self.stock + self.reserve + self.paid.total()
+        self.guest + self.store + self.stock + self.reserve + self.paid.total()
     }
 
     /// Pages granted in this epoch.

@@ -476,7 +476,8 @@ fn dechunk(mut raw: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// Resident pages of a VM's RAM as the host's page tables have them: `PRESENT` or swapped, over every page of every slot.
+/// Resident pages of a VM's RAM as the host's page tables have them: `PRESENT` or swapped, over every page of every slot
+/// and of its stage.
 ///
 /// # Panics
 /// When the VM's worker cannot be looked into (another user's, or gone).
@@ -501,11 +502,13 @@ fn pages_with(vm: &Value, bits: u64) -> u64 {
     let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).expect("pagemap of the worker");
     let mut pages = 0;
     for slot in vm["ram"].as_array().expect("RAM slots") {
-        let (hva, bytes) = (slot["hva"].as_u64().expect("hva"), slot["bytes"].as_u64().expect("bytes"));
-        let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
-        pagemap.read_exact_at(&mut entries, hva / PAGE * 8).expect("pagemap covers RAM");
-        let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
-        pages += entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64;
+        let bytes = slot["bytes"].as_u64().expect("bytes");
+        for hva in ["hva", "stage_hva"].map(|key| slot[key].as_u64().expect("an address")) {
+            let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
+            pagemap.read_exact_at(&mut entries, hva / PAGE * 8).expect("pagemap covers RAM");
+            let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
+            pages += entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64;
+        }
     }
     pages
 }

@@ -110,7 +110,7 @@ fn vm(cpus: u32, mib: u64, cmdline: &str) -> Option<TestVm> {
     let memory: &'static GuestMemoryMmap = Box::leak(Box::new(memory));
     let map = |r: layout::RamRange| {
         let hva = memory.get_host_address(GuestAddress(r.gpa)).unwrap() as u64;
-        RamSlot { gpa: r.gpa, hva, bytes: r.bytes }
+        RamSlot { gpa: r.gpa, hva, bytes: r.bytes, stage: 0 }
     };
     let mappings: Vec<_> = ram.ranges().map(map).collect();
     let cpuid = supported_cpuid(kvm.as_fd()).unwrap();

@@ -98,6 +98,16 @@ impl Links {
         index(self.entries[i][TAIL])
     }
 
+    /// What was noted for entry `i` while it is on no list.
+    pub fn note(&self, i: usize) -> u32 {
+        self.entries[i][HEAD]
+    }
+
+    /// Notes a number for entry `i`, which is on no list and keeps it until it is on one.
+    pub fn set_note(&mut self, i: usize, note: u32) {
+        self.entries[i][HEAD] = note;
+    }
+
     /// The entries of a list, coldest first.
     pub fn iter(&self, list: List) -> impl Iterator<Item = usize> + '_ {
         successors(self.tail(list), |i| self.hotter(*i))

@@ -524,6 +524,20 @@ impl FrameTable {
         }
     }
 
+    /// Where the content of page `i` is kept, as [`Self::set_place`] said. Means nothing unless the page is SWAPPED.
+    pub fn place(&self, i: usize) -> u32 {
+        self.links.note(i)
+    }
+
+    /// Notes where the content of page `i`, which is SWAPPED, is kept. It takes the place of the page's links: a page
+    /// without memory is on no list. So an evicted page has no larger record than others (its block is counted as split,
+    /// because its pages' links are written).
+    pub fn set_place(&mut self, i: usize, place: u32) {
+        debug_assert_eq!(self.state(i), FrameState::Swapped, "page {i} is not in the store");
+        self.opened += u64::from(!std::mem::replace(&mut self.blocks[i / BLOCK].opened, true));
+        self.links.set_note(i, place);
+    }
+
     /// Whether page `i` was seen in use since a scan last came by. All members of a whole block have one answer.
     pub fn referenced(&self, i: usize) -> bool {
         let block = &self.blocks[i / BLOCK];

@@ -281,3 +281,25 @@ proptest! {
         }
     }
 }
+
+/// A page without memory is on no list: what its links were has room for where its content is. What happens to its
+/// neighbours, and to its block, does not change that.
+#[test]
+fn an_evicted_page_remembers_where_its_content_is() {
+    let mut frames = FrameTable::new(1024);
+    let set = |frames: &mut FrameTable, pages: std::ops::Range<usize>, states: &[FrameState]| {
+        states.iter().for_each(|state| frames.set_range(pages.start, pages.end, *state));
+    };
+    use FrameState::{Active, Evicting, Idle, Moving, Swapped};
+    set(&mut frames, 0..1024, &[Active, Moving, Idle, Evicting, Swapped]);
+    (0..1024).for_each(|i| frames.set_place(i, 7 * i as u32 + 1));
+    // One block is split by a page that comes back, the other stays whole.
+    set(&mut frames, 3..4, &[Active]);
+    set(&mut frames, 100..200, &[Active, Moving, Idle]);
+    set(&mut frames, 3..4, &[Moving, Active, Moving, Idle, Evicting, Swapped]);
+    frames.set_place(3, 99);
+    for i in (0..100).chain(200..1024) {
+        assert_eq!(frames.place(i), if i == 3 { 99 } else { 7 * i as u32 + 1 }, "page {i}");
+    }
+    assert_eq!(frames.check(), []);
+}

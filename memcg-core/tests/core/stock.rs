@@ -488,3 +488,24 @@ proptest! {
         prop_assert_eq!(granted - returned, stock.held().0);
     }
 }
+
+/// What is evicted is no guest page any more; what its contents take stays charged, the rest repays the reserve first.
+/// Semantics: 27.
+#[test]
+fn eviction_frees_what_the_store_does_not_take() {
+    let mut stock = Stock::new(Pages(10));
+    stock.grant(1, 110, Pages(100), None).expect("the first grant");
+    stock.prepare(Pages(100)).expect("there is stock").commit(Pages(100));
+    stock.prepare_reserve().expect("there is a reserve").commit(Pages(1));
+    let counts = |stock: &Stock| [stock.guest(), stock.store(), stock.reserve(), stock.stock()].map(|pages| pages.0);
+    assert_eq!(counts(&stock), [101, 0, 9, 0]);
+    stock.evicted(Pages(40), Pages(15));
+    assert_eq!(counts(&stock), [61, 15, 10, 24]);
+    // Refaulted like any touch; the store keeps its size until what has died in it is gone.
+    stock.prepare(Pages(20)).expect("there is stock").commit(Pages(20));
+    assert_eq!(counts(&stock), [81, 15, 10, 4]);
+    stock.evicted(Pages(0), Pages(7));
+    assert_eq!(counts(&stock), [81, 7, 10, 12]);
+    assert!(stock.is_balanced() && stock.underflows() == 0);
+    assert_eq!(stock.held(), Pages(110));
+}

@@ -22,7 +22,7 @@ use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::journal::Entry;
 use super::overhead::{self, Part};
-use super::view::VmState;
+use super::view::{StoreView, VmState};
 use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
@@ -206,6 +206,7 @@ impl Actor {
             state: VmState::Starting,
             paused_by,
             ram: Vec::new(),
+            store: StoreView::default(),
             instance: spec.instance,
             adopted,
             greeted: false,

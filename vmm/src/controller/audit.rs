@@ -11,6 +11,7 @@
 //!                                                                         ▼ the VM ends, with the numbers
 //! ```
 
+use std::ops::Range;
 use std::time::Duration;
 
 use memcg_core::audit;
@@ -20,7 +21,7 @@ use tokio::sync::mpsc;
 use super::actor::{Actor, Input, answer};
 use super::error::{Code, Refusal};
 use super::residency::{Residency, Resident, looseness};
-use super::view::{RamView, VmState};
+use super::view::VmState;
 use super::vm::VmId;
 use super::{Controller, host};
 
@@ -70,7 +71,8 @@ impl Finding {
 /// What the actor knew when an audit began.
 struct Before {
     residency: Residency,
-    ram: Vec<RamView>,
+    /// RAM, its stage, and the store.
+    areas: Vec<Range<u64>>,
     granted: u64,
     charged: Pages,
 }
@@ -82,8 +84,8 @@ impl Controller {
     /// When there is no such VM that runs, or the host does not let its worker be looked into.
     pub async fn audit(&self, id: VmId) -> Result<Finding, Refusal> {
         let before = self.ask(move |actor, reply| answer(reply, actor.begin_audit(id))).await?;
-        let Before { residency, ram, granted, charged } = before;
-        let seen = tokio::task::spawn_blocking(move || residency.resident(&ram)).await;
+        let Before { residency, areas, granted, charged } = before;
+        let seen = tokio::task::spawn_blocking(move || residency.resident(&areas)).await;
         let seen = seen.map_err(std::io::Error::other).flatten();
         let seen =
             seen.map_err(|error| Refusal::new(Code::Busy, format!("the worker cannot be looked into: {error}")))?;
@@ -147,7 +149,7 @@ impl Actor {
         let residency = vm.process.residency().cloned();
         let unseen = || Refusal::new(Code::WrongState, "the worker cannot be looked into: its pagemap is not open");
         let charged = if vm.accounted() { vm.outstanding().saturating_sub(vm.grown()) } else { vm.size };
-        Ok(Before { residency: residency.ok_or_else(unseen)?, ram: vm.ram.clone(), granted: vm.granted_total, charged })
+        Ok(Before { residency: residency.ok_or_else(unseen)?, areas: vm.areas(), granted: vm.granted_total, charged })
     }
 
     fn end_audit(&mut self, id: VmId, seen: Resident, granted: u64, charged: Pages) -> Result<Finding, Refusal> {
@@ -156,7 +158,7 @@ impl Actor {
         let overhead = vm.fixed_overhead() + vm.grown();
         // All of it may have become resident before the host was asked.
         let charged = charged + Pages(vm.granted_total.saturating_sub(granted));
-        let mut finding = Finding { resident: seen.ram, private: seen.private, charged, overhead, ended: false };
+        let mut finding = Finding { resident: seen.areas, private: seen.private, charged, overhead, ended: false };
         let before = std::mem::replace(&mut vm.suspected, !finding.ok());
         if vm.suspected {
             let name = vm.name.clone();

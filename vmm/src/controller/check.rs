@@ -16,6 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -204,8 +205,8 @@ impl Controller {
         };
         let Some(mut before) = shown(self.show(name).await)? else { return Ok(None) };
         for _ in 0..COUNTS {
-            let (pid, ram) = (before.pid, before.ram.clone());
-            let present = tokio::task::spawn_blocking(move || present_pages(pid, &ram)).await;
+            let (pid, areas) = (before.pid, before.ram.iter().flat_map(RamView::areas).collect::<Vec<_>>());
+            let present = tokio::task::spawn_blocking(move || present_pages(pid, &areas)).await;
             let present = present.map_err(|error| Refusal::new(Code::Stopping, error.to_string()))?;
             let Some(after) = shown(self.show(name).await)? else { return Ok(None) };
             let Ok(present) = present else { return Ok(None) };
@@ -227,14 +228,14 @@ fn still(before: &VmView, after: &VmView) -> bool {
     before.pid == after.pid && moved(before) == moved(after)
 }
 
-/// Pages of RAM that the page tables of a worker hold, or the host's swap.
-fn present_pages(pid: i32, ram: &[RamView]) -> io::Result<Pages> {
+/// Pages of some areas that the page tables of a worker hold, or the host's swap.
+fn present_pages(pid: i32, areas: &[Range<u64>]) -> io::Result<Pages> {
     const PRESENT_OR_SWAPPED: u64 = 3 << 62;
     let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap"))?;
     let mut entries = [0; 64 * 1024];
     let mut present = 0;
-    for slot in ram {
-        let (mut at, end) = (slot.hva / PAGE_SIZE * 8, (slot.hva + slot.bytes) / PAGE_SIZE * 8);
+    for area in areas {
+        let (mut at, end) = (area.start / PAGE_SIZE * 8, area.end / PAGE_SIZE * 8);
         while at < end {
             let length = entries.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
             pagemap.read_exact_at(&mut entries[..length], at)?;
@@ -458,8 +459,8 @@ mod tests {
             // SAFETY: in the mapping.
             unsafe { start.cast::<u8>().add(page * 4096).write_volatile(1) };
         }
-        let ram = [RamView { gpa: 0, hva: start as u64, bytes: bytes as u64 }];
-        assert_eq!(present_pages(std::process::id() as i32, &ram).unwrap(), Pages(4));
+        let area = start as u64..start as u64 + bytes as u64;
+        assert_eq!(present_pages(std::process::id() as i32, &[area]).unwrap(), Pages(4));
         // SAFETY: nobody uses it any more.
         unsafe { libc::munmap(start, bytes) };
     }

@@ -247,8 +247,16 @@ impl Actor {
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
         // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.
-        vm.grant_due =
-            vm.accounted() && !vm.send(ToWorker::Grant { epoch: self.epoch, granted_total, stock_max, room, refused });
+        vm.grant_due = vm.accounted()
+            && !vm.send(ToWorker::Grant {
+                epoch: self.epoch,
+                granted_total,
+                stock_max,
+                room,
+                swap_max: u64::MAX,
+                store_max: u64::MAX,
+                refused,
+            });
     }
 
     /// Sends the grants that are due: those that were dropped, and those after a change of limits.
@@ -472,7 +480,7 @@ fn check(vm: &Vm, report: &Report) -> Result<(), String> {
     let Some(charged) = report.granted_total.checked_sub(report.returned_total) else {
         return Err(format!("gave back {} of {} pages", report.returned_total, report.granted_total));
     };
-    let (holds, cost) = (overhead::holds(report), overhead::grown(report));
+    let (holds, cost) = (report.held(), overhead::grown(report));
     if vm.accounted() && holds.is_none_or(|holds| holds > charged) {
         return Err(format!("holds more than the {charged} pages that it was granted"));
     }

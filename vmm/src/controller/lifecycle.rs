@@ -25,7 +25,7 @@ use super::link::FromLink;
 use super::overhead;
 use super::spawn::Death;
 use super::stop::StopView;
-use super::view::{RamView, VmState};
+use super::view::{RamView, StoreView, VmState};
 use super::vm::{Awaited, KilledBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{ExitReason, FromWorker, Hello, ToWorker};
 
@@ -105,7 +105,8 @@ impl Actor {
             return;
         }
         let slots = hello.ram.iter().filter(|slot| slot.bytes > 0);
-        vm.ram = slots.map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes }).collect();
+        vm.ram = slots.map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes, stage_hva: s.stage }).collect();
+        vm.store = StoreView { hva: hello.store.hva, bytes: hello.store.bytes };
         vm.greeted = true;
         vm.patience = None;
         vm.reserve_target = Pages(hello.reserve_target);
@@ -336,7 +337,7 @@ fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
     if report.epoch >= epoch {
         return Err(format!("has heard of the controller's life {}, this is {epoch}", report.epoch));
     }
-    let holds = overhead::holds(report);
+    let holds = report.held();
     if holds != report.granted_total.checked_sub(report.returned_total) {
         return Err("says that it holds other pages than it was granted".to_owned());
     }

@@ -126,12 +126,6 @@ pub fn grown(report: &Report) -> Cost {
     Cost { tables: Pages(report.tables), records: Pages(report.records) }
 }
 
-/// Pages that a worker says it holds or has paid, if that is a number.
-pub fn holds(report: &Report) -> Option<u64> {
-    let Report { guest, stock, reserve, tables, records, .. } = *report;
-    [guest, stock, reserve, tables, records].into_iter().try_fold(0, u64::checked_add)
-}
-
 /// Tests what a worker with `size` of RAM says that its pages have cost.
 ///
 /// # Errors

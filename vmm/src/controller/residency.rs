@@ -10,6 +10,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,6 @@ use utoipa::ToSchema;
 
 use super::cgroup::Cgroup;
 use super::host;
-use super::view::RamView;
 use crate::memory::activation::scan;
 
 /// Private memory that a dead worker's cgroup may still be charged when its memory counts as back: the kernel's counters
@@ -45,8 +45,8 @@ pub struct MeasuredView {
 /// What is resident of a worker at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Resident {
-    /// Pages of guest RAM that are present, or in the host's swap.
-    pub ram: Pages,
+    /// Pages in the areas asked for that are present, or in the host's swap.
+    pub areas: Pages,
     /// All its private memory, guest RAM included. The kernel sums it up loosely: within [`looseness`].
     pub private: Pages,
 }
@@ -83,10 +83,10 @@ impl Residency {
     ///
     /// # Errors
     /// When the process has ended.
-    pub fn resident(&self, ram: &[RamView]) -> io::Result<Resident> {
+    pub fn resident(&self, areas: &[Range<u64>]) -> io::Result<Resident> {
         let mut pages = 0;
-        for slot in ram {
-            let (mut at, end) = (slot.hva, slot.hva + slot.bytes);
+        for area in areas {
+            let (mut at, end) = (area.start, area.end);
             while at < end {
                 at = scan(&self.pagemap, at, end, |region| {
                     if region.categories & u64::from(PAGE_IS_PFNZERO) == 0 {
@@ -97,16 +97,16 @@ impl Residency {
         }
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
         let kib: u64 = ["RssAnon:", "RssShmem:", "VmSwap:"].iter().map(|key| status_kib(&status, key)).sum();
-        Ok(Resident { ram: Pages(pages), private: Pages::from_bytes_ceil(kib * 1024) })
+        Ok(Resident { areas: Pages(pages), private: Pages::from_bytes_ceil(kib * 1024) })
     }
 
-    /// What it costs beside its pages. Takes some ten milliseconds a GiB.
+    /// What it costs beside its pages, which are in `areas`. Takes some ten milliseconds a GiB.
     ///
     /// # Errors
     /// When the process has ended.
-    pub fn measured(&self, ram: &[RamView]) -> io::Result<MeasuredView> {
+    pub fn measured(&self, areas: &[Range<u64>]) -> io::Result<MeasuredView> {
         let kernel_bytes = self.cgroup.as_ref().and_then(|cgroup| cgroup.charged().ok()).map(|charged| charged.kernel);
-        let user_bytes = private(&fs::read_to_string(format!("/proc/{}/smaps", self.pid))?, ram);
+        let user_bytes = private(&fs::read_to_string(format!("/proc/{}/smaps", self.pid))?, areas);
         Ok(MeasuredView { user_bytes, kernel_bytes })
     }
 
@@ -150,10 +150,10 @@ fn status_kib(text: &str, key: &str) -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
-/// Private memory outside of `ram` in bytes, out of the text of `/proc/PID/smaps`: what a process has written, and what
+/// Private memory outside of `areas` in bytes, out of the text of `/proc/PID/smaps`: what a process has written, and what
 /// of that is swapped. KVM's own pages that it maps are the kernel's, and a page of a file whose writing to the disk is
 /// still due (`Private_Dirty` counts it) is the page cache's.
-fn private(smaps: &str, ram: &[RamView]) -> u64 {
+fn private(smaps: &str, areas: &[Range<u64>]) -> u64 {
     let range = |line: &str| {
         let (start, end) = line.split_once(' ')?.0.split_once('-')?;
         Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
@@ -161,8 +161,8 @@ fn private(smaps: &str, ram: &[RamView]) -> u64 {
     let (mut counted, mut total) = (false, 0);
     for line in smaps.lines() {
         if let Some((start, end)) = range(line) {
-            // Guest RAM may be several mappings, each within one slot.
-            let guest = ram.iter().any(|slot| slot.hva <= start && end <= slot.hva + slot.bytes);
+            // An area may be several mappings.
+            let guest = areas.iter().any(|area| area.start <= start && end <= area.end);
             counted = !guest && !line.contains("anon_inode:kvm");
         } else if counted && let Some((key, value)) = line.split_once(':') {
             let kib = || value.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
@@ -192,8 +192,8 @@ Swap:                  4 kB
 Private_Dirty:        12 kB
 Anonymous:            12 kB
 ";
-        let ram = [RamView { gpa: 0, hva: 0x7f00_0000_0000, bytes: 4 << 20 }];
-        assert_eq!(private(smaps, &ram), 104 << 10);
+        let ram = 0x7f00_0000_0000..0x7f00_0040_0000;
+        assert_eq!(private(smaps, &[ram]), 104 << 10);
         assert_eq!(private(smaps, &[]), (104 + 4104) << 10);
     }
 

@@ -57,6 +57,7 @@ impl Actor {
                 preference: vm.oom.preference,
             },
             ram: vm.ram.clone(),
+            store: vm.store,
             faults: vm.report.faults.into(),
         }
     }

@@ -1,5 +1,7 @@
 //! What the interface shows of a VM and of the host, as JSON. Amounts carry their unit in the name.
 
+use std::ops::Range;
+
 use memcg_core::tree::Events;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -73,6 +75,8 @@ pub struct VmView {
     pub oom: OomView,
     /// Where guest RAM is mapped in the worker.
     pub ram: Vec<RamView>,
+    /// Where the contents of its evicted pages are kept.
+    pub store: StoreView,
     /// The fault path since the start.
     pub faults: FaultsView,
 }
@@ -350,6 +354,31 @@ pub struct RamView {
     pub hva: u64,
     /// Length.
     pub bytes: u64,
+    /// First address in the worker of the slot's stage, as long as the slot: an idle page is there instead.
+    pub stage_hva: u64,
+}
+
+impl RamView {
+    /// Where the pages of this slot may be in the worker.
+    pub fn areas(&self) -> [Range<u64>; 2] {
+        [self.hva, self.stage_hva].map(|start| start..start.saturating_add(self.bytes))
+    }
+}
+
+/// Where the compressed contents of evicted pages are in the worker's address space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StoreView {
+    /// First address in the worker.
+    pub hva: u64,
+    /// Length; 0 when there is none.
+    pub bytes: u64,
+}
+
+impl StoreView {
+    /// Its place in the worker.
+    pub fn area(&self) -> Range<u64> {
+        self.hva..self.hva.saturating_add(self.bytes)
+    }
 }
 
 /// Counters of the fault path, all since the start of the VM.

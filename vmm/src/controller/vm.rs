@@ -1,6 +1,7 @@
 //! One VM as the controller knows it.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ use super::overhead::{self, Part};
 use super::residency::Residency;
 use super::spawn::Death;
 use super::stop::Stopping;
-use super::view::{OomAction, OomPreference, RamView, VmState, VmView};
+use super::view::{OomAction, OomPreference, RamView, StoreView, VmState, VmView};
 use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
 
 /// Time between two lines in the log about one worker that does not read.
@@ -198,6 +199,7 @@ pub(super) struct Vm {
     pub state: VmState,
     pub paused_by: Option<PausedBy>,
     pub ram: Vec<RamView>,
+    pub store: StoreView,
     /// What its worker calls itself.
     pub instance: u64,
     /// Its worker was started by an earlier controller.
@@ -263,6 +265,11 @@ pub(super) struct Vm {
 }
 
 impl Vm {
+    /// Where the worker's address space has memory of the VM: RAM, its stage and its store.
+    pub fn areas(&self) -> Vec<Range<u64>> {
+        self.ram.iter().flat_map(RamView::areas).chain([self.store.area()]).collect()
+    }
+
     /// Pages charged for this VM: resident, in stock, in reserve, on their way to the worker, or paid for what the
     /// resident ones cost.
     pub fn outstanding(&self) -> Pages {

@@ -62,9 +62,12 @@ impl Tools {
 pub unsafe fn register(ram: &Ram, tools: &Tools) -> io::Result<Uffd> {
     let uffd = Uffd::from_device(&tools.device)?;
     for slot in ram.slots() {
-        // SAFETY: the slot is private anonymous memory of this process; the caller vouches for the reader. Dropping the
-        // descriptor undoes what was registered.
-        unsafe { uffd.register(slot.hva, slot.bytes) }?;
+        // Pages can only be moved into what is registered.
+        for start in [slot.hva, slot.stage] {
+            // SAFETY: the slot and its stage are private anonymous memory of this process; the caller vouches for the
+            // reader. Dropping the descriptor undoes what was registered.
+            unsafe { uffd.register(start, slot.bytes) }?;
+        }
     }
     ram.keep_to_touches()?;
     Ok(uffd)

@@ -1,10 +1,14 @@
-//! Guest RAM: one private anonymous mapping per slot.
+//! Guest RAM: one private anonymous mapping per slot, and beside it the slot's *stage*.
 //!
 //! Each mapping has `hva = gpa` modulo 2 MiB, so that a huge page of the host can back a huge page of the guest. RAM is
 //! `DONTFORK` (a page that a fork shared cannot be moved by userfaultfd any more) and `DONTDUMP`; from the moment it is
 //! charged also `NOHUGEPAGE` (nobody but us decides what becomes resident) and `UNMERGEABLE` (as `DONTFORK`, for KSM).
 //!
-//! Pages are numbered densely over the slots: the *page index* is what frame table, present map and fault path use.
+//! The stage is as long as the slot. A page that is not in use is moved there, to the same offset, with its content; the
+//! guest does not see the stage, so a page there has no writer and its next touch is a fault.
+//!
+//! Pages are numbered densely over the slots: the *page index* is what frame table, present map and fault path use. The
+//! stage goes on where RAM ends: page `i` is aside at the index `i +` [`Ram::pages`].
 
 use std::collections::BTreeSet;
 use std::io;
@@ -41,9 +45,11 @@ impl Ram {
         assert!(ranges.len() <= MAX_SLOTS && ranges.iter().all(|(gpa, bytes)| (gpa | bytes) % PAGE_SIZE == 0));
         let mut slots = Vec::with_capacity(ranges.len());
         for &(gpa, bytes) in ranges {
-            let slot = RamSlot { gpa, hva: reserve(gpa, bytes)?, bytes };
-            advise(slot, libc::MADV_DONTFORK)?;
-            advise(slot, libc::MADV_DONTDUMP)?;
+            let slot = RamSlot { gpa, hva: reserve(gpa, bytes)?, bytes, stage: reserve(gpa, bytes)? };
+            for start in [slot.hva, slot.stage] {
+                advise(start, bytes, libc::MADV_DONTFORK)?;
+                advise(start, bytes, libc::MADV_DONTDUMP)?;
+            }
             slots.push(slot);
         }
         Ok(Self { slots, present: OnceLock::new(), huge: Mutex::default() })
@@ -54,10 +60,12 @@ impl Ram {
     /// # Errors
     /// As the kernel says; a kernel that has no huge pages or no merging has nothing against it.
     pub fn keep_to_touches(&self) -> io::Result<()> {
-        for &slot in &self.slots {
-            for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE] {
-                advise(slot, advice)
-                    .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(e) })?;
+        for slot in &self.slots {
+            for start in [slot.hva, slot.stage] {
+                for advice in [libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE] {
+                    advise(start, slot.bytes, advice)
+                        .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(e) })?;
+                }
             }
         }
         Ok(())
@@ -95,13 +103,19 @@ impl Ram {
         self.index(hva, |s| s.hva)
     }
 
-    /// The address in this process of a page.
+    /// The address in this process of a page of RAM or of the stage.
     ///
     /// # Panics
-    /// When `index` is not below [`Ram::pages`].
+    /// When `index` is not below twice [`Ram::pages`].
     pub fn hva(&self, index: u64) -> u64 {
-        let (slot, offset) = self.slot_of(index).expect("page index out of range");
-        slot.hva + offset * PAGE_SIZE
+        let aside = index.checked_sub(self.pages());
+        let (slot, offset) = self.slot_of(aside.unwrap_or(index)).expect("page index out of range");
+        (if aside.is_some() { slot.stage } else { slot.hva }) + offset * PAGE_SIZE
+    }
+
+    /// The index of page `index` of RAM in the stage, and back.
+    pub fn other(&self, index: u64) -> u64 {
+        index.checked_sub(self.pages()).unwrap_or(index + self.pages())
     }
 
     /// The indices of the slot that holds page `index`: a range of pages that are contiguous in this process.
@@ -155,9 +169,9 @@ impl Ram {
 }
 
 /// Gives a piece of advice that changes no content.
-fn advise(slot: RamSlot, advice: i32) -> io::Result<()> {
-    // SAFETY: the slot is a mapping of ours that stays; none of the pieces of advice used here changes what is in it.
-    match unsafe { libc::madvise(slot.hva as *mut libc::c_void, slot.bytes as usize, advice) } {
+fn advise(start: u64, bytes: u64, advice: i32) -> io::Result<()> {
+    // SAFETY: the range is a mapping of ours that stays; none of the pieces of advice used here changes what is in it.
+    match unsafe { libc::madvise(start as *mut libc::c_void, bytes as usize, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -235,6 +249,9 @@ mod tests {
         assert_eq!(ram.index_of_gpa(4 << 20), None);
         assert_eq!(ram.index_of_gpa((4 << 30) + 4096), Some(1025));
         assert_eq!(ram.index_of_hva(ram.hva(1025)), Some(1025));
+        let aside = ram.hva(ram.other(1025));
+        assert_eq!((aside - ram.slots()[1].stage, aside % HUGE, ram.index_of_hva(aside)), (4096, 4096, None));
+        assert_eq!(ram.other(ram.other(1025)), 1025);
         assert_eq!(ram.contiguous(1025), 1024..1536);
         assert_eq!(ram.contiguous(7), 0..1024);
         assert_eq!(ram.bytes_at((4 << 20) - 16, 64), Some((ram.slots()[0].hva + (4 << 20) - 16, 16)));

@@ -41,7 +41,7 @@ use crate::devices::power::PowerButton;
 use crate::worker::channel::{Channel, Received};
 use crate::worker::complain;
 use crate::worker::gate::{self, Gate, monotonic_ns};
-use crate::worker::protocol::{FromWorker, GuestStats, Hello, Report, ToWorker};
+use crate::worker::protocol::{Area, FromWorker, GuestStats, Hello, Report, ToWorker};
 use crate::worker::sandbox::{self, Thread};
 
 const FAULTS: u64 = 0;
@@ -276,6 +276,7 @@ impl FaultThread {
         let hello = Hello {
             instance: self.instance,
             ram: self.ram.slot_array(),
+            store: Area::default(),
             reserve_target: if self.pages.is_some() { reserve_target(self.cpus) } else { 0 },
             accounting: self.pages.is_some(),
             loaded: self.loaded,
@@ -460,7 +461,7 @@ impl FaultThread {
 
     fn message(&mut self, message: ToWorker) {
         match message {
-            ToWorker::Grant { epoch, granted_total, stock_max, room, refused } => {
+            ToWorker::Grant { epoch, granted_total, stock_max, room, refused, .. } => {
                 let Some(pages) = &mut self.pages else { return };
                 let room = (room != u64::MAX).then_some(Count(room));
                 // Only after accounting began: the reserve is here now, or the controller has refused it.
@@ -500,6 +501,7 @@ impl FaultThread {
             ToWorker::Activate { seq, epoch } => self.prepare_activation(seq, epoch),
             ToWorker::BalloonTarget { pages } => self.balloon.set_target(pages),
             ToWorker::PowerButton => self.button.press(),
+            ToWorker::Reclaim { .. } => {}
         }
     }
 

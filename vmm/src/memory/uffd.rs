@@ -15,7 +15,9 @@ use linux_raw_sys::general as sys;
 use linux_raw_sys::ioctl as nr;
 use memcg_core::units::PAGE_SIZE;
 
-/// `UFFDIO_MOVE`, `_IOWR(0xAA, 0x05, struct uffdio_move)`; it decides whether this kernel is new enough.
+/// `_IOWR(0xAA, 0x05, struct uffdio_move)`.
+pub const UFFDIO_MOVE: u32 = 0xC028_AA05;
+/// Its bit among the operations of a range; it decides whether this kernel is new enough.
 const UFFDIO_MOVE_BIT: u64 = 1 << sys::_UFFDIO_MOVE;
 /// `USERFAULTFD_IOC_NEW`, `_IO(0xAA, 0x00)`.
 pub const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xAA00;
@@ -33,6 +35,21 @@ pub enum Fill {
     /// The address space is changing; ask again.
     RetryLater,
     /// The range is not registered, or the process is going away.
+    Gone,
+}
+
+/// What became of a request to move pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Move {
+    /// This many pages from the first on are at their new place; those who wait for them there are awake.
+    Moved(u64),
+    /// The first page is not at its old place.
+    Absent,
+    /// There is a page at the new place of the first one.
+    Occupied,
+    /// The kernel cannot move the first page now: somebody holds it, or its neighbourhood is changing.
+    Busy,
+    /// A range is not registered, or the process is going away.
     Gone,
 }
 
@@ -109,8 +126,21 @@ impl Uffd {
 
     /// Fills up to [`MAX_FILL`] absent pages with zeroes, from `address` on, and wakes who waits for them.
     pub fn fill(&self, address: u64, pages: u64) -> Fill {
-        let mut arg =
-            sys::uffdio_copy { dst: address, src: self.zeroes, len: pages.min(MAX_FILL) * PAGE_SIZE, mode: 0, copy: 0 };
+        self.copy(address, self.zeroes, pages.min(MAX_FILL))
+    }
+
+    /// Fills absent pages from `address` on with `content`, and wakes who waits for them.
+    ///
+    /// # Panics
+    /// When `content` is not a whole number of pages.
+    pub fn fill_with(&self, address: u64, content: &[u8]) -> Fill {
+        let pages = content.len() as u64 / PAGE_SIZE;
+        assert_eq!(content.len() as u64, pages * PAGE_SIZE);
+        self.copy(address, content.as_ptr() as u64, pages)
+    }
+
+    fn copy(&self, address: u64, from: u64, pages: u64) -> Fill {
+        let mut arg = sys::uffdio_copy { dst: address, src: from, len: pages * PAGE_SIZE, mode: 0, copy: 0 };
         let result = ioctl(self.fd.as_fd(), nr::UFFDIO_COPY, &mut arg);
         match (result, arg.copy) {
             (_, done) if done > 0 => Fill::Filled(done as u64 / PAGE_SIZE),
@@ -120,6 +150,28 @@ impl Uffd {
                 _ => Fill::Gone,
             },
             (Ok(()), _) => Fill::RetryLater,
+        }
+    }
+
+    /// Moves pages with their contents from `from` to `to`, where none are, and wakes who waits for them there. What is
+    /// mapped elsewhere, as by KVM, loses its mapping first.
+    ///
+    /// A range within one mapping each. It stops at the first page that cannot be moved.
+    ///
+    /// # Safety
+    /// Nobody but the guest and those who serve its faults relies on what is at `from`: a later touch of it is a fault.
+    pub unsafe fn move_pages(&self, to: u64, from: u64, pages: u64) -> Move {
+        let mut arg = sys::uffdio_move { dst: to, src: from, len: pages * PAGE_SIZE, mode: 0, move_: 0 };
+        let result = ioctl(self.fd.as_fd(), UFFDIO_MOVE, &mut arg);
+        match (result, arg.move_) {
+            (_, done) if done > 0 => Move::Moved(done as u64 / PAGE_SIZE),
+            (Err(e), _) => match e.raw_os_error() {
+                Some(libc::ENOENT) => Move::Absent,
+                Some(libc::EEXIST) => Move::Occupied,
+                Some(libc::EAGAIN | libc::EBUSY) => Move::Busy,
+                _ => Move::Gone,
+            },
+            (Ok(()), _) => Move::Busy,
         }
     }
 

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -43,6 +43,17 @@ pub struct RamSlot {
     /// First address in the worker's address space in bytes.
     pub hva: u64,
     /// Length in bytes, a multiple of the page size; 0 for an unused entry.
+    pub bytes: u64,
+    /// First address in the worker's address space of the slot's stage, as long as the slot: where its idle pages are.
+    pub stage: u64,
+}
+
+/// A mapping of the worker's that is part of a VM's memory and not RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Area {
+    /// First address in the worker's address space in bytes.
+    pub hva: u64,
+    /// Length in bytes, a multiple of the page size; 0 when there is none.
     pub bytes: u64,
 }
 
@@ -60,6 +71,11 @@ pub enum ToWorker {
         /// Pages that could still be charged before some limit is met; `u64::MAX` without a limit.
         /// Fault-around is switched off when it is small.
         room: u64,
+        /// Pages that the VM may have in swap, those that are there included; `u64::MAX` without a limit. When more are
+        /// there already, they may only become fewer.
+        swap_max: u64,
+        /// Pages of memory that their compressed contents may take, likewise.
+        store_max: u64,
         /// True when a waiting fault could not be charged: the worker holds its vCPUs until a grant covers its debt.
         refused: bool,
     },
@@ -100,6 +116,13 @@ pub enum ToWorker {
     },
     /// Press the power button: the guest is to end by itself.
     PowerButton,
+    /// Bring what the VM holds ([`Report::held`]) down to `aim` by moving cold pages aside and evicting them, whether the
+    /// guest helps or not. Reports say how far it has got ([`Cold::aim`], [`Cold::stuck`]). Near `max`, and while vCPUs
+    /// are held, a worker does so unasked.
+    Reclaim {
+        /// Pages; `u64::MAX` when nothing is asked any more.
+        aim: u64,
+    },
 }
 
 /// Why a worker's VM ended.
@@ -142,6 +165,12 @@ pub struct Report {
     pub debt: u64,
     /// Records in state BALLOONED.
     pub ballooned: u64,
+    /// Pages of memory in which the contents of evicted pages are kept; charged, and not counted in `guest`.
+    pub store: u64,
+    /// Records in state SWAPPED: pages that are in the store instead of memory.
+    pub swapped: u64,
+    /// Records in state IDLE, which `guest` counts too.
+    pub idle: u64,
     /// Pages the worker would like to have granted now.
     pub want: u64,
     /// How many of `want` are for faults that happened already: refusing those counts as a failure.
@@ -158,6 +187,50 @@ pub struct Report {
     pub held_us: u64,
     /// Counters of the fault path since the start.
     pub faults: FaultCounts,
+    /// What is known of its cold pages.
+    pub cold: Cold,
+}
+
+impl Report {
+    /// Everything that the controller has charged for this worker beside what the VM costs from the start: guest pages,
+    /// stock, reserve, store, and what the guest's pages cost. `None` when that is no number.
+    pub fn held(&self) -> Option<u64> {
+        let Report { guest, stock, reserve, store, tables, records, .. } = *self;
+        [guest, stock, reserve, store, tables, records].into_iter().try_fold(0, u64::checked_add)
+    }
+}
+
+/// What a worker knows of pages that are not in use, and what reclaim has done with them. In pages, totals since the start
+/// of the VM, unless named otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cold {
+    /// The [`ToWorker::Reclaim`] that it works on, `u64::MAX` for none.
+    pub aim: u64,
+    /// It holds more than `aim` and finds nothing that it could evict: all is in use, does not shrink, or swap is full.
+    pub stuck: bool,
+    /// Pages moved aside.
+    pub aged: u64,
+    /// Pages that were touched while they were aside.
+    pub returned: u64,
+    /// Pages evicted.
+    pub evicted: u64,
+    /// Evicted pages that were touched again.
+    pub refaulted: u64,
+    /// Evicted pages that came back around a touched one.
+    pub read_around: u64,
+    /// Pages that were to be evicted and stayed because they do not shrink enough.
+    pub incompressible: u64,
+    /// Length of a generation, the unit of `ages` and `refaults`, in milliseconds; 0 while nothing is aged.
+    pub generation_ms: u32,
+    /// Pages in use in the last two generations, estimated from samples; with `error` it is between `working_set - error`
+    /// and `working_set + error` in 95 of 100 cases. Absent before two generations are over.
+    pub working_set: Option<u64>,
+    /// See `working_set`.
+    pub error: u64,
+    /// Resident pages by age: buckets of [`memcg_core::frame::Histogram`].
+    pub ages: [u64; 8],
+    /// Pages that were moved aside or evicted and touched again, by the age that they had.
+    pub refaults: [u64; 8],
 }
 
 /// Quantiles of a time that the worker measures, since the start of the VM, in microseconds.
@@ -207,6 +280,8 @@ pub struct Hello {
     pub instance: u64,
     /// Where guest RAM is mapped.
     pub ram: [RamSlot; MAX_SLOTS],
+    /// Where the contents of evicted pages are kept.
+    pub store: Area,
     /// Pages that the reserve needs: 65 a vCPU + 64. 0 when nothing is charged.
     pub reserve_target: u64,
     /// Whether memory is charged.

@@ -59,7 +59,7 @@ impl Honest {
         let Some(message) = self.fake.try_next().await else { return false };
         self.said += 1;
         match message {
-            ToWorker::Grant { epoch, granted_total, stock_max, room, refused } => {
+            ToWorker::Grant { epoch, granted_total, stock_max, room, refused, .. } => {
                 let room = (room != u64::MAX).then_some(Pages(room));
                 let new = self.stock.grant(epoch, granted_total, Pages(stock_max), room).expect("consistent");
                 self.asked.answered(new, refused);

@@ -178,7 +178,7 @@ async fn a_total_that_falls_is_a_lie_and_so_is_a_second_hello() {
 
 #[tokio::test(start_paused = true)]
 async fn a_hello_that_does_not_fit_the_vm_ends_the_worker() {
-    let slot = |gpa, bytes| RamSlot { gpa, hva: 0, bytes };
+    let slot = |gpa, bytes| RamSlot { gpa, hva: 0, bytes, stage: 0 };
     for (ram, reserve_target) in [
         ([slot(0, 4096), slot(0, 0)], RESERVE),
         ([slot(0, SIZE * 4096), slot(0, 4096)], RESERVE),

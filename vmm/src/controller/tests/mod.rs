@@ -99,7 +99,7 @@ impl Default for Setup {
 /// What a worker says first that has just been started.
 fn hello(accounting: bool) -> Hello {
     let mut ram = [RamSlot::default(); 2];
-    ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096 };
+    ram[0] = RamSlot { gpa: 0, hva: 0x7000_0000_0000, bytes: SIZE * 4096, stage: 0x7100_0000_0000 };
     let reserve_target = if accounting { RESERVE } else { 0 };
     let report = Report { debt: reserve_target, ..Report::default() };
     Hello { instance: INSTANCE, ram, reserve_target, accounting, report, ..Hello::default() }

@@ -20,7 +20,7 @@ impl Numbers {
 }
 
 fn ram(n: &mut Numbers) -> RamSlot {
-    RamSlot { gpa: n.next(), hva: n.next(), bytes: n.next() }
+    RamSlot { gpa: n.next(), hva: n.next(), bytes: n.next(), stage: n.next() }
 }
 
 fn quantiles(n: &mut Numbers) -> Quantiles {
@@ -41,6 +41,9 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
         records: n.next(),
         debt: n.next(),
         ballooned: n.next(),
+        store: n.next(),
+        swapped: n.next(),
+        idle: n.next(),
         want: n.next(),
         want_now: n.next(),
         balloon_actual: n.next(),
@@ -61,12 +64,39 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
             answer: quantiles(n),
             hold: quantiles(n),
         },
+        cold: cold(n, odd),
+    }
+}
+
+fn cold(n: &mut Numbers, odd: bool) -> Cold {
+    Cold {
+        aim: n.next(),
+        stuck: !odd,
+        aged: n.next(),
+        returned: n.next(),
+        evicted: n.next(),
+        refaulted: n.next(),
+        read_around: n.next(),
+        incompressible: n.next(),
+        generation_ms: n.next(),
+        working_set: Some(n.next()),
+        error: n.next(),
+        ages: std::array::from_fn(|_| n.next()),
+        refaults: std::array::from_fn(|_| n.next()),
     }
 }
 
 fn to_worker() -> Vec<(&'static str, ToWorker)> {
     let messages = [
-        ToWorker::Grant { epoch: 1, granted_total: 2, stock_max: 3, room: u64::MAX, refused: true },
+        ToWorker::Grant {
+            epoch: 1,
+            granted_total: 2,
+            stock_max: 3,
+            room: u64::MAX,
+            swap_max: 4,
+            store_max: 5,
+            refused: true,
+        },
         ToWorker::Recall { seq: 1 },
         ToWorker::Query { seq: 1 },
         ToWorker::Start,
@@ -75,6 +105,7 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         ToWorker::Activate { seq: 1, epoch: 2 },
         ToWorker::BalloonTarget { pages: 1 },
         ToWorker::PowerButton,
+        ToWorker::Reclaim { aim: 1 },
     ];
     // A message that is new here has to be added above as well.
     let name = |message: &ToWorker| match message {
@@ -87,6 +118,7 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         ToWorker::Activate { .. } => "Activate",
         ToWorker::BalloonTarget { .. } => "BalloonTarget",
         ToWorker::PowerButton => "PowerButton",
+        ToWorker::Reclaim { .. } => "Reclaim",
     };
     messages.into_iter().map(|message| (name(&message), message)).collect()
 }
@@ -96,6 +128,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
     let hello = |odd, n: &mut Numbers| Hello {
         instance: n.next(),
         ram: [ram(n), ram(n)],
+        store: Area { hva: n.next(), bytes: n.next() },
         reserve_target: n.next(),
         accounting: odd,
         loaded: Some(n.next()),

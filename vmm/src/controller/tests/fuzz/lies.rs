@@ -126,7 +126,8 @@ fn says(random: &mut Random, liar: &Liar) -> FromLink {
         0 if random.once_in(4) => {
             let mut ram = [RamSlot::default(); MAX_SLOTS];
             for slot in &mut ram {
-                *slot = RamSlot { gpa: number(random), hva: number(random), bytes: number(random) };
+                *slot =
+                    RamSlot { gpa: number(random), hva: number(random), bytes: number(random), stage: number(random) };
             }
             FromWorker::Hello(Hello { ram, reserve_target: number(random), ..hello(random.once_in(2)) })
         }
@@ -180,8 +181,9 @@ fn is_lie(liar: &Liar, item: &FromLink) -> Option<bool> {
         // Its own end; whether it is true is nobody's business.
         FromWorker::Failed { .. } | FromWorker::Exited(_) => None,
         FromWorker::Report(report) => {
-            let Report { guest, stock, reserve, returned_total, tables, records, .. } = *report;
-            let held: u128 = [guest, stock, reserve, returned_total, tables, records].map(u128::from).iter().sum();
+            let Report { guest, stock, reserve, store, returned_total, tables, records, .. } = *report;
+            let held: u128 =
+                [guest, stock, reserve, store, returned_total, tables, records].map(u128::from).iter().sum();
             let (before, most) = (overhead::grown(&liar.report), Cost::most(Pages(SIZE)));
             Some(
                 report.granted_total > liar.granted

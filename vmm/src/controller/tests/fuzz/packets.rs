@@ -13,7 +13,11 @@ fn examples() -> Vec<Vec<u8>> {
     let message = "x".repeat(512);
     let report = Report { granted_total: u64::MAX, guest: 1 << 40, answers: Some(u32::MAX), ..Report::default() };
     let from = [
-        FromWorker::Hello(Hello { ram: [RamSlot { gpa: 0, hva: u64::MAX, bytes: 4096 }; 2], report, ..hello(true) }),
+        FromWorker::Hello(Hello {
+            ram: [RamSlot { gpa: 0, hva: u64::MAX, bytes: 4096, stage: 0 }; 2],
+            report,
+            ..hello(true)
+        }),
         FromWorker::Report(report),
         FromWorker::Report(Report::default()),
         FromWorker::Activated { seq: 1, resident: 300, reserve_target: 70_000 },
@@ -24,7 +28,15 @@ fn examples() -> Vec<Vec<u8>> {
         FromWorker::Exited(ExitReason::Status(7)),
     ];
     let to = [
-        ToWorker::Grant { epoch: 1, granted_total: 1 << 33, stock_max: 64, room: u64::MAX, refused: true },
+        ToWorker::Grant {
+            epoch: 1,
+            granted_total: 1 << 33,
+            stock_max: 64,
+            room: u64::MAX,
+            swap_max: u64::MAX,
+            store_max: 0,
+            refused: true,
+        },
         ToWorker::Activate { seq: 1, epoch: 1 },
         ToWorker::Pause { seq: u32::MAX },
         ToWorker::BalloonTarget { pages: 1 << 20 },
