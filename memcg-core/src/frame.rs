@@ -58,6 +58,7 @@ mod check;
 mod cost;
 mod isolate;
 mod links;
+mod rank;
 mod state;
 mod table;
 
@@ -66,5 +67,6 @@ pub use check::Violation;
 pub use cost::Cost;
 pub use isolate::{Scan, Scanned};
 pub use links::List;
+pub use rank::Walk;
 pub use state::{BadTransition, FrameState};
 pub use table::{BLOCK, FrameTable};

@@ -20,6 +20,7 @@ mod oom;
 mod overhead;
 mod pressure;
 mod protection;
+mod rank;
 mod reclaim;
 mod shared;
 mod shared_model;
