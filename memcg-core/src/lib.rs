@@ -25,6 +25,7 @@
 //! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
+//! | [`governor`] | how many pages may be put aside to learn that, so that a guest hardly notices | worker |
 //!
 //! # For readers who know cgroup v2
 //!
@@ -54,6 +55,7 @@
 
 pub mod audit;
 pub mod frame;
+pub mod governor;
 pub mod limit_change;
 pub mod oom;
 pub mod pressure;

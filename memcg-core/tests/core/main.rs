@@ -7,6 +7,7 @@ mod charge;
 mod events;
 mod evict;
 mod frame;
+mod governor;
 mod grants;
 mod lifetime;
 mod limit_change;
