@@ -25,6 +25,7 @@
 //! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
+//! | [`sample`] | how much of its memory a guest uses, from random samples | worker |
 //! | [`governor`] | how many pages may be put aside to learn that, so that a guest hardly notices | worker |
 //!
 //! # For readers who know cgroup v2
@@ -61,6 +62,7 @@ pub mod oom;
 pub mod pressure;
 pub mod protection;
 pub mod reclaim;
+pub mod sample;
 pub mod shared;
 pub mod spread;
 pub mod stock;

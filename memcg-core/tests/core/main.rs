@@ -23,6 +23,7 @@ mod pressure;
 mod protection;
 mod rank;
 mod reclaim;
+mod sample;
 mod shared;
 mod shared_model;
 mod spread;
