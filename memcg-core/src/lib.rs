@@ -8,8 +8,8 @@
 //!
 //! Start with [`tree`]: what a charge is, who may refuse it, and what a refusal leaves behind. Then [`stock`], which is
 //! why no fault of a guest ever waits for the tree, and [`frame`], the pages that the charges are for. [`limit_change`]
-//! moves a limit while a guest runs. [`protection`], [`spread`] and [`oom`] decide who gives when there is not enough,
-//! in this order of severity. [`shared`] stands apart: pages that several VMs map and one of them pays for.
+//! moves a limit while a guest runs. [`ladder`] says what is done when there is not enough; [`protection`], [`spread`]
+//! and [`oom`] decide who gives, in this order of severity. [`shared`] stands apart: pages that several VMs map and one of them pays for.
 //!
 //! | module | what it is | owner |
 //! | --- | --- | --- |
@@ -19,6 +19,7 @@
 //! | [`reclaim`] | how much reclaim should aim at, and how much stock a VM may hold | controller |
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
+//! | [`ladder`] | what is done about a VM or a group that uses too much, and when the next thing | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
 //! | [`pressure`] | how much time goes to waiting for memory: PSI of a VM or a group | controller |
 //! | [`audit`] | the invariants of a running host, as findings with numbers | controller |
@@ -45,7 +46,7 @@
 //! | rmdir, dying cgroups | [`tree::Tree::remove`], [`tree::Tree::set_offline`], [`tree::Tree::reap`] |
 //! | `memory.pressure` | [`pressure::Pressure`], with the kernel's averages |
 //! | effective protection | [`protection::protections`], recursive |
-//! | `memory.reclaim` of a subtree | [`spread::spread`] says who gives, [`frame::FrameTable::isolate`] which pages |
+//! | `memory.reclaim` of a subtree | [`ladder::Ladder`] says by what means, [`spread::spread`] who gives, [`frame::FrameTable::isolate`] which pages |
 //! | LRU lists, generations, workingset refaults | [`frame`] |
 //! | the memcg OOM killer, `memory.oom.group` | [`oom::rank`], [`oom::Victims`] |
 //!
@@ -57,6 +58,7 @@
 pub mod audit;
 pub mod frame;
 pub mod governor;
+pub mod ladder;
 pub mod limit_change;
 pub mod oom;
 pub mod pressure;
