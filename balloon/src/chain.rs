@@ -4,14 +4,17 @@
 //! look like a short chain: its page numbers would be lost and its buffer returned. So the walk is done here, on the
 //! addresses that the [`Queue`] holds, and says which of the two it met.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
 use crate::counters::{GuestFault, GuestFaults};
 use crate::pages::is_would_block;
+use crate::ranges::PageRange;
+use crate::spec;
 
 /// Why something in guest memory was not read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,16 +85,7 @@ pub(crate) fn read<M: GuestMemory>(
     faults: &mut GuestFaults,
 ) -> Result<(), Refused> {
     let mut room = limit;
-    let mut index = head;
-    for _ in 0..queue.size() {
-        if index >= queue.size() {
-            return Err(Refused::Fault(GuestFault::DescriptorIndex));
-        }
-        let at = ring_address(queue.desc_table(), u64::from(index) * size_of::<Descriptor>() as u64)?;
-        let descriptor: Descriptor = mem.read_obj(at)?;
-        if descriptor.refers_to_indirect_table() {
-            return Err(Refused::Fault(GuestFault::Indirect));
-        }
+    walk(queue, mem, head, |descriptor| {
         if descriptor.is_write_only() {
             return Err(Refused::Fault(GuestFault::Writable));
         }
@@ -104,9 +98,70 @@ pub(crate) fn read<M: GuestMemory>(
         room -= len;
         if len < descriptor.len() as usize {
             faults.count(GuestFault::Oversized);
-            return Ok(());
+            return Ok(ControlFlow::Break(()));
         }
-        if !descriptor.has_next() {
+        Ok(ControlFlow::Continue(()))
+    })
+}
+
+/// Appends to `ranges` the pages that the device-writable descriptors of a chain describe, up to `limit` pages from this
+/// chain; the rest of a longer one is counted and dropped. Nothing is read from them or written to them. On an error
+/// `ranges` may hold a part of the chain.
+///
+/// A page is reported whole and lies in RAM, or its whole chain is refused: a driver that cannot tell its pages is not
+/// believed about their neighbours.
+pub(crate) fn reported<M: GuestMemory>(
+    queue: &Queue,
+    mem: &M,
+    head: u16,
+    limit: u64,
+    ranges: &mut Vec<PageRange>,
+    faults: &mut GuestFaults,
+) -> Result<(), Refused> {
+    let mut room = limit;
+    walk(queue, mem, head, |descriptor| {
+        if !descriptor.is_write_only() {
+            return Err(Refused::Fault(GuestFault::Readable));
+        }
+        let (address, bytes) = (descriptor.addr(), u64::from(descriptor.len()));
+        if bytes == 0 || (address.0 | bytes) % spec::PAGE_BYTES != 0 {
+            return Err(Refused::Fault(GuestFault::NotPages));
+        }
+        // Asks where RAM is; nothing is touched.
+        if !mem.check_range(address, bytes as usize, Permissions::Write) {
+            return Err(Refused::Fault(GuestFault::NotRam));
+        }
+        let pages = (bytes / spec::PAGE_BYTES).min(room);
+        if pages > 0 {
+            ranges.push(PageRange { first: address.0 / spec::PAGE_BYTES, pages });
+        }
+        room -= pages;
+        if pages < bytes / spec::PAGE_BYTES {
+            faults.count(GuestFault::Oversized);
+            return Ok(ControlFlow::Break(()));
+        }
+        Ok(ControlFlow::Continue(()))
+    })
+}
+
+/// Shows each descriptor of a chain to `visit`, until that has seen enough. Never more than the table holds.
+fn walk<M: GuestMemory>(
+    queue: &Queue,
+    mem: &M,
+    head: u16,
+    mut visit: impl FnMut(&Descriptor) -> Result<ControlFlow<()>, Refused>,
+) -> Result<(), Refused> {
+    let mut index = head;
+    for _ in 0..queue.size() {
+        if index >= queue.size() {
+            return Err(Refused::Fault(GuestFault::DescriptorIndex));
+        }
+        let at = ring_address(queue.desc_table(), u64::from(index) * size_of::<Descriptor>() as u64)?;
+        let descriptor: Descriptor = mem.read_obj(at)?;
+        if descriptor.refers_to_indirect_table() {
+            return Err(Refused::Fault(GuestFault::Indirect));
+        }
+        if visit(&descriptor)?.is_break() || !descriptor.has_next() {
             return Ok(());
         }
         index = descriptor.next();

@@ -2,22 +2,28 @@
 //!
 //! The two are never mixed up: `num_pages` is what is asked for, `actual` is what the guest says it has given, and the
 //! guest may say anything. What has really been released is counted by whoever discards the pages.
+//!
+//! `poison_val` is what the guest fills free pages with, where reporting is offered. Writing it without having agreed to
+//! `VIRTIO_BALLOON_F_PAGE_POISON` is forbidden, and taken as if it had: the guest loses nothing but its reports.
 
 use crate::counters::GuestFault;
 use crate::spec;
 
-/// The eight bytes of configuration space.
+/// The sixteen bytes of configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {
     num_pages: u32,
     actual: u32,
+    poison_val: u32,
+    poison_offered: bool,
     ram_pages: u32,
 }
 
 impl ConfigSpace {
-    /// A configuration space with both sizes 0, for a guest with `ram_pages` pages of 4 KiB.
-    pub fn new(ram_pages: u32) -> Self {
-        ConfigSpace { num_pages: 0, actual: 0, ram_pages }
+    /// A configuration space with both sizes 0, for a guest with `ram_pages` pages of 4 KiB. `poison_val` can be written
+    /// only when it is offered.
+    pub fn new(ram_pages: u32, poison_offered: bool) -> Self {
+        ConfigSpace { num_pages: 0, actual: 0, poison_val: 0, poison_offered, ram_pages }
     }
 
     /// The target: pages that the guest is asked to give.
@@ -38,9 +44,14 @@ impl ConfigSpace {
         self.actual.min(self.ram_pages)
     }
 
+    /// What the guest says it fills free pages with; 0 when it has said nothing.
+    pub fn poison_val(&self) -> u32 {
+        self.poison_val
+    }
+
     /// Forgets what the guest said; the target stays.
     pub fn reset(&mut self) {
-        self.actual = 0;
+        (self.actual, self.poison_val) = (0, 0);
     }
 
     /// Reads `data.len()` bytes at `offset` for the guest. What is not there reads as 0.
@@ -52,26 +63,36 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes `data` at `offset` for the guest: any part of `actual`, and nothing else.
+    /// Writes `data` at `offset` for the guest: any part of `actual` or of `poison_val`, and nothing else.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), GuestFault> {
-        let end = offset.checked_add(data.len() as u64).ok_or(GuestFault::ConfigWrite)?;
-        if offset < spec::CONFIG_ACTUAL || end > spec::CONFIG_LEN {
-            return Err(GuestFault::ConfigWrite);
+        // Both are kept as written, so that the guest reads back its own value; only our reading of them is bounded.
+        if overwrite(&mut self.actual, spec::CONFIG_ACTUAL, offset, data) {
+            return if self.actual > self.ram_pages { Err(GuestFault::Actual) } else { Ok(()) };
         }
-        let at = (offset - spec::CONFIG_ACTUAL) as usize;
-        let mut actual = self.actual.to_le_bytes();
-        actual[at..at + data.len()].copy_from_slice(data);
-        // Kept as written, so that the guest reads back its own value; only our reading of it is bounded.
-        self.actual = u32::from_le_bytes(actual);
-        if self.actual > self.ram_pages { Err(GuestFault::Actual) } else { Ok(()) }
+        if self.poison_offered && overwrite(&mut self.poison_val, spec::CONFIG_POISON_VAL, offset, data) {
+            return Ok(());
+        }
+        Err(GuestFault::ConfigWrite)
     }
 
     fn bytes(&self) -> [u8; spec::CONFIG_LEN as usize] {
         let mut bytes = [0; spec::CONFIG_LEN as usize];
         bytes[spec::CONFIG_NUM_PAGES as usize..][..4].copy_from_slice(&self.num_pages.to_le_bytes());
         bytes[spec::CONFIG_ACTUAL as usize..][..4].copy_from_slice(&self.actual.to_le_bytes());
+        bytes[spec::CONFIG_POISON_VAL as usize..][..4].copy_from_slice(&self.poison_val.to_le_bytes());
         bytes
     }
+}
+
+/// Writes `data` at `offset` into the field that begins at `start`; false when it is not within the field.
+fn overwrite(field: &mut u32, start: u64, offset: u64, data: &[u8]) -> bool {
+    let mut bytes = field.to_le_bytes();
+    let at = offset.checked_sub(start).and_then(|at| usize::try_from(at).ok());
+    let place = at.and_then(|at| bytes.get_mut(at..at.checked_add(data.len())?));
+    let Some(place) = place else { return false };
+    place.copy_from_slice(data);
+    *field = u32::from_le_bytes(bytes);
+    true
 }
 
 #[cfg(test)]
@@ -86,7 +107,7 @@ mod tests {
 
     #[test]
     fn target_is_written_by_the_host_and_actual_by_the_guest() {
-        let mut config = ConfigSpace::new(1000);
+        let mut config = ConfigSpace::new(1000, true);
         assert!(config.set_num_pages(300));
         assert!(!config.set_num_pages(300));
         assert_eq!(read_u32(&config, spec::CONFIG_NUM_PAGES), 300);
@@ -99,7 +120,7 @@ mod tests {
 
     #[test]
     fn both_are_bounded_by_ram() {
-        let mut config = ConfigSpace::new(1000);
+        let mut config = ConfigSpace::new(1000, true);
         assert!(config.set_num_pages(5000));
         assert_eq!(config.num_pages(), 1000);
         assert_eq!(config.write(4, &1001u32.to_le_bytes()), Err(GuestFault::Actual));
@@ -109,10 +130,12 @@ mod tests {
 
     #[test]
     fn writes_outside_actual_change_nothing() {
-        let mut config = ConfigSpace::new(1000);
+        let mut config = ConfigSpace::new(1000, true);
         config.set_num_pages(7);
         let before = config;
-        for (offset, len) in [(0, 4), (0, 8), (3, 1), (3, 2), (7, 2), (8, 1), (12, 4), (u64::MAX, 1), (u64::MAX, 8)] {
+        let outside =
+            [(0, 4), (0, 8), (0, 16), (3, 1), (3, 2), (7, 2), (8, 1), (8, 4), (10, 4), (12, 5), (15, 2), (16, 1)];
+        for (offset, len) in outside.into_iter().chain([(u64::MAX, 1), (u64::MAX, 8), (u64::MAX - 3, 4)]) {
             assert_eq!(config.write(offset, &vec![0xff; len]), Err(GuestFault::ConfigWrite), "{offset}+{len}");
             assert_eq!(config, before);
         }
@@ -120,9 +143,31 @@ mod tests {
         assert_eq!(config.actual(), 256);
     }
 
+    /// What Linux reads and writes (`virtio_cread_le` and `virtio_cwrite_le` of `struct virtio_balloon_config`), each
+    /// field with one access of four bytes.
+    #[test]
+    fn the_fields_are_where_linux_looks_for_them() {
+        let mut config = ConfigSpace::new(1000, true);
+        config.set_num_pages(300);
+        config.write(4, &200u32.to_le_bytes()).unwrap();
+        config.write(12, &0xaaaa_aaaau32.to_le_bytes()).unwrap();
+        let fields = [0, 4, 8, 12, 16].map(|offset| read_u32(&config, offset));
+        assert_eq!(fields, [300, 200, 0, 0xaaaa_aaaa, 0]);
+        assert_eq!((config.actual(), config.poison_val()), (200, 0xaaaa_aaaa));
+        config.reset();
+        assert_eq!((config.poison_val(), read_u32(&config, 12)), (0, 0));
+    }
+
+    #[test]
+    fn poison_is_not_written_where_it_is_not_offered() {
+        let mut config = ConfigSpace::new(1000, false);
+        assert_eq!(config.write(12, &[1; 4]), Err(GuestFault::ConfigWrite));
+        assert_eq!((config.poison_val(), read_u32(&config, 12)), (0, 0));
+    }
+
     #[test]
     fn reads_outside_are_zero() {
-        let mut config = ConfigSpace::new(1000);
+        let mut config = ConfigSpace::new(1000, true);
         config.set_num_pages(0x0201);
         assert_eq!(read_u32(&config, 8), 0);
         assert_eq!(read_u32(&config, u64::MAX - 1), 0);

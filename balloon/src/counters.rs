@@ -13,13 +13,17 @@ pub enum GuestFault {
     Indirect,
     /// A device-writable descriptor where the device only reads.
     Writable,
-    /// A buffer, a table or a ring that is not in guest RAM.
+    /// A device-readable descriptor where the device only takes pages.
+    Readable,
+    /// A reported range that is empty or not made of whole pages.
+    NotPages,
+    /// A buffer, a table, a ring or a reported range that is not in guest RAM.
     NotRam,
     /// A buffer longer than the device accepts; the rest is dropped.
     Oversized,
     /// A buffer whose length is no multiple of its element's; the odd bytes are dropped.
     Ragged,
-    /// A write to configuration space outside `actual`.
+    /// A write to configuration space outside `actual` and, where it is offered, `poison_val`.
     ConfigWrite,
     /// An `actual` greater than guest RAM; it is read as all of RAM.
     Actual,
@@ -27,12 +31,14 @@ pub enum GuestFault {
 
 impl GuestFault {
     /// Every kind, in the order of the counters.
-    pub const ALL: [GuestFault; 10] = [
+    pub const ALL: [GuestFault; 12] = [
         GuestFault::AvailIndex,
         GuestFault::DescriptorIndex,
         GuestFault::Loop,
         GuestFault::Indirect,
         GuestFault::Writable,
+        GuestFault::Readable,
+        GuestFault::NotPages,
         GuestFault::NotRam,
         GuestFault::Oversized,
         GuestFault::Ragged,
@@ -48,6 +54,8 @@ impl GuestFault {
             GuestFault::Loop => "loop",
             GuestFault::Indirect => "indirect",
             GuestFault::Writable => "writable",
+            GuestFault::Readable => "readable",
+            GuestFault::NotPages => "not_pages",
             GuestFault::NotRam => "not_ram",
             GuestFault::Oversized => "oversized",
             GuestFault::Ragged => "ragged",
@@ -92,7 +100,11 @@ pub struct Counters {
     pub inflated_pages: u64,
     /// Pages (4 KiB) handed back by deflation, each counted once per batch.
     pub deflated_pages: u64,
-    /// Calls of `GuestPages::inflate` and `deflate` that succeeded: page numbers come in batches.
+    /// Pages (4 KiB) reported as free and handed on, each counted once per batch.
+    pub reported_pages: u64,
+    /// Pages (4 KiB) reported as free by a guest that fills free pages with something else than zeroes: left alone.
+    pub poisoned_pages: u64,
+    /// Calls of `GuestPages` that succeeded: pages come in batches.
     pub batches: u64,
     /// Ranges in those calls: pages / ranges says how well merging does.
     pub ranges: u64,

@@ -6,18 +6,20 @@ use vm_memory::GuestMemory;
 use crate::config::ConfigSpace;
 use crate::counters::Counters;
 use crate::features::{QueueKind, offered};
-use crate::page_queue::{PageQueue, Processed};
+use crate::page_queue::{Content, PageQueue, Processed};
 use crate::pages::GuestPages;
 use crate::stats::GuestStats;
 use crate::stats_queue::{StatsQueue, StatsRequest};
 
 /// What a balloon offers to the guest, fixed for its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// A queue for guest statistics.
     pub stats: bool,
     /// The guest may deflate the balloon when it runs out of memory.
     pub deflate_on_oom: bool,
+    /// A queue for reports of free pages, and a place to say what they are filled with.
+    pub reporting: bool,
 }
 
 /// A balloon. The transport owns the queues and their numbers; this owns what happens to their contents.
@@ -27,6 +29,7 @@ pub struct Balloon {
     config: ConfigSpace,
     inflate: PageQueue,
     deflate: PageQueue,
+    reports: PageQueue,
     stats: StatsQueue,
     latest: Option<GuestStats>,
     counters: Counters,
@@ -37,9 +40,10 @@ impl Balloon {
     pub fn new(ram_pages: u32, options: Options) -> Self {
         Balloon {
             options,
-            config: ConfigSpace::new(ram_pages),
-            inflate: PageQueue::default(),
-            deflate: PageQueue::default(),
+            config: ConfigSpace::new(ram_pages, options.reporting),
+            inflate: PageQueue::new(Content::Numbers),
+            deflate: PageQueue::new(Content::Numbers),
+            reports: PageQueue::new(Content::Pages),
             stats: StatsQueue::default(),
             latest: None,
             counters: Counters::default(),
@@ -119,8 +123,19 @@ impl Balloon {
                 self.latest = stats.or(self.latest);
                 out
             }
+            // A page that must come back as it was, with the guest's pattern in it, is worth nothing to the host.
+            QueueKind::Reporting if self.config.poison_val() != 0 => {
+                let out = self.reports.process(queue, mem, counters, |_| Ok(()));
+                counters.poisoned_pages += out.pages;
+                out
+            }
+            QueueKind::Reporting => {
+                let out = self.reports.process(queue, mem, counters, |ranges| pages.report(ranges));
+                counters.reported_pages += out.pages;
+                out
+            }
             // Never offered, so never negotiated: there is no such queue.
-            QueueKind::FreePageHint | QueueKind::Reporting => Processed::default(),
+            QueueKind::FreePageHint => Processed::default(),
         }
     }
 
@@ -137,6 +152,7 @@ impl Balloon {
         self.config.reset();
         self.inflate.reset();
         self.deflate.reset();
+        self.reports.reset();
         self.stats.reset();
     }
 }

@@ -18,7 +18,7 @@ pub enum QueueKind {
     Stats,
     /// Hints of free pages, asked for by the device. Not offered.
     FreePageHint,
-    /// Reports of free pages, unasked. Not offered.
+    /// Reports of free pages, unasked.
     Reporting,
 }
 
@@ -68,6 +68,10 @@ pub fn offered(options: &Options) -> u64 {
     if options.deflate_on_oom {
         features |= spec::F_DEFLATE_ON_OOM;
     }
+    if options.reporting {
+        // Without poison, a Linux guest that poisons or clears free pages does not report any (`virtballoon_validate`).
+        features |= spec::F_PAGE_REPORTING | spec::F_PAGE_POISON;
+    }
     features
 }
 
@@ -108,10 +112,12 @@ mod tests {
 
     #[test]
     fn offers_follow_the_options() {
-        let plain = offered(&Options { stats: false, deflate_on_oom: false });
+        let none = Options::default();
+        let plain = offered(&none);
         assert_eq!(plain, spec::F_VERSION_1 | spec::F_MUST_TELL_HOST);
-        assert_eq!(offered(&Options { stats: true, deflate_on_oom: false }), plain | STATS);
-        assert_eq!(offered(&Options { stats: false, deflate_on_oom: true }), plain | spec::F_DEFLATE_ON_OOM);
-        assert_eq!(queue_count(offered(&Options { stats: true, deflate_on_oom: true })), 3);
+        assert_eq!(offered(&Options { stats: true, ..none }), plain | STATS);
+        assert_eq!(offered(&Options { deflate_on_oom: true, ..none }), plain | spec::F_DEFLATE_ON_OOM);
+        assert_eq!(offered(&Options { reporting: true, ..none }), plain | REPORT | spec::F_PAGE_POISON);
+        assert_eq!(queue_count(offered(&Options { stats: true, deflate_on_oom: true, reporting: true })), 4);
     }
 }

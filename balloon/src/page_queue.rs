@@ -1,12 +1,14 @@
-//! The inflate and the deflate queue: batches of page numbers.
+//! The inflate, the deflate and the reporting queue: batches of pages.
 //!
 //! ```text
-//!   available ring ──pop──► page numbers ──merge──► ranges ──GuestPages──► done ──► used ring ──► one interrupt
+//!   available ring ──pop──►    pages     ──merge──► ranges ──GuestPages──► done ──► used ring ──► one interrupt
 //!          ▲                     │                              │            ▲
 //!          └──── put back ◄──────┴────────── WouldBlock ◄───────┘            └ kept here while the used ring is blocked
 //! ```
 //! A chain is in exactly one place: available, `done`, or used. It enters `done` only when its pages have been dealt
 //! with, so that a repeated attempt never discards pages that the guest has back.
+//!
+//! Pages to inflate and deflate are written down as numbers in a buffer; pages that are reported *are* the buffer.
 
 use std::collections::VecDeque;
 
@@ -16,7 +18,7 @@ use vm_memory::GuestMemory;
 use crate::chain::{self, Refused};
 use crate::counters::{Counters, GuestFault, GuestFaults};
 use crate::pages::WouldBlock;
-use crate::ranges::{PageRange, merge};
+use crate::ranges::{PageRange, merge, unite};
 use crate::spec;
 
 /// Whether a queue needs another look.
@@ -36,11 +38,11 @@ pub enum Progress {
 pub struct Processed {
     /// Chains returned to the guest.
     pub chains: u32,
-    /// Distinct pages in the batch that was inflated or deflated.
+    /// Distinct pages in the batch that was inflated, deflated or reported.
     pub pages: u64,
     /// Ranges that they made up.
     pub ranges: u64,
-    /// Page numbers that were in the batch already.
+    /// Pages that were in the batch already.
     pub duplicates: u64,
     /// Things that the guest did wrong.
     pub faults: u64,
@@ -52,9 +54,20 @@ pub struct Processed {
     pub progress: Progress,
 }
 
-/// The device's side of an inflate or deflate queue.
+/// How a chain says which pages it is about.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Content {
+    /// Their numbers are in its buffers.
+    #[default]
+    Numbers,
+    /// They are its buffers.
+    Pages,
+}
+
+/// The device's side of an inflate, a deflate or a reporting queue.
 #[derive(Debug, Default)]
 pub(crate) struct PageQueue {
+    content: Content,
     /// Heads of chains whose pages are dealt with and that are not in the used ring yet.
     done: VecDeque<u16>,
     // Kept from batch to batch for their capacity.
@@ -62,15 +75,22 @@ pub(crate) struct PageQueue {
     bytes: Vec<u8>,
     pfns: Vec<u32>,
     ranges: Vec<PageRange>,
+    /// Pages in the ranges of this batch, those that are there twice counted twice.
+    reported: u64,
 }
 
 impl PageQueue {
-    /// Forgets everything, as after a reset.
-    pub fn reset(&mut self) {
-        *self = PageQueue::default();
+    /// A queue whose chains are of this kind.
+    pub fn new(content: Content) -> Self {
+        PageQueue { content, ..PageQueue::default() }
     }
 
-    /// Handles at most one batch with `handle`, which is `GuestPages::inflate` or `deflate`.
+    /// Forgets everything, as after a reset.
+    pub fn reset(&mut self) {
+        *self = PageQueue::new(self.content);
+    }
+
+    /// Handles at most one batch with `handle`, which is one of the calls of `GuestPages`.
     pub fn process<M: GuestMemory>(
         &mut self,
         queue: &mut Queue,
@@ -110,7 +130,10 @@ impl PageQueue {
         // Faults of a batch that is put back are not counted: they will be met again.
         let mut seen = GuestFaults::default();
         let gathered = self.gather(queue, mem, &mut seen);
-        let duplicates = merge(&mut self.pfns, &mut self.ranges);
+        let duplicates = match self.content {
+            Content::Numbers => merge(&mut self.pfns, &mut self.ranges),
+            Content::Pages => unite(&mut self.ranges),
+        };
         if !self.ranges.is_empty() {
             if let Err(blocked) = handle(&self.ranges) {
                 queue.set_next_avail(before);
@@ -126,7 +149,7 @@ impl PageQueue {
         gathered
     }
 
-    /// Takes chains and their page numbers until the batch is full, the ring is empty, or something is refused.
+    /// Takes chains and their pages until the batch is full, the ring is empty, or something is refused.
     fn gather<M: GuestMemory>(
         &mut self,
         queue: &mut Queue,
@@ -135,6 +158,8 @@ impl PageQueue {
     ) -> Result<Progress, WouldBlock> {
         self.heads.clear();
         self.pfns.clear();
+        self.ranges.clear();
+        self.reported = 0;
         let mut left = match chain::available(queue, mem) {
             Ok(left) => left,
             Err(Refused::Blocked) => return Err(WouldBlock),
@@ -144,7 +169,7 @@ impl PageQueue {
             }
         };
         while left > 0 {
-            if self.heads.len() >= spec::BATCH_CHAINS || self.pfns.len() >= spec::BATCH_PFNS {
+            if self.is_full() {
                 return Ok(Progress::More);
             }
             left -= 1;
@@ -158,17 +183,9 @@ impl PageQueue {
                     continue;
                 }
             };
-            self.bytes.clear();
             let mut seen = GuestFaults::default();
-            let limit = spec::MAX_CHAIN_PFNS * spec::PFN_BYTES;
-            match chain::read(queue, mem, head, limit, &mut self.bytes, &mut seen) {
-                Ok(()) => {
-                    let (pfns, rest) = self.bytes.as_chunks::<{ spec::PFN_BYTES }>();
-                    if !rest.is_empty() {
-                        seen.count(GuestFault::Ragged);
-                    }
-                    self.pfns.extend(pfns.iter().map(|pfn| u32::from_le_bytes(*pfn)));
-                }
+            match self.take(queue, mem, head, &mut seen) {
+                Ok(()) => {}
                 Err(Refused::Blocked) => {
                     queue.set_next_avail(position);
                     return Err(WouldBlock);
@@ -180,6 +197,45 @@ impl PageQueue {
             self.heads.push(head);
         }
         Ok(Progress::Drained)
+    }
+
+    /// The batch takes no further chain.
+    fn is_full(&self) -> bool {
+        self.heads.len() >= spec::BATCH_CHAINS
+            || self.pfns.len() >= spec::BATCH_PFNS
+            || self.reported >= spec::BATCH_REPORTED
+    }
+
+    /// Adds the pages of one chain to the batch: all, or on an error none.
+    fn take<M: GuestMemory>(
+        &mut self,
+        queue: &Queue,
+        mem: &M,
+        head: u16,
+        faults: &mut GuestFaults,
+    ) -> Result<(), Refused> {
+        match self.content {
+            Content::Numbers => {
+                self.bytes.clear();
+                let limit = spec::MAX_CHAIN_PFNS * spec::PFN_BYTES;
+                chain::read(queue, mem, head, limit, &mut self.bytes, faults)?;
+                let (pfns, rest) = self.bytes.as_chunks::<{ spec::PFN_BYTES }>();
+                if !rest.is_empty() {
+                    faults.count(GuestFault::Ragged);
+                }
+                self.pfns.extend(pfns.iter().map(|pfn| u32::from_le_bytes(*pfn)));
+            }
+            Content::Pages => {
+                let before = self.ranges.len();
+                let taken = chain::reported(queue, mem, head, spec::MAX_CHAIN_REPORTED, &mut self.ranges, faults);
+                if taken.is_err() {
+                    self.ranges.truncate(before);
+                }
+                self.reported += self.ranges[before..].iter().map(|range| range.pages).sum::<u64>();
+                taken?;
+            }
+        }
+        Ok(())
     }
 
     fn return_done<M: GuestMemory>(

@@ -37,6 +37,23 @@ pub fn merge(pfns: &mut [u32], ranges: &mut Vec<PageRange>) -> u64 {
     duplicates
 }
 
+/// Unites ranges in any order so that they are sorted, disjoint and not adjacent. Returns how many pages were there more
+/// than once (each repetition counts).
+pub fn unite(ranges: &mut Vec<PageRange>) -> u64 {
+    ranges.sort_unstable_by_key(|range| range.first);
+    let mut duplicates = 0;
+    ranges.dedup_by(|next, last| {
+        if next.first > last.end() {
+            return false;
+        }
+        let end = last.end().max(next.end());
+        duplicates += last.pages + next.pages - (end - last.first);
+        last.pages = end - last.first;
+        true
+    });
+    duplicates
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +89,17 @@ mod tests {
             prop_assert_eq!(duplicates as usize, sent - distinct.len());
             prop_assert!(ranges.windows(2).all(|w| w[0].end() < w[1].first));
             prop_assert!(ranges.iter().all(|r| r.pages > 0));
+            let held: Vec<u64> = ranges.iter().flat_map(|r| r.first..r.end()).collect();
+            prop_assert_eq!(held, distinct.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn united_ranges_hold_exactly_the_pages(given in prop::collection::vec((0u64..300, 1u64..40), 0..60)) {
+            let mut ranges: Vec<_> = given.iter().map(|&(first, pages)| PageRange { first, pages }).collect();
+            let distinct: BTreeSet<u64> = ranges.iter().flat_map(|r| r.first..r.end()).collect();
+            let duplicates = unite(&mut ranges);
+            prop_assert_eq!(duplicates, given.iter().map(|(_, pages)| pages).sum::<u64>() - distinct.len() as u64);
+            prop_assert!(ranges.windows(2).all(|w| w[0].end() < w[1].first));
             let held: Vec<u64> = ranges.iter().flat_map(|r| r.first..r.end()).collect();
             prop_assert_eq!(held, distinct.into_iter().collect::<Vec<_>>());
         }

@@ -118,3 +118,37 @@ fn a_page_given_twice_is_uncharged_once_and_touched_again_charged_again() {
     assert_eq!(ok("touch 16M 8M seed=4"), touched, "touched without a deflate");
     assert_eq!(number(&vm.show(), "faults.implicit_deflates"), 8 * MIB / PAGE);
 }
+
+/// What a guest has reported as free costs nothing until it is touched: then it is a first touch like any other.
+/// Semantics: 4, 21.
+#[test]
+fn reported_pages_are_uncharged_read_as_zeroes_and_are_charged_again_when_touched() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP reported reason={reason}");
+        return;
+    }
+    let vm = TestVm::builder("reported").memory("size=64M,max=64M").option("--balloon", "free_page_reporting=on");
+    let mut vm = vm.cmdline("shell").start();
+    vm.expect("READY", 10);
+    let mut ok = |command: &str| {
+        let answer = vm.command(command, 10);
+        assert!(answer.starts_with("OK"), "{command}: {answer}");
+        guest_pages(&vm)
+    };
+    ok("balloon init features=0x31");
+    ok("balloon report 40M 8M");
+    let touched = ok("touch 16M 16M seed=3");
+    let reported = ok("balloon report 16M 8M");
+    assert_eq!(touched - reported, 8 * MIB / PAGE);
+    assert_eq!(ok("balloon report 16M 8M"), reported, "reported twice");
+    assert_eq!(ok("verify 24M 8M seed=3"), reported, "its neighbours are what they were");
+    assert_eq!(ok("touch 16M 8M mode=read"), touched);
+    assert_eq!(ok("verify 16M 8M zero=only"), touched);
+    // What is in the balloon is not the guest's to report.
+    let given = ok("balloon inflate 16M 8M");
+    assert_eq!(ok("balloon report 16M 8M"), given);
+    let now = vm.show();
+    assert_eq!(number(&now, "faults.reported_pages"), 8 * MIB / PAGE);
+    assert_eq!(number(&now, "faults.implicit_deflates"), 0);
+    assert_eq!(number(&now, "memory.stat.ballooned_bytes"), 8 * MIB);
+}

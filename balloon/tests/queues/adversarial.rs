@@ -105,7 +105,8 @@ fn statistics_buffers_are_bounded_and_bad_ones_are_held() {
         assert_eq!(driver.used_index(), 0);
     }
     assert!(matches!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::Sent { .. }));
-    let many: Vec<(u16, u64)> = (0..200).map(|n| (n, u64::from(n))).collect();
+    // 60 000 of them, a buffer as long as a guest likes.
+    let many: Vec<(u16, u64)> = (0..60_000).map(|n| (n, u64::from(n))).collect();
     driver.write(BUFFERS, &stats(&many));
     balloon.process(QueueKind::Stats, &mut queue, &driver.mem, &mut pages);
     assert_eq!(balloon.counters().faults.get(GuestFault::Oversized), 1);
@@ -126,7 +127,13 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let len = prop_oneof![4 => 0u32..64, 1 => 0u32..100_000, 1 => any::<u32>()];
     let flags = prop_oneof![3 => Just(NEXT), 3 => Just(0u16), 1 => any::<u16>()];
     let next = prop_oneof![4 => 0u16..16, 1 => any::<u16>()];
-    (addr, len, flags, next)
+    let buffer = (addr, len, flags, next);
+    // Pages, whole ones, for reports.
+    let (first, count) = (0..MEMORY / 4096 + 1, prop_oneof![9 => 1u32..20, 1 => 0u32..1 << 20]);
+    let flags = prop_oneof![Just(WRITE | NEXT), Just(WRITE)];
+    let pages =
+        (first, count, flags, 0u16..16).prop_map(|(first, n, flags, next)| (first * 4096, n * 4096, flags, next));
+    prop_oneof![3 => buffer, 1 => pages]
 }
 
 proptest! {
@@ -134,7 +141,7 @@ proptest! {
     fn arbitrary_rings_are_survived(
         table in prop::collection::vec(descriptor(), 16),
         heads in prop::collection::vec(prop_oneof![6 => 0u16..16, 1 => any::<u16>()], 16),
-        kicks in prop::collection::vec((prop_oneof![3 => 0u16..20, 1 => any::<u16>()], 0u8..4), 1..12),
+        kicks in prop::collection::vec((prop_oneof![3 => 0u16..20, 1 => any::<u16>()], 0u8..5), 1..12),
     ) {
         let mut driver = Driver::new(16);
         let mut queue = driver.queue();
@@ -153,6 +160,7 @@ proptest! {
                 0 => QueueKind::Inflate,
                 1 => QueueKind::Deflate,
                 2 => QueueKind::Stats,
+                3 => QueueKind::Reporting,
                 _ => {
                     balloon.request_stats(&mut queue, &driver.mem);
                     continue;
@@ -162,12 +170,17 @@ proptest! {
             prop_assert!(out.chains <= 16);
             prop_assert_eq!(driver.used_index().wrapping_sub(used), out.chains as u16);
             prop_assert_ne!(out.progress, Progress::Blocked);
-            prop_assert!(out.pages <= (spec::BATCH_PFNS - 1 + spec::MAX_CHAIN_PFNS) as u64);
+            let most = match kind {
+                QueueKind::Reporting => MEMORY / spec::PAGE_BYTES,
+                _ => (spec::BATCH_PFNS - 1 + spec::MAX_CHAIN_PFNS) as u64,
+            };
+            prop_assert!(out.pages <= most);
             // Per chain: its head, two reads for each descriptor of the table, and two writes to the used ring.
             let accesses = driver.mem.accesses.get() - before;
             prop_assert!(accesses <= 2 + 16 * (1 + 2 * 16 + 2), "{} accesses", accesses);
         }
-        for ranges in pages.inflated.iter().chain(&pages.deflated) {
+        prop_assert!(pages.reported.iter().flatten().all(|range| range.end() <= MEMORY / spec::PAGE_BYTES));
+        for ranges in pages.inflated.iter().chain(&pages.deflated).chain(&pages.reported) {
             prop_assert!(!ranges.is_empty());
             prop_assert!(ranges.windows(2).all(|w| w[0].end() < w[1].first));
         }

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::driver::*;
 
 pub fn balloon() -> Balloon {
-    Balloon::new((MEMORY / 4096) as u32, Options { stats: true, deflate_on_oom: true })
+    Balloon::new((MEMORY / 4096) as u32, Options { stats: true, deflate_on_oom: true, reporting: true })
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn a_queue_that_is_not_ready_is_left_alone() {
     let (mut balloon, mut pages) = (balloon(), Diary::default());
     driver.send(0, &[1]);
     virtio_queue::QueueT::set_ready(&mut queue, false);
-    for kind in [QueueKind::Inflate, QueueKind::Deflate, QueueKind::Stats] {
+    for kind in [QueueKind::Inflate, QueueKind::Deflate, QueueKind::Stats, QueueKind::Reporting] {
         assert_eq!(balloon.process(kind, &mut queue, &driver.mem, &mut pages), Processed::default());
     }
     assert_eq!(balloon.request_stats(&mut queue, &driver.mem), StatsRequest::NoBuffer);

@@ -121,6 +121,10 @@ impl balloon::GuestPages for Strict<'_> {
     fn deflate(&mut self, _: &[balloon::PageRange]) -> Result<(), balloon::WouldBlock> {
         unreachable!("only inflating here")
     }
+
+    fn report(&mut self, _: &[balloon::PageRange]) -> Result<(), balloon::WouldBlock> {
+        unreachable!("only inflating here")
+    }
 }
 
 fn returned_chains_are_discarded(driver: &Driver, lengths: &[u32], discarded: &BTreeSet<u64>) {

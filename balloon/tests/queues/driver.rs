@@ -131,6 +131,15 @@ impl Driver {
         self.offer(head);
     }
 
+    /// One chain of descriptors `head`, `head + 1` and so on, each a range of memory (address, bytes) that is reported.
+    pub fn report(&mut self, head: u16, ranges: &[(u64, u32)]) {
+        for (i, &(addr, len)) in (head..).zip(ranges) {
+            let flags = WRITE | if usize::from(i - head) + 1 < ranges.len() { NEXT } else { 0 };
+            self.describe(i, addr, len, flags, i + 1);
+        }
+        self.offer(head);
+    }
+
     pub fn used_index(&self) -> u16 {
         u16::from_le(self.mem.mem.read_obj(GuestAddress(USED + 2)).unwrap())
     }
@@ -155,6 +164,7 @@ impl Driver {
 pub struct Diary {
     pub inflated: Vec<Vec<PageRange>>,
     pub deflated: Vec<Vec<PageRange>>,
+    pub reported: Vec<Vec<PageRange>>,
     pub refuse: u32,
 }
 
@@ -180,6 +190,12 @@ impl GuestPages for Diary {
     fn deflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
         self.refused()?;
         self.deflated.push(ranges.to_vec());
+        Ok(())
+    }
+
+    fn report(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+        self.refused()?;
+        self.reported.push(ranges.to_vec());
         Ok(())
     }
 }

@@ -4,3 +4,4 @@ mod adversarial;
 mod basic;
 mod blocked;
 mod driver;
+mod reporting;

@@ -17,7 +17,7 @@ fn options_that_make_no_sense_are_usage_errors() {
         (["--balloon", "deflate_on_oom=yes"], "\"yes\" is neither on nor off"),
         (["--balloon", "stats_interval=1"], "write a number with ms, s, m or h such as 5s"),
         (["--balloon", "stats_interval=1500ms"], "not a whole number of seconds"),
-        (["--balloon", "free_page_reporting=on"], "leave it off"),
+        (["--balloon", "free_page_reporting=1"], "\"1\" is neither on nor off"),
         (["--oom", "acton=kill"], "no key \"acton\"; the keys are action, priority, preference, deadline"),
         (["--oom", "action=shoot"], "neither pause nor kill"),
         (["--oom", "deadline=-1s"], "write a number with ms, s, m or h"),

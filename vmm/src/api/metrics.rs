@@ -294,8 +294,10 @@ fn memory(e: &mut DescriptorEncoder<'_>, vms: &[&VmView]) -> Result<(), Error> {
     }
     let mut reclaimed = family(e, Counter, "reclaimed", bytes, "Memory that came back from the guest.")?;
     for vm in vms {
-        let bytes = vm.faults.discarded_pages.saturating_mul(memcg_core::PAGE_SIZE);
-        reclaimed.count(&[("vm", &vm.name), ("via", "balloon")], bytes)?;
+        for (via, pages) in [("balloon", vm.faults.discarded_pages), ("report", vm.faults.reported_pages)] {
+            let bytes = pages.saturating_mul(memcg_core::PAGE_SIZE);
+            reclaimed.count(&[("vm", &vm.name), ("via", via)], bytes)?;
+        }
     }
     Ok(())
 }

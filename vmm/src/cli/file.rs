@@ -13,7 +13,7 @@
 //! max = "512M"
 //! high = "448M"
 //!
-//! [balloon]                         # --balloon deflate_on_oom=on,…
+//! [balloon]                         # --balloon free_page_reporting=on,…
 //! deflate_on_oom = true
 //! stats_interval = "1s"
 //!

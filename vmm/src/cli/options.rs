@@ -199,11 +199,7 @@ impl Pairs for BalloonArg {
                     }
                     arg.stats_interval_s = u32::try_from(interval.as_secs()).map_err(|error| error.to_string())?;
                 }
-                _ => {
-                    if on_off(value)? {
-                        return Err("this version has no free page reporting: leave it off".to_owned());
-                    }
-                }
+                _ => arg.free_page_reporting = on_off(value)?,
             }
             Ok(())
         })?;
@@ -346,10 +342,11 @@ mod tests {
         assert_eq!(policy.preference, OomPreference::Omit);
         assert_eq!(policy.deadline, scaled(Duration::from_secs(2)));
         assert!("action=stop".parse::<OomArg>().is_err());
-        let balloon: BalloonArg = "deflate_on_oom=on,stats_interval=0s".parse().unwrap();
-        assert_eq!(balloon, BalloonArg(BalloonConfig { deflate_on_oom: true, stats_interval_s: 0 }));
+        let balloon: BalloonArg = "deflate_on_oom=on,free_page_reporting=on,stats_interval=0s".parse().unwrap();
+        let expected = BalloonConfig { deflate_on_oom: true, free_page_reporting: true, stats_interval_s: 0 };
+        assert_eq!(balloon, BalloonArg(expected));
         assert!("stats_interval=500ms".parse::<BalloonArg>().is_err());
-        assert!("free_page_reporting=on".parse::<BalloonArg>().is_err());
+        assert!("free_page_reporting=1".parse::<BalloonArg>().is_err());
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub struct VmArgs {
     /// Guest RAM and limits: size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,vmm=32M,track=on|off
     #[arg(long, value_name = "SIZES", value_parser = str::parse::<MemoryArg>, required_unless_present = "config")]
     memory: Option<MemoryArg>,
-    /// The balloon: deflate_on_oom=on|off,stats_interval=1s
+    /// The balloon: free_page_reporting=on|off,deflate_on_oom=on|off,stats_interval=1s
     #[arg(long, value_name = "WORDS", value_parser = str::parse::<BalloonArg>)]
     balloon: Option<BalloonArg>,
     /// For a VM held at its limit too long: action=pause|kill,deadline=5s,priority=N,preference=none|avoid|omit

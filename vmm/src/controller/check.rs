@@ -223,7 +223,8 @@ impl Controller {
 fn still(before: &VmView, after: &VmView) -> bool {
     let moved = |vm: &VmView| {
         let f = &vm.faults;
-        [vm.memory.stat.guest_bytes, f.touched_pages, f.around_pages, f.discarded_pages, f.events, f.from_reserve_pages]
+        let back = [f.discarded_pages, f.reported_pages];
+        (vm.memory.stat.guest_bytes, f.touched_pages, f.around_pages, back, f.events, f.from_reserve_pages)
     };
     before.pid == after.pid && moved(before) == moved(after)
 }

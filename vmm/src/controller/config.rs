@@ -148,13 +148,15 @@ with_limits! {
 pub struct BalloonConfig {
     /// The guest may take pages back when it is out of memory.
     pub deflate_on_oom: bool,
+    /// The guest may report free pages, which the host then takes back.
+    pub free_page_reporting: bool,
     /// Seconds between two readings of the guest's statistics, 0 for never.
     pub stats_interval_s: u32,
 }
 
 impl Default for BalloonConfig {
     fn default() -> Self {
-        Self { deflate_on_oom: false, stats_interval_s: 1 }
+        Self { deflate_on_oom: false, free_page_reporting: false, stats_interval_s: 1 }
     }
 }
 
@@ -297,6 +299,7 @@ impl VmConfig {
             debug_port: self.debug_port,
             stats_interval_s: self.balloon.stats_interval_s,
             deflate_on_oom: self.balloon.deflate_on_oom,
+            free_page_reporting: self.balloon.free_page_reporting,
             cpuid: Vec::new(),
             follow_vcpu: false,
             die_with_parent: true,

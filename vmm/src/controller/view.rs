@@ -400,6 +400,8 @@ pub struct FaultsView {
     pub vmm: u64,
     /// Pages discarded for the balloon.
     pub discarded_pages: u64,
+    /// Pages discarded because the guest has reported them as free.
+    pub reported_pages: u64,
     /// Things a guest claimed that were refused.
     pub guest_errors: u64,
     /// Time from the fault thread's waking up to its answer.
@@ -419,6 +421,7 @@ impl From<FaultCounts> for FaultsView {
             implicit_deflates: counts.implicit_deflates,
             vmm: counts.vmm,
             discarded_pages: counts.discarded,
+            reported_pages: counts.reported,
             guest_errors: counts.guest_errors,
             answer: counts.answer,
             hold: counts.hold,

@@ -70,6 +70,8 @@ pub struct BalloonConfig {
     pub ram_pages: u32,
     /// The guest may deflate the balloon when it runs out of memory.
     pub deflate_on_oom: bool,
+    /// The guest may report free pages.
+    pub reporting: bool,
     /// Time between two requests for guest statistics; `None` for no statistics queue at all.
     pub stats_interval: Option<Duration>,
 }
@@ -240,7 +242,8 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         pages: G,
         interrupt: Box<dyn Interrupt>,
     ) -> io::Result<(Self, BalloonWindow<M>, BalloonHandle)> {
-        let options = Options { stats: config.stats_interval.is_some(), deflate_on_oom: config.deflate_on_oom };
+        let BalloonConfig { deflate_on_oom, reporting, stats_interval, .. } = config;
+        let options = Options { stats: stats_interval.is_some(), deflate_on_oom, reporting };
         let balloon = Balloon::new(config.ram_pages, options);
         let queues = balloon::queue_count(balloon.offered_features());
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);

@@ -13,6 +13,7 @@
 //!    process_madvise(DONTNEED)
 //!    Discarded(runs)  ─────────────►  DISCARDING → BALLOONED, uncharge, serve what was wanted
 //! ```
+//! What is discarded because the guest has reported it as free ends in ABSENT instead of BALLOONED.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -29,6 +30,15 @@ pub struct Run {
     pub pages: u64,
 }
 
+/// How a guest gives pages away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenAway {
+    /// To the balloon: they are BALLOONED until it takes them back.
+    Balloon,
+    /// It has reported them as free: they are ABSENT, and a touch of them is a first touch.
+    Report,
+}
+
 /// What a thread asks.
 #[derive(Debug)]
 pub enum Request {
@@ -40,9 +50,9 @@ pub enum Request {
         wait: bool,
     },
     /// Claim pages for a discard; answered with those that are present and have to be discarded.
-    Claim(Vec<Run>),
-    /// The claimed pages have been discarded and belong to the balloon now.
-    Discarded(Vec<Run>),
+    Claim(Vec<Run>, GivenAway),
+    /// The claimed pages have been discarded.
+    Discarded(Vec<Run>, GivenAway),
     /// The guest takes pages back from the balloon; they become absent.
     Deflated(Vec<Run>),
     /// The device thread touches no guest memory until it is answered: accounting can begin.

@@ -1,11 +1,12 @@
-//! The balloon's pages: what the guest gives away is claimed, discarded and uncharged before it gets its buffer back.
+//! The balloon's pages: what the guest gives away, or reports as free, is claimed, discarded and uncharged before it gets
+//! its buffer back.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use balloon::{GuestPages, PageRange, WouldBlock};
 
-use super::client::{Client, Reply, Request, Run};
+use super::client::{Client, GivenAway, Reply, Request, Run};
 use super::discard::Discarder;
 use super::ram::Ram;
 use memcg_core::units::PAGE_SIZE;
@@ -66,22 +67,32 @@ impl BalloonPages {
                 Reply::Done(runs) => runs,
                 Reply::WouldBlock => Vec::new(),
             },
-            (None, Request::Claim(runs) | Request::Discarded(runs) | Request::Deflated(runs)) => runs,
+            (None, Request::Claim(runs, _) | Request::Discarded(runs, _) | Request::Deflated(runs)) => runs,
             (None, _) => Vec::new(),
         }
     }
-}
 
-impl GuestPages for BalloonPages {
-    fn inflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+    /// Discards what is present of `ranges`.
+    fn give(&mut self, ranges: &[PageRange], to: GivenAway) {
         let runs = self.runs(ranges);
-        let runs = self.ask(Request::Claim(runs));
+        let runs = self.ask(Request::Claim(runs, to));
         if let Err(e) = self.discarder.discard(&self.ram, &runs) {
             // Claimed pages of unknown content: neither charging nor uncharging them would be true.
             crate::worker::complain(format_args!("the host refuses to discard guest memory: {e}"));
             std::process::abort();
         }
-        self.runs = self.ask(Request::Discarded(runs));
+        self.runs = self.ask(Request::Discarded(runs, to));
+    }
+}
+
+impl GuestPages for BalloonPages {
+    fn inflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+        self.give(ranges, GivenAway::Balloon);
+        Ok(())
+    }
+
+    fn report(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+        self.give(ranges, GivenAway::Report);
         Ok(())
     }
 

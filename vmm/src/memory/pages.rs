@@ -25,7 +25,7 @@ use memcg_core::units::Pages as Count;
 
 use super::around::{Around, Window};
 use super::asked::Asked;
-use super::client::{Reply, Run};
+use super::client::{GivenAway, Reply, Run};
 use super::histogram::Histogram;
 use super::ram::Ram;
 use super::uffd::{Fill, Uffd};
@@ -390,7 +390,7 @@ impl Pages {
 
     /// Claims pages for a discard and returns what is to be discarded: the pages that are present. Faults there wait until
     /// [`Pages::on_discarded`]. A page that was never touched belongs to the balloon at once.
-    pub fn on_claim(&mut self, runs: Vec<Run>) -> Vec<Run> {
+    pub fn on_claim(&mut self, runs: Vec<Run>, to: GivenAway) -> Vec<Run> {
         let mut claimed = std::mem::take(&mut self.spare_runs);
         claimed.clear();
         for run in &runs {
@@ -405,7 +405,9 @@ impl Pages {
                         }
                         claimed.push(Run { first: at as u64, pages: (end - at) as u64 });
                     }
+                    FrameState::Absent if to == GivenAway::Report => {}
                     FrameState::Absent => self.frames.set_range(at, end, FrameState::Ballooned),
+                    // Given a second time: it is not the guest's to give.
                     FrameState::Ballooned => self.counts.guest_errors += (end - at) as u64,
                     // Claims are made one at a time, and nothing makes the other states yet.
                     _ => {}
@@ -419,10 +421,14 @@ impl Pages {
     }
 
     /// The claimed pages are gone: their charges return, and faults that waited for them are served.
-    pub fn on_discarded(&mut self, runs: &[Run]) -> Option<(usize, Reply)> {
+    pub fn on_discarded(&mut self, runs: &[Run], to: GivenAway) -> Option<(usize, Reply)> {
+        let (state, count) = match to {
+            GivenAway::Balloon => (FrameState::Ballooned, &mut self.counts.discarded),
+            GivenAway::Report => (FrameState::Absent, &mut self.counts.reported),
+        };
         for run in runs {
-            self.frames.set_range(run.first as usize, (run.first + run.pages) as usize, FrameState::Ballooned);
-            self.counts.discarded += run.pages;
+            self.frames.set_range(run.first as usize, (run.first + run.pages) as usize, state);
+            *count += run.pages;
             self.stock.uncharge(Count(run.pages));
         }
         self.stock.owe(self.frames.cost());

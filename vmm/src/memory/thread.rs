@@ -531,9 +531,9 @@ impl FaultThread {
             (Request::Failed(message, smallest_max), _) => self.finish(FromWorker::Failed { message, smallest_max }),
             (Request::Ended(reason), _) => self.finish(FromWorker::Exited(reason)),
             (Request::Fill { run, wait }, Some(pages)) => pages.on_fill(client, run, wait),
-            (Request::Claim(runs), Some(pages)) => Some(Reply::Done(pages.on_claim(runs))),
-            (Request::Discarded(runs), Some(pages)) => {
-                if let Some((other, reply)) = pages.on_discarded(&runs) {
+            (Request::Claim(runs, to), Some(pages)) => Some(Reply::Done(pages.on_claim(runs, to))),
+            (Request::Discarded(runs, to), Some(pages)) => {
+                if let Some((other, reply)) = pages.on_discarded(&runs, to) {
                     self.reply(other, reply);
                 }
                 Some(Reply::Done(runs))
@@ -543,7 +543,7 @@ impl FaultThread {
                 Some(Reply::Done(runs))
             }
             (Request::Fill { .. }, None) => Some(Reply::Done(Vec::new())),
-            (Request::Claim(runs) | Request::Discarded(runs) | Request::Deflated(runs), None) => {
+            (Request::Claim(runs, _) | Request::Discarded(runs, _) | Request::Deflated(runs), None) => {
                 Some(Reply::Done(runs))
             }
         }

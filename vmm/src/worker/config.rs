@@ -47,6 +47,8 @@ pub struct WorkerConfig {
     pub stats_interval_s: u32,
     /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` is offered.
     pub deflate_on_oom: bool,
+    /// `VIRTIO_BALLOON_F_PAGE_REPORTING` is offered, and with it `VIRTIO_BALLOON_F_PAGE_POISON`.
+    pub free_page_reporting: bool,
     /// What KVM supports of the CPU's features ([`to_words`](crate::machine::cpuid::to_words)).
     pub cpuid: Vec<[u32; 7]>,
     /// The fault thread keeps to the CPU of the vCPU: on this host a wake there is much cheaper.

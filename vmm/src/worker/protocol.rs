@@ -265,6 +265,8 @@ pub struct FaultCounts {
     pub vmm: u64,
     /// Pages discarded for the balloon.
     pub discarded: u64,
+    /// Pages discarded because the guest has reported them as free.
+    pub reported: u64,
     /// Things a guest claimed that were refused (bad page numbers, bad descriptors).
     pub guest_errors: u64,
     /// Time from the fault thread's waking up to its answer, for each fault.

@@ -217,6 +217,7 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let balloon_config = BalloonConfig {
         ram_pages: u32::try_from(ram.pages()).unwrap_or(u32::MAX),
         deflate_on_oom: config.deflate_on_oom,
+        reporting: config.free_page_reporting,
         stats_interval: (stats > 0).then(|| Duration::from_secs(stats)),
     };
     let memory = GuestMem::new(ram.clone(), Some(client.clone()), false);

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::super::mmio::registers::*;
 use super::*;
 
-const RAM: u64 = 4 << 20;
+const RAM: u64 = 8 << 20;
 const SIZE: u16 = 16;
 const INFLATE: u64 = 0;
 const DEFLATE: u64 = 1;
@@ -25,6 +25,7 @@ const STATS: u64 = 2;
 struct Pages {
     inflated: Rc<Cell<u64>>,
     deflated: Rc<Cell<u64>>,
+    reported: Rc<Cell<u64>>,
     refuse: Rc<Cell<bool>>,
     calls: Rc<Cell<u32>>,
 }
@@ -48,6 +49,10 @@ impl GuestPages for Pages {
     fn deflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
         self.count(&self.deflated.clone(), ranges)
     }
+
+    fn report(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+        self.count(&self.reported.clone(), ranges)
+    }
 }
 
 /// A VM with nothing but a balloon, and the guest's driver for it.
@@ -59,21 +64,29 @@ struct Vm {
     pages: Pages,
     irq: EventFd,
     doorbells: Vec<EventFd>,
-    avail: [u16; 3],
+    avail: [u16; 4],
 }
 
 impl Vm {
     fn new(stats_interval: Option<Duration>) -> Self {
+        Vm::with(BalloonConfig {
+            ram_pages: (RAM / 4096) as u32,
+            deflate_on_oom: true,
+            reporting: false,
+            stats_interval,
+        })
+    }
+
+    fn with(config: BalloonConfig) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let pages = Pages::default();
-        let config = BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: true, stats_interval };
         let line = Box::new(irq.try_clone().unwrap());
         let (device, window, handle) = BalloonDevice::new(config, mem.clone(), pages.clone(), line).unwrap();
         let doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device);
-        Vm { mem, window, handle, events, pages, irq, doorbells, avail: [0; 3] }
+        Vm { mem, window, handle, events, pages, irq, doorbells, avail: [0; 4] }
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -99,7 +112,7 @@ impl Vm {
         }
         self.write(STATUS, 0xb);
         assert_eq!(self.read(STATUS), 0xb);
-        self.avail = [0; 3];
+        self.avail = [0; 4];
         for index in 0..self.doorbells.len() as u64 {
             self.write(QUEUE_SEL, index as u32);
             assert_eq!(self.read(QUEUE_NUM_MAX), u32::from(spec::QUEUE_SIZE));
@@ -353,6 +366,34 @@ fn statistics_are_asked_for_at_every_tick() {
     }
 }
 
+/// The reporting queue is the last one, whatever is there before it.
+#[test]
+fn reports_are_dealt_with_on_the_queue_behind_the_others() {
+    for stats_interval in [None, Some(Duration::from_secs(60))] {
+        let queue = if stats_interval.is_some() { 3 } else { 2 };
+        let ram_pages = (RAM / 4096) as u32;
+        let mut vm = Vm::with(BalloonConfig { ram_pages, deflate_on_oom: false, reporting: true, stats_interval });
+        vm.probe();
+        vm.write(STATUS, 0xf);
+        vm.run();
+        let block = RawDescriptor::from(Descriptor::new(0x20_0000, 0x10_0000, 2, 0));
+        vm.offer(queue, &[0; 4]);
+        vm.mem.write_obj(block, GuestAddress(ring(queue))).unwrap();
+        vm.kick(queue);
+        vm.run();
+        assert_eq!((vm.used(queue), vm.pages.reported.get()), (1, 256), "{stats_interval:?}");
+        assert_eq!((vm.handle.counters().reported_pages, vm.handle.guest_errors()), (256, 0));
+        // What the guest fills free pages with is kept with it.
+        vm.write(CONFIG + spec::CONFIG_POISON_VAL, 0xaaaa_aaaa);
+        assert_eq!(vm.read(CONFIG + spec::CONFIG_POISON_VAL), 0xaaaa_aaaa);
+        vm.offer(queue, &[0; 4]);
+        vm.mem.write_obj(block, GuestAddress(ring(queue) + 16)).unwrap();
+        vm.kick(queue);
+        vm.run();
+        assert_eq!((vm.used(queue), vm.pages.reported.get(), vm.handle.counters().poisoned_pages), (2, 256, 256));
+    }
+}
+
 /// The device thread and a vCPU at full speed: resets, set-ups and notifications while batches are being processed.
 #[test]
 fn resets_race_with_the_device_thread() {
@@ -365,10 +406,14 @@ fn resets_race_with_the_device_thread() {
         fn deflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
             self.inflate(ranges)
         }
+        fn report(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
+            self.inflate(ranges)
+        }
     }
     let mut vm = Vm::new(None);
     let calls = Arc::new(AtomicU32::new(0));
-    let config = BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: false, stats_interval: None };
+    let config =
+        BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: false, reporting: true, stats_interval: None };
     let line = Box::new(vm.irq.try_clone().unwrap());
     let (device, window, handle) = BalloonDevice::new(config, vm.mem.clone(), Slow(calls.clone()), line).unwrap();
     vm.doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();

@@ -60,6 +60,7 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
             implicit_deflates: n.next(),
             vmm: n.next(),
             discarded: n.next(),
+            reported: n.next(),
             guest_errors: n.next(),
             answer: quantiles(n),
             hold: quantiles(n),
