@@ -4,6 +4,10 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+mod access;
+
+pub use access::{Access, Pattern, scramble};
+
 /// Bytes in a page, the unit of everything the guests touch.
 pub const PAGE_SIZE: u64 = 4096;
 /// 64-bit words in a page.

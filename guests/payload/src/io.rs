@@ -86,6 +86,11 @@ pub fn read_line(line: &mut Line) {
     }
 }
 
+/// Whether somebody has typed, or wants the machine to end: what goes on for ever ends then.
+pub fn wanted() -> bool {
+    in8(COM1_STATUS) & 1 != 0 || in32(EXIT) & 1 != 0
+}
+
 /// Lets the monitor answer after `ms` milliseconds.
 pub fn wait(ms: u32) {
     out32(WAIT, ms);
@@ -113,6 +118,17 @@ pub fn dword(value: u64) -> u32 {
 pub fn cycles() -> u64 {
     // SAFETY: reads a counter, which is allowed at this privilege level.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Cycles of a millisecond, by the monitor's clock: the best of some waits, because each is a little too long.
+pub fn cycles_per_ms() -> u64 {
+    const MS: u32 = 20;
+    let measure = |_| {
+        let begin = cycles();
+        wait(MS);
+        cycles().wrapping_sub(begin) / u64::from(MS)
+    };
+    (0..3).map(measure).min().unwrap_or(1).max(1)
 }
 
 /// A line of text of bounded length; what does not fit is left out.

@@ -14,19 +14,33 @@
 //! random START SIZE count=N [seed=1]                                 like touch, N pages drawn at random
 //! hot START SIZE [passes=1] [stride=4K]                              increments a counter in each page; none is lost
 //! storm [START SIZE] [passes=N]                                      all vCPUs touch their shares as fast as they can
+//! access PATTERN START SIZE [hot=SIZE] [spread=1] [periods=N] [period=1000 | each=N] [write=50] [moves=4] [seed=1]
+//!     [check=1]      accesses pages until somebody types; PATTERN is hot, zipf, scan, phase or idle. After each period,
+//!                    of so many ms or accesses, a mark and `ACCESS n= touches= cycles_per_1000= distinct= two= bad=`:
+//!                    pages used in it, and in it and the one before. `check`s for the pattern of `touch`
+//! rewrite START SIZE [seconds=N] [seed=1]                            all vCPUs: new contents, if the last ones are there
 //! balloon init [features=MASK] [device=N]                            finds the device and switches it on
 //! balloon inflate START SIZE [touch=1] | deflate START SIZE | report START SIZE
-//! balloon auto START SIZE [rounds=1] [limit=N]                       follows the device's target with those pages
+//! balloon auto START SIZE [rounds=1] [limit=N] [every=10]            follows the device's target with those pages
+//! balloon allocate START SIZE [order=9] [steps=1000] [every=100] [passes=1] [report=1] [seed=1]
+//!                    allocates and frees blocks, touches the new ones; each `every` steps reports those that are free
+//! balloon evil numbers QUEUE FIRST COUNT [step=1]                    page numbers of any kind
+//! balloon evil index QUEUE AHEAD | head QUEUE HEAD | chain QUEUE NEXT | flags QUEUE FLAGS | rings QUEUE GPA
+//! balloon evil buffer QUEUE GPA LENGTH [write=1] | stats QUEUE GPA TAGS | features MASK | kicks QUEUE COUNT
+//! balloon evil flood START SIZE [rounds=N] [touch=1] | reset START SIZE [rounds=N]
 //! balloon status | raw QUEUE GPA LENGTH [write=1] | reset
 //! peek GPA | poke GPA VALUE | echo TEXT | wait MS | park | mark N | exit N | shell
 //! ```
 #![no_std]
 #![no_main]
 
+mod access;
 mod balloon;
 mod io;
 mod memory;
+mod rewrite;
 mod support;
+mod team;
 
 use core::fmt::Write;
 use core::ops::ControlFlow;
@@ -90,7 +104,7 @@ struct Session {
 /// Where all vCPUs arrive, with what the monitor put into their registers.
 extern "C" fn payload_main(cmdline: *const u8, ram: u64, cpu: u64, cpus: u64) -> ! {
     if cpu != 0 {
-        memory::serve(cpu);
+        team::serve(cpu);
     }
     io::mask_interrupts();
     let mut session = Session { ram, cpus, balloon: Balloon::new(), answer: Line::new() };
@@ -155,6 +169,8 @@ impl Session {
             "random" => memory::random(arguments, &mut self.answer),
             "hot" => memory::hot(arguments, &mut self.answer),
             "storm" => memory::storm(arguments, self.ram, self.cpus, &mut self.answer),
+            "access" => access::access(arguments, &mut self.answer),
+            "rewrite" => rewrite::rewrite(arguments, self.cpus, &mut self.answer),
             "balloon" => self.balloon.obey(arguments, &mut self.answer),
             "peek" => {
                 let value = memory::peek(arguments.number(0, "GPA")?);

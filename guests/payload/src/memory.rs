@@ -4,13 +4,12 @@
 //! verified, and a page which was lost, zeroed or exchanged for another is found.
 
 use core::fmt::Write;
-use core::hint::spin_loop;
-use core::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use guest_common::{Arguments, Fill, PAGE_SIZE, pattern};
 
 use crate::Error;
 use crate::io::{self, Line};
+use crate::team;
 
 /// What `storm` touches if it is not told: from here, past this program, to the end of RAM below the hole.
 const STORM_START: u64 = 2 << 20;
@@ -18,8 +17,6 @@ const STORM_START: u64 = 2 << 20;
 const LOW_RAM_END: u64 = 3 << 30;
 /// The word in which `hot` counts: never one of those that hold the short pattern.
 const COUNTER_WORD: u64 = 1;
-/// Milliseconds between two looks for work, and for its end.
-const POLL_MS: u32 = 2;
 
 /// Reads the word at `address`.
 pub fn peek(address: u64) -> u64 {
@@ -105,7 +102,7 @@ pub fn touch(arguments: Arguments<'_>, cpus: u64, answer: &mut Line) -> Result<(
     let work = Work::parse(arguments)?;
     let cpus = if arguments.option("cpus") == Some("all") { cpus } else { 1 };
     let before = io::cycles();
-    together(&work, cpus);
+    team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
     let spent = io::cycles().wrapping_sub(before);
     let _ = write!(answer, " pages={} passes={} cpus={cpus} cycles={spent}", work.pages(), work.passes);
     Ok(())
@@ -123,7 +120,7 @@ pub fn storm(arguments: Arguments<'_>, ram: u64, cpus: u64, answer: &mut Line) -
     if work.passes == u64::MAX {
         io::answer("OK ", "storm", " started");
     }
-    together(&work, cpus);
+    team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
     let _ = write!(answer, " pages={} passes={} cpus={cpus}", work.pages(), work.passes);
     Ok(())
 }
@@ -186,64 +183,4 @@ pub fn verify(arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> 
     let Some(page) = first else { return Ok(()) };
     let _ = write!(answer, " first={page:#x} value={:#x}", peek(page));
     Err(Error::Other("contents differ"))
-}
-
-/// The work that vCPU 0 hands to the others. They look at `round`; when it changes, the rest is complete.
-struct Shared {
-    round: AtomicU64,
-    done: AtomicU64,
-    cpus: AtomicU64,
-    /// The fields of `Work`, in order.
-    work: [AtomicU64; 7],
-}
-
-static SHARED: Shared = Shared {
-    round: AtomicU64::new(0),
-    done: AtomicU64::new(0),
-    cpus: AtomicU64::new(1),
-    work: [const { AtomicU64::new(0) }; 7],
-};
-
-/// Runs `work` on vCPUs 0 to `cpus`, a share each.
-fn together(work: &Work, cpus: u64) {
-    if cpus > 1 {
-        let fields = [
-            work.start,
-            work.end,
-            work.stride,
-            work.seed,
-            work.passes,
-            u64::from(work.fill == Fill::Full),
-            u64::from(work.read),
-        ];
-        for (shared, value) in SHARED.work.iter().zip(fields) {
-            shared.store(value, SeqCst);
-        }
-        SHARED.done.store(0, SeqCst);
-        SHARED.cpus.store(cpus, SeqCst);
-        SHARED.round.fetch_add(1, SeqCst);
-    }
-    work.share(0, cpus).run();
-    while cpus > 1 && SHARED.done.load(SeqCst) < cpus - 1 {
-        io::wait(POLL_MS);
-        spin_loop();
-    }
-}
-
-/// The life of a vCPU other than 0: waits for work, does its share.
-pub fn serve(cpu: u64) -> ! {
-    let mut seen = 0;
-    loop {
-        let round = SHARED.round.load(SeqCst);
-        if round == seen {
-            io::wait(POLL_MS);
-            continue;
-        }
-        seen = round;
-        let [start, end, stride, seed, passes, full, read] = core::array::from_fn(|i| SHARED.work[i].load(SeqCst));
-        let fill = if full == 0 { Fill::Ends } else { Fill::Full };
-        let work = Work { start, end, stride, seed, passes, fill, read: read != 0 };
-        work.share(cpu, SHARED.cpus.load(SeqCst)).run();
-        SHARED.done.fetch_add(1, SeqCst);
-    }
 }
