@@ -1,6 +1,10 @@
 //! A virtio-balloon driver that polls: virtio 1.x over MMIO, split queues, one buffer in flight.
 //!
-//! It does what a test asks, also what no sane driver would do (`raw`), and reports what the device did.
+//! It does what a test asks, also what no sane driver would do (`raw`, and all of [`evil`]), and reports what the device
+//! did.
+
+mod allocate;
+mod evil;
 
 use core::cell::UnsafeCell;
 use core::fmt::Write;
@@ -76,6 +80,8 @@ const POLL_MS: u32 = 1;
 const POLLS: u32 = 60_000;
 /// Milliseconds between two looks at the target.
 const ROUND_MS: u32 = 10;
+/// Descriptor flag: the chain goes on.
+const HAS_NEXT: u16 = 1;
 /// Descriptor flag: the device writes.
 const DEVICE_WRITES: u16 = 2;
 /// Flag of the available ring: no interrupt, please.
@@ -90,6 +96,7 @@ struct Queue {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct Descriptor {
     address: u64,
     length: u32,
@@ -102,6 +109,13 @@ struct Ring<T> {
     flags: u16,
     index: u16,
     entries: T,
+}
+
+/// What has been given to a queue: where the device will say that it is back.
+#[derive(Clone, Copy)]
+struct Ticket {
+    queue: usize,
+    seen: u16,
 }
 
 #[repr(C, align(4096))]
@@ -165,6 +179,8 @@ impl Balloon {
                 self.describe(end - start, answer)
             }
             Some("auto") => self.follow(arguments, answer),
+            Some("allocate") => self.allocate(arguments, answer),
+            Some("evil") => self.evil(arguments, answer),
             Some("raw") => {
                 let queue = usize::try_from(arguments.number(1, "QUEUE")?).unwrap_or(usize::MAX);
                 let (gpa, length) = (arguments.number(2, "GPA")?, io::dword(arguments.number(3, "LENGTH")?));
@@ -177,7 +193,7 @@ impl Balloon {
                 *self = Self::new();
                 Ok(())
             }
-            _ => Err(Error::Other("balloon init|status|inflate|deflate|report|auto|raw|reset")),
+            _ => Err(Error::Other("balloon init|status|inflate|deflate|report|auto|allocate|raw|evil|reset")),
         }
     }
 
@@ -282,26 +298,48 @@ impl Balloon {
 
     /// Gives one buffer to the device and waits until it comes back; returns the length that the device reports.
     fn submit(&mut self, queue: usize, address: u64, length: u32, device_writes: bool) -> Result<u32, Error> {
+        let flags = if device_writes { DEVICE_WRITES } else { 0 };
+        let ticket = self.offer(queue, &[Descriptor { address, length, flags, next: 0 }])?;
+        self.collect(ticket, POLLS)?.ok_or(Error::Other("the device did not answer"))
+    }
+
+    /// Gives descriptors 0 and up to the device, as one chain that begins with the first, and rings the bell.
+    fn offer(&mut self, queue: usize, chain: &[Descriptor]) -> Result<Ticket, Error> {
         if queue >= self.queues() {
             return Err(Error::Other("there is no such queue"));
         }
         let memory = area_queue(queue);
-        // SAFETY: the pointer is to one of the area's queues, which lives for ever and which no reference is made to;
-        // the ring index is below the queue's size, hence below the arrays' length.
+        for (i, descriptor) in chain.iter().enumerate().take(usize::from(QUEUE_SIZE)) {
+            // SAFETY: the pointer is to one of the area's queues, which lives for ever and which no reference is made to;
+            // `i` is below the table's length.
+            unsafe { (&raw mut (*memory).descriptors[i]).write_volatile(*descriptor) };
+        }
+        self.publish(queue, 0, 1)
+    }
+
+    /// Puts `head` into the available ring, adds `ahead` to its index, and rings the bell.
+    fn publish(&mut self, queue: usize, head: u16, ahead: u16) -> Result<Ticket, Error> {
+        let memory = area_queue(queue);
+        // SAFETY: as in `offer`; the ring index is below the queue's size, hence below the arrays' length.
         let seen = unsafe {
             let seen = (&raw const (*memory).used.index).read_volatile();
             let index = (&raw const (*memory).available.index).read_volatile();
-            let flags = if device_writes { DEVICE_WRITES } else { 0 };
-            (&raw mut (*memory).descriptors[0]).write_volatile(Descriptor { address, length, flags, next: 0 });
             let slot = usize::from(index % self.queue_size);
-            (&raw mut (*memory).available.entries[slot]).write_volatile(0);
+            (&raw mut (*memory).available.entries[slot]).write_volatile(head);
             fence(SeqCst);
-            (&raw mut (*memory).available.index).write_volatile(index.wrapping_add(1));
+            (&raw mut (*memory).available.index).write_volatile(index.wrapping_add(ahead));
             fence(SeqCst);
             seen
         };
         self.write(register::QUEUE_NOTIFY, queue as u32)?;
-        // SAFETY: as above.
+        Ok(Ticket { queue, seen })
+    }
+
+    /// Waits until the device has returned something: the length that it reports, or nothing after `polls` milliseconds.
+    fn collect(&mut self, ticket: Ticket, polls: u32) -> Result<Option<u32>, Error> {
+        let Ticket { queue, seen } = ticket;
+        let memory = area_queue(queue);
+        // SAFETY: the pointer is to one of the area's queues, which lives for ever and which no reference is made to.
         let used_index = || unsafe { (&raw const (*memory).used.index).read_volatile() };
         for _ in 0..SPINS {
             if used_index() != seen {
@@ -309,31 +347,32 @@ impl Balloon {
             }
             spin_loop();
         }
-        let mut polls = 0;
+        let mut polled = 0;
         while used_index() == seen {
-            if polls == POLLS {
-                return Err(Error::Other("the device did not answer"));
+            if polled == polls {
+                return Ok(None);
             }
-            polls += 1;
+            polled += 1;
             io::wait(POLL_MS);
         }
         fence(SeqCst);
         let slot = usize::from(seen % self.queue_size);
-        // SAFETY: as above.
+        // SAFETY: as above; the slot is below the queue's size, hence below the array's length.
         let [_, used] = unsafe { (&raw const (*memory).used.entries[slot]).read_volatile() };
         let pending = self.read(register::INTERRUPT_STATUS)?;
         if pending != 0 {
             self.write(register::INTERRUPT_ACK, pending)?;
         }
-        Ok(used)
+        Ok(Some(used))
     }
 
     /// Follows the target for some rounds with the pages of `START SIZE`, from the first one up; at most `limit` pages
-    /// a round. `rounds=0` never ends.
+    /// a round, a round each `every` milliseconds. `rounds=0` ends when somebody types.
     fn follow(&mut self, arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> {
         let (start, end) = range(arguments)?;
         let rounds = arguments.number_or("rounds", 1)?;
         let limit = arguments.number_or("limit", u64::MAX)?;
+        let every = io::dword(arguments.number_or("every", ROUND_MS.into())?);
         let mut round = 0;
         loop {
             let target = u64::from(self.read(register::CONFIG_NUM_PAGES)?).min(end - start);
@@ -350,10 +389,10 @@ impl Balloon {
                 self.set_actual(self.given)?;
             }
             round += 1;
-            if round == rounds {
+            if round == rounds || rounds == 0 && io::wanted() {
                 return self.describe(self.given, answer);
             }
-            io::wait(ROUND_MS);
+            io::wait(every);
         }
     }
 
