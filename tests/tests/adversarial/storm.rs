@@ -1,12 +1,13 @@
-//! A hostile guest: it touches all it has as fast as it can while its limit changes under it.
+//! A guest that touches all it has as fast as it can while its limit changes under it; and one that ends while it is
+//! asked about.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use ballast_tests::{TestVm, http, missing_on_host, number, resident_pages};
+use ballast_tests::{TestVm, http, number, resident_pages};
 use serde_json::{Value, json};
 
-const MIB: u64 = 1 << 20;
+use super::{MIB, skipped};
 
 /// Resident anonymous memory of a process as another process sees it, in bytes.
 fn rss_anon(pid: u64) -> u64 {
@@ -27,8 +28,7 @@ fn check(now: &Value, highest_max: u64, at: &str) {
 
 fn storm(cpus: u32) {
     let name = format!("storm{cpus}");
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP {name} reason={reason}");
+    if skipped(&name) {
         return;
     }
     let vm = TestVm::builder(&name)
@@ -93,8 +93,7 @@ fn usage_never_exceeds_the_limit_with_two_vcpus() {
 
 #[test]
 fn an_exit_status_survives_a_client_that_keeps_asking() {
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP an_exit_status_survives reason={reason}");
+    if skipped("an_exit_status_survives") {
         return;
     }
     for round in 0..10 {
