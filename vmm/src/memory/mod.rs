@@ -14,6 +14,7 @@
 //! | `discard` | vectored discards |
 //! | `histogram` | how long faults and holds take |
 //! | `place` | where the fault thread runs |
+//! | `store` | compressed contents of evicted pages |
 
 pub mod activation;
 pub mod around;
@@ -26,6 +27,7 @@ pub mod histogram;
 pub mod pages;
 pub mod place;
 pub mod ram;
+pub mod store;
 pub mod thread;
 pub mod uffd;
 
