@@ -17,6 +17,7 @@
 //! | [`tree`] | counters, limits and charges of host, groups and VMs | controller |
 //! | [`limit_change`] | one change of limits, of one node or many, while guests run | controller |
 //! | [`reclaim`] | how much reclaim should aim at, and how much stock a VM may hold | controller |
+//! | [`progress`] | whether a guest gives what it is asked for, and when it is asked again | controller |
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`ladder`] | what is done about a VM or a group that uses too much, and when the next thing | controller |
@@ -62,6 +63,7 @@ pub mod ladder;
 pub mod limit_change;
 pub mod oom;
 pub mod pressure;
+pub mod progress;
 pub mod protection;
 pub mod reclaim;
 pub mod sample;

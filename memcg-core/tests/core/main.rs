@@ -21,6 +21,7 @@ mod nodes;
 mod oom;
 mod overhead;
 mod pressure;
+mod progress;
 mod protection;
 mod rank;
 mod reclaim;
