@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::options::name;
 use super::{Failure, SocketArg, client, output, socket};
-use crate::controller::view::{OverheadView, PressureLine, VmState, VmView};
+use crate::controller::view::{BalloonProgress, OverheadView, PressureLine, VmState, VmView};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -158,10 +158,15 @@ fn table(vm: &VmView) -> String {
         "  events",
         format!(" high {}, max {}, failcnt {}, oom {}", events.high, events.max, events.failcnt, events.oom),
     );
-    let ready = if vm.balloon.ready { "" } else { ", the guest has no driver running" };
+    let answer = match vm.balloon.progress {
+        None => ", the guest has no driver running",
+        Some(BalloonProgress::Cooperating) => "",
+        Some(BalloonProgress::Slow) => ", the guest gives slowly",
+        Some(BalloonProgress::Stalled) => ", the guest gives nothing",
+    };
     line(
         "  balloon",
-        format!(" target {}, actual {}{ready}", human(vm.balloon.target_bytes), human(vm.balloon.actual_bytes)),
+        format!(" target {}, actual {}{answer}", human(vm.balloon.target_bytes), human(vm.balloon.actual_bytes)),
     );
     if let Some(guest) = &vm.guest_stats {
         let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), human);

@@ -471,6 +471,7 @@ impl Actor {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
             self.overdue_hold(id, now);
+            self.overdue_balloon(id, now);
             self.overdue_stop(id, now);
             self.overdue_worker(id, now);
         }

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::actor::{Actor, WORKER_PATIENCE};
+use super::balloon::BalloonAsking;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
@@ -220,6 +221,7 @@ impl Actor {
             refused_since: None,
             refused_at: None,
             grant_due: false,
+            balloon: BalloonAsking::default(),
             balloon_sent: None,
             balloon_due: false,
             start_due: false,

@@ -47,6 +47,11 @@ pub enum EventKind {
     HighCrossed,
     /// A charge was refused at `max` and the VM is held.
     MaxHit,
+    /// The guest gives nothing of what its balloon is asked for: it is told that what it has given is enough, and asked
+    /// again later.
+    TargetStalled,
+    /// It has stalled again, without having given anything worth mentioning in between.
+    Uncooperative,
     /// The VM was paused.
     Paused,
     /// The VM goes on.
@@ -71,7 +76,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -83,6 +88,8 @@ impl EventKind {
         Self::LimitNotReached,
         Self::HighCrossed,
         Self::MaxHit,
+        Self::TargetStalled,
+        Self::Uncooperative,
         Self::Paused,
         Self::Resumed,
         Self::ResumeRefused,

@@ -69,6 +69,9 @@ impl Actor {
         vm.reported = true;
         self.grow_overhead(id, cost);
         self.watch_hold(id);
+        if self.recounting.is_none() {
+            self.aim_balloon(id);
+        }
         self.answered(id, report.answers);
         // Before anything is granted anew: what just came back may be all that a new limit waits for.
         self.advance_changes();
@@ -316,22 +319,6 @@ impl Actor {
             if Some(id) != next {
                 self.serve(id, false);
             }
-        }
-    }
-
-    /// Sends the balloon target that follows from the limits, when it has changed.
-    pub fn aim_balloon(&mut self, id: VmId) {
-        let target = self.balloon_target(id);
-        let vm = self.vms.get_mut(&id).expect("checked");
-        let pages = u32::try_from(target.0).unwrap_or(u32::MAX);
-        if vm.state == VmState::Starting || vm.balloon_sent == Some(pages) {
-            vm.balloon_due = false;
-            return;
-        }
-        let sent = vm.send(ToWorker::BalloonTarget { pages });
-        vm.balloon_due = !sent;
-        if sent {
-            vm.balloon_sent = Some(pages);
         }
     }
 

@@ -9,6 +9,7 @@ mod admission;
 pub mod adopt;
 pub mod audit;
 mod backstop;
+mod balloon;
 pub mod cgroup;
 mod changes;
 pub mod check;

@@ -41,8 +41,10 @@ impl Actor {
             swap: self.swap_view(vm),
             balloon: BalloonView {
                 target_bytes: self.balloon_target(id).bytes(),
+                told_bytes: vm.balloon.told(self.balloon_target(id)).bytes(),
                 actual_bytes: Pages(vm.report.balloon_actual.into()).bytes(),
                 ready: vm.report.balloon_ready,
+                progress: vm.report.balloon_ready.then(|| vm.balloon.state().into()),
             },
             guest_stats: vm
                 .guest_stats

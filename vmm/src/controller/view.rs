@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use memcg_core::progress::State;
 use memcg_core::tree::Events;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -266,12 +267,38 @@ pub struct MemoryStat {
 /// The balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BalloonView {
-    /// What the guest is asked to give.
+    /// What the guest should give.
     pub target_bytes: u64,
+    /// What it is told to give: less than the target for a while after it has stalled.
+    pub told_bytes: u64,
     /// What it says it has given.
     pub actual_bytes: u64,
     /// Its driver is running.
     pub ready: bool,
+    /// How it answers, while its driver is running.
+    pub progress: Option<BalloonProgress>,
+}
+
+/// How a guest answers when its balloon is asked for memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BalloonProgress {
+    /// It has given what it should, or does so in reasonable time, or has just been asked.
+    Cooperating,
+    /// It gives, but nobody can wait for it.
+    Slow,
+    /// It gives nothing, or next to nothing.
+    Stalled,
+}
+
+impl From<State> for BalloonProgress {
+    fn from(state: State) -> Self {
+        match state {
+            State::Cooperating => Self::Cooperating,
+            State::Slow => Self::Slow,
+            State::Stalled => Self::Stalled,
+        }
+    }
 }
 
 /// Whether the vCPUs are stopped for want of memory.

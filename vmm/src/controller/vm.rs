@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::activation::Accounting;
+use super::balloon::BalloonAsking;
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
@@ -223,6 +224,8 @@ pub(super) struct Vm {
     pub refused_at: Option<NodeId>,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
     pub grant_due: bool,
+    /// What its balloon is asked for.
+    pub balloon: BalloonAsking,
     /// The balloon target last sent.
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.

@@ -209,6 +209,7 @@ impl Vm {
             Accounting::Off | Accounting::On => None,
         };
         let stop = self.stopping.as_ref().and_then(|stopping| stopping.until);
-        answers.chain(hold).chain(activation).chain(stop).chain(self.patience).min()
+        let balloon = self.balloon.next().filter(|_| self.alive());
+        answers.chain(hold).chain(activation).chain(stop).chain(balloon).chain(self.patience).min()
     }
 }

@@ -5,6 +5,7 @@ mod activation;
 mod admission;
 mod adopt;
 mod audit;
+mod balloon;
 mod clients;
 mod crowd;
 mod fleet;

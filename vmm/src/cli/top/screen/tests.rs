@@ -25,7 +25,12 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         vmm: CounterView::default(),
         overhead: OverheadView::default(),
         swap: CounterView::default(),
-        balloon: BalloonView { target_bytes: 64 * MIB, actual_bytes: MIB + MIB / 2, ready: true },
+        balloon: BalloonView {
+            target_bytes: 64 * MIB,
+            actual_bytes: MIB + MIB / 2,
+            ready: true,
+            ..BalloonView::default()
+        },
         guest_stats: None,
         held: HeldView::default(),
         pressure: PressureView::default(),
