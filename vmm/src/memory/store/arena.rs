@@ -2,12 +2,15 @@
 //!
 //! Of each segment two numbers are shared. `written` is the writer's. `released` is the reader's while the segment has
 //! entries; when both are equal nobody refers to the segment any more, and the writer alone decides what becomes of it.
-//! So no number has two writers at a time, and plain loads and stores are enough.
+//! So no number has two writers at a time, and plain loads and stores are enough. Only the bits of the segments that
+//! fell empty are set by one side and cleared by the other; they say where to look and decide nothing.
 //!
 //! The mapping has no huge pages and is not merged, so a page of it is real memory exactly from the first byte written to
 //! the discard.
 
 use std::io;
+use std::marker::PhantomData;
+use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
@@ -90,8 +93,39 @@ impl Drop for Mapping {
     }
 }
 
+/// Numbers of which all are zero at first, so that those that are never used take no memory.
+struct Zeroes<T> {
+    map: Mapping,
+    length: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: ZeroIsValid> Zeroes<T> {
+    fn new(length: usize) -> io::Result<Self> {
+        Ok(Self { map: Mapping::new(length * size_of::<T>())?, length, of: PhantomData })
+    }
+}
+
+impl<T: ZeroIsValid> Deref for Zeroes<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: the mapping has room for `length` of them and is aligned to a page; all bits zero is valid, and nobody
+        // has another way to it than this.
+        unsafe { std::slice::from_raw_parts(self.map.base.as_ptr().cast(), self.length) }
+    }
+}
+
+/// # Safety
+/// A value with all bits zero is valid.
+unsafe trait ZeroIsValid {}
+
+// SAFETY: integers.
+unsafe impl ZeroIsValid for Segment {}
+// SAFETY: an integer.
+unsafe impl ZeroIsValid for AtomicU64 {}
+
 /// What is shared of a segment, in units.
-#[derive(Default)]
 struct Segment {
     written: AtomicU16,
     released: AtomicU16,
@@ -100,7 +134,9 @@ struct Segment {
 /// The mapping and the shared numbers.
 pub struct Arena {
     map: Mapping,
-    segments: Box<[Segment]>,
+    segments: Zeroes<Segment>,
+    /// A bit for each segment that fell empty since the writer last looked; it may have entries again.
+    empty: Zeroes<AtomicU64>,
     /// Units that were ever released.
     released: AtomicU64,
     /// How often a segment fell empty.
@@ -115,7 +151,8 @@ impl Arena {
     pub fn map(segments: usize) -> io::Result<Self> {
         Ok(Self {
             map: Mapping::new(segments * SEGMENT)?,
-            segments: (0..segments).map(|_| Segment::default()).collect(),
+            segments: Zeroes::new(segments)?,
+            empty: Zeroes::new(segments.div_ceil(64))?,
             released: AtomicU64::new(0),
             emptied: AtomicU64::new(0),
         })
@@ -198,7 +235,8 @@ impl Arena {
     /// # Errors
     /// [`Damage::Header`] when the segment has not so much that is live.
     pub fn release(&self, unit: u32, units: u32) -> Result<(), Damage> {
-        let segment = &self.segments[(unit / SEGMENT_UNITS) as usize];
+        let number = unit / SEGMENT_UNITS;
+        let segment = &self.segments[number as usize];
         let written = u32::from(segment.written.load(Ordering::Relaxed));
         let released = u32::from(segment.released.load(Ordering::Relaxed)) + units;
         if released > written {
@@ -209,9 +247,28 @@ impl Arena {
         // Release: the writer that sees the segment empty may write over what was read of it.
         segment.released.store(released as u16, Ordering::Release);
         if released == written {
+            self.mark_empty(number);
             self.emptied.store(self.emptied.load(Ordering::Relaxed) + 1, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// The writer should look at a segment: it may be empty.
+    pub fn mark_empty(&self, segment: u32) {
+        self.empty[(segment / 64) as usize].fetch_or(1 << (segment % 64), Ordering::Release);
+    }
+
+    /// Calls `each` with every segment that was marked since the last time, among the first `segments`. For the writer.
+    pub fn take_empty(&self, segments: usize, mut each: impl FnMut(u32)) {
+        for (index, word) in self.empty[..segments.div_ceil(64)].iter().enumerate() {
+            if word.load(Ordering::Relaxed) != 0 {
+                let mut bits = word.swap(0, Ordering::Acquire);
+                while bits != 0 {
+                    each(index as u32 * 64 + bits.trailing_zeros());
+                    bits &= bits - 1;
+                }
+            }
+        }
     }
 
     /// An empty segment begins anew. For the writer.

@@ -6,7 +6,7 @@
 
 use super::arena::{SEGMENT, SEGMENT_UNITS};
 use super::entry::UNIT;
-use super::writer::Writer;
+use super::writer::{State, Writer};
 use super::{Corrupt, Damage, PAGE, Place};
 
 /// Segments that one call cleans: half a MiB of copying, about as long as the compression of a batch.
@@ -38,29 +38,29 @@ impl Writer {
     pub fn clean(&mut self, room: u64, moved: &mut Vec<Moved>) -> Result<usize, Corrupt> {
         let most = self.resident_pages() + room;
         let mut cleaned = 0;
-        for (live, index) in self.victims() {
+        for (live, segment) in self.victims() {
             let bytes = live as usize * UNIT;
             // Part of it may come to the open segment and the rest to the next, so one more page may begin.
             let worst = bytes.div_ceil(PAGE) as u64 + 1;
             if self.resident_pages() + worst > most || self.openable() == 0 {
                 break;
             }
-            self.closed[index].moved = true;
-            self.copy(self.closed[index].segment, live, moved)?;
+            self.segments[segment as usize].state = State::Moved;
+            self.copy(segment, live, moved)?;
             cleaned += 1;
         }
         Ok(cleaned)
     }
 
-    /// The segments with the least that lives, the least first, as indices of `closed`.
-    fn victims(&self) -> Vec<(u32, usize)> {
+    /// The segments with the least that lives, and how much that is; the least first.
+    fn victims(&self) -> Vec<(u32, u32)> {
         let mut victims = Vec::with_capacity(AT_ONCE + 1);
-        for (index, closed) in self.closed.iter().enumerate().filter(|(_, closed)| !closed.moved) {
-            let live = self.arena.live(closed.segment);
+        for (segment, _) in (0..).zip(&self.segments).filter(|(_, segment)| segment.state == State::Closed) {
+            let live = self.arena.live(segment);
             let worth = live > 0 && live <= WORTH_UNITS;
-            if worth && (victims.len() < AT_ONCE || victims.last().is_some_and(|last| (live, index) < *last)) {
-                let at = victims.partition_point(|victim| *victim < (live, index));
-                victims.insert(at, (live, index));
+            if worth && (victims.len() < AT_ONCE || victims.last().is_some_and(|last| (live, segment) < *last)) {
+                let at = victims.partition_point(|victim| *victim < (live, segment));
+                victims.insert(at, (live, segment));
                 victims.truncate(AT_ONCE);
             }
         }

@@ -23,8 +23,8 @@
 //! a page's content lies is known to the owner of the frame table alone: there is no index here.
 //!
 //! No locks: the writer tells of a place only when its bytes are written, through a channel, in order; from then until
-//! the release only the reader's side decides about it. The one number that goes the other way, how much of a segment
-//! is released, is written by the reader alone while the segment has entries. The reader makes no system call and
+//! the release only the reader's side decides about it. The number that goes the other way, how much of a segment is
+//! released, is written by the reader alone while the segment has entries. The reader makes no system call and
 //! allocates nothing.
 //!
 //! Real memory is counted exactly ([`Writer::resident_pages`]): a page of the arena counts from the first byte written
@@ -124,8 +124,8 @@ pub enum Damage {
     Content,
 }
 
-/// An empty store for a guest with `ram_pages` pages of RAM. Takes address space, and five bytes for 16 pages; the rest
-/// becomes real as pages are compressed. One half is for the thread that evicts, the other for the one that answers faults.
+/// An empty store for a guest with `ram_pages` pages of RAM. Takes address space;
+/// what is behind it becomes real as pages are compressed. One half is for the thread that evicts, the other for the one that answers faults.
 ///
 /// # Errors
 /// When the host refuses the address space.

@@ -59,13 +59,26 @@ struct Open {
     at: u32,
 }
 
-/// A segment that is not written to any more.
+/// What a segment is to the writer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// Empty: on one of the lists of segments to write.
+    Free,
+    /// Written to.
+    Open,
+    /// Not written to any more.
+    Closed,
+    /// The same, and its entries were copied: it will fall empty by itself.
+    Moved,
+}
+
+/// A segment that was ever used.
 #[derive(Clone, Copy)]
-pub(super) struct Closed {
-    /// Its number.
-    pub segment: u32,
-    /// Its entries were copied: it will fall empty by itself.
-    pub moved: bool,
+pub(super) struct Segment {
+    /// What it is.
+    pub state: State,
+    /// Its pages that are real: the first ones.
+    real: u8,
 }
 
 /// Compresses, appends, cleans and collects.
@@ -76,22 +89,21 @@ pub struct Writer {
     filled: usize,
     pending: Vec<Pending>,
     open: Option<Open>,
-    pub(super) closed: Vec<Closed>,
+    /// Those that were ever used; the next fresh one comes behind them.
+    pub(super) segments: Vec<Segment>,
     /// Empty segments with pages that are real, to be written first.
     kept: Vec<u32>,
     /// Empty segments without.
     free: Vec<u32>,
-    /// Segments from here on were never used.
-    fresh: u32,
-    /// Real pages of each segment.
-    real: Box<[u8]>,
     resident: u64,
     /// Units of all entries, live or dead, in segments that are not empty.
     used: u64,
     /// Units that were ever written.
     appended: u64,
-    /// What [`Arena::emptied`] said when the closed segments were last looked at.
+    /// What [`Arena::emptied`] said when empty segments were last looked for.
     seen: u64,
+    /// A segment was empty when it was closed.
+    look: bool,
 }
 
 impl Writer {
@@ -106,15 +118,14 @@ impl Writer {
             filled: 0,
             pending: Vec::with_capacity(BATCH),
             open: None,
-            closed: Vec::new(),
+            segments: Vec::new(),
             kept: Vec::new(),
             free: Vec::new(),
-            fresh: 0,
-            real: vec![0; arena.segments()].into(),
             resident: 0,
             used: 0,
             appended: 0,
             seen: 0,
+            look: false,
             arena,
         })
     }
@@ -206,26 +217,23 @@ impl Writer {
     /// As the kernel says; what could not be discarded is still counted.
     pub fn collect(&mut self, keep: usize) -> io::Result<u64> {
         let emptied = self.arena.emptied();
-        if emptied != self.seen {
-            self.seen = emptied;
+        if emptied != self.seen || self.look {
             if self.open.is_some_and(|open| self.arena.live(open.segment) == 0) {
                 self.close();
             }
-            let (arena, kept, used) = (&self.arena, &mut self.kept, &mut self.used);
-            self.closed.retain(|closed| {
-                let live = arena.live(closed.segment) > 0;
-                if !live {
-                    *used -= u64::from(arena.written(closed.segment));
-                    arena.reset(closed.segment);
-                    kept.push(closed.segment);
+            (self.seen, self.look) = (emptied, false);
+            let arena = self.arena.clone();
+            arena.take_empty(self.segments.len(), |segment| {
+                let state = self.segments[segment as usize].state;
+                if matches!(state, State::Closed | State::Moved) && arena.live(segment) == 0 {
+                    self.empty(segment);
                 }
-                live
             });
         }
         let before = self.resident;
         while self.kept.len() > keep {
             let segment = self.kept[0];
-            let real = &mut self.real[segment as usize];
+            let real = &mut self.segments[segment as usize].real;
             self.arena.discard(segment, (*real).into())?;
             self.resident -= u64::from(std::mem::take(real));
             self.kept.swap_remove(0);
@@ -257,7 +265,7 @@ impl Writer {
 
     /// Segments that can still be opened.
     pub(super) fn openable(&self) -> usize {
-        self.kept.len() + self.free.len() + self.real.len() - self.fresh as usize
+        self.kept.len() + self.free.len() + self.arena.segments() - self.segments.len()
     }
 
     /// Takes room for an entry, and counts it.
@@ -272,7 +280,7 @@ impl Writer {
         };
         let at = open.at + size;
         self.open = Some(Open { at, ..open });
-        let real = &mut self.real[open.segment as usize];
+        let real = &mut self.segments[open.segment as usize].real;
         let more = pages(at).saturating_sub(*real);
         *real += more;
         self.resident += u64::from(more);
@@ -283,25 +291,38 @@ impl Writer {
 
     fn close(&mut self) {
         if let Some(Open { segment, .. }) = self.open.take() {
-            self.closed.push(Closed { segment, moved: false });
-            // It may have fallen empty while it was open, and then nobody says so again.
+            self.segments[segment as usize].state = State::Closed;
+            // Where it fell empty while it was open, nobody says so again. It is not free before `collect`: what a batch
+            // takes is foretold, and does not change by what the reader does meanwhile.
             if self.arena.live(segment) == 0 {
-                self.seen = u64::MAX;
+                self.arena.mark_empty(segment);
+                self.look = true;
             }
         }
     }
 
+    /// A closed segment without anything that lives is written again, or discarded.
+    fn empty(&mut self, segment: u32) {
+        self.used -= u64::from(self.arena.written(segment));
+        self.arena.reset(segment);
+        self.segments[segment as usize].state = State::Free;
+        self.kept.push(segment);
+    }
+
     /// The next segment to write: one that is real, or was, or the next of the arena. [`Plan`] foretells it.
     fn next_segment(&mut self) -> u32 {
-        self.kept.pop().or_else(|| self.free.pop()).unwrap_or_else(|| {
-            assert!((self.fresh as usize) < self.real.len(), "the arena is full");
-            self.fresh += 1;
-            self.fresh - 1
-        })
+        let segment = self.kept.pop().or_else(|| self.free.pop()).unwrap_or_else(|| {
+            assert!(self.segments.len() < self.arena.segments(), "the arena is full");
+            self.segments.push(Segment { state: State::Free, real: 0 });
+            self.segments.len() as u32 - 1
+        });
+        self.segments[segment as usize].state = State::Open;
+        segment
     }
 
     fn plan(&self) -> Plan<'_> {
-        let (at, real) = self.open.map_or((SEGMENT_UNITS, 0), |open| (open.at, self.real[open.segment as usize]));
+        let (at, real) =
+            self.open.map_or((SEGMENT_UNITS, 0), |open| (open.at, self.segments[open.segment as usize].real));
         Plan { writer: self, at, real, opened: 0 }
     }
 }
@@ -338,7 +359,7 @@ impl Plan<'_> {
                 return None;
             }
             let kept = self.writer.kept.iter().rev().nth(self.opened);
-            self.real = kept.map_or(0, |segment| self.writer.real[*segment as usize]);
+            self.real = kept.map_or(0, |segment| self.writer.segments[*segment as usize].real);
             self.at = 0;
             self.opened += 1;
         }
