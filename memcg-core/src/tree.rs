@@ -58,7 +58,7 @@
 //! | 7 | [`Tree::margin`]: room for the real request, not "one more" |
 //! | 9, 13, 20, 79, 90-97 | born whole; goes only without children and charges, until then offline: [`lifetime`] |
 //! | 19, 77, T16, T24 | [`Tree::charge_root`]: work without a VM's context is the root's, and counted |
-//! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step |
+//! | 24, 27 | [`Tree::evict`] and [`Tree::refault`]: memory, store and swap in one step; [`Tree::settle_evicted`] |
 //! | 32-34, 89, 100, 134 | [`Tree::move_node`]: everything below the common ancestor, or nothing |
 //! | 61, 117, B39, B70 | `failcnt`: refused [`Mode::Wait`] charges, once each; batch misses apart |
 //! | 57, 81, B51 | overhead charges K first, then U, in one step; a refusal by K touches only K's count |

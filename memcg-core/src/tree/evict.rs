@@ -12,6 +12,9 @@
 //! (row 24); where the limit is met the mode decides, as with any charge. With `stored` of zero the content is
 //! elsewhere (a file), which costs no memory. Evicted pages that the guest does not want any more are uncharged as
 //! [`Kind::Swap`] and [`Kind::Store`].
+//!
+//! A worker evicts within what it was granted, and its owner hears of it afterwards, in totals: [`Tree::settle_evicted`].
+//! What an evicted page frees is then stock of the worker, still charged, until it comes back like any other stock.
 
 use super::charge::Crossed;
 use super::{Accounting, Charge, Counter, Event, Kind, Mode, NodeId, Refused, Tree};
@@ -104,6 +107,34 @@ impl Tree {
         }
         self.settle_returning(id);
         Ok(charge)
+    }
+
+    /// `id`'s worker has so much in its store and in swap by now: of what is charged to it as guest memory or store, `stored`
+    /// is store. Memory stays as it is; store and swap change at every level, whatever their limits: it has happened. What
+    /// goes above a limit counts as forced.
+    ///
+    /// A store larger than all of that is a bug of the caller: it is clamped, counted, and stops a debug build.
+    pub fn settle_evicted(&mut self, id: NodeId, stored: Pages, swapped: Pages) {
+        let node = self.node_mut(id);
+        if node.accounting == Accounting::Off {
+            return;
+        }
+        let most = node.counters.own(Kind::Guest) + node.counters.own(Kind::Store);
+        if stored > most {
+            node.counters.get_mut(Counter::Store).underflows += 1;
+            debug_assert!(false, "{stored} in the store out of {most} of memory");
+        }
+        for (which, now) in [(Counter::Store, stored.min(most)), (Counter::Swap, swapped)] {
+            let own = &mut self.node_mut(id).counters.get_mut(which).own;
+            let before = std::mem::replace(own, now);
+            let (more, less) = (now.saturating_sub(before), before.saturating_sub(now));
+            self.walk(id, |node| {
+                let forced = node.short(which, more).is_some();
+                // Only memory has a high limit to be crossed.
+                let _ = node.raise(which, more, forced);
+                node.lower(which, less);
+            });
+        }
     }
 
     /// Whether as much is charged as is to be taken off, and whether compression gained anything.

@@ -127,3 +127,49 @@ fn eviction_without_accounting_is_free() {
     let _ = tree.refault(vm, Pages(3), Pages(1), Mode::Wait).unwrap();
     assert_eq!((usage(&tree, vm), usage(&tree, tree.root())), ([0; 3], [0; 3]));
 }
+
+/// A worker evicts within what it was granted and says so afterwards: what it stores was charged as guest memory, so memory
+/// stays as it is, and what was freed comes back as its stock does.
+/// Semantics: 24, 27.
+#[test]
+fn a_worker_says_afterwards_what_it_has_evicted() {
+    let (mut tree, group, vm) = vm();
+    let settle = |tree: &mut Tree, stored, swapped| tree.settle_evicted(vm, Pages(stored), Pages(swapped));
+    settle(&mut tree, 30, 100);
+    for id in [vm, group, tree.root()] {
+        assert_eq!(usage(&tree, id), [1000, 30, 100]);
+    }
+    // 70 pages of stock come back.
+    tree.uncharge(vm, Pages(70));
+    settle(&mut tree, 20, 40);
+    assert_eq!(usage(&tree, group), [930, 20, 40], "60 were touched again, 10 pages of the store are stock");
+    settle(&mut tree, 20, 40);
+    assert_eq!((usage(&tree, group), tree.check()), ([930, 20, 40], vec![]));
+    assert_eq!(tree.uncharge_all(vm), Pages(930));
+    assert_eq!((usage(&tree, group), usage(&tree, vm)), ([0, 0, 0], [0, 0, 0]));
+}
+
+/// It has happened, so it is counted, whatever the limits; that it went above them is counted, too.
+/// Semantics: 82, 83.
+#[test]
+fn what_was_evicted_above_a_limit_is_counted() {
+    let (mut tree, group, vm) = vm();
+    tree.set_limits(group, &LimitPatch { swap_max: limit(50), ..LimitPatch::default() }).unwrap();
+    tree.set_limits(vm, &LimitPatch { store_max: limit(10), ..LimitPatch::default() }).unwrap();
+    tree.settle_evicted(vm, Pages(10), Pages(50));
+    let forced = |tree: &Tree, id| {
+        let node = tree.snapshot(id);
+        (node.store.forced, node.swap.forced)
+    };
+    assert_eq!((forced(&tree, vm), forced(&tree, group)), ((0, 0), (0, 0)));
+    tree.settle_evicted(vm, Pages(11), Pages(51));
+    assert_eq!((forced(&tree, vm), forced(&tree, group)), ((1, 0), (0, 1)));
+    // It may only fall, and that is nobody's fault.
+    tree.settle_evicted(vm, Pages(11), Pages(50));
+    assert_eq!((forced(&tree, vm), forced(&tree, group), usage(&tree, group)), ((1, 0), (0, 1), [1000, 11, 50]));
+    // Without an account nothing is charged.
+    let root = tree.root();
+    let free = tree.add(root, "free").unwrap();
+    tree.settle_evicted(free, Pages(1), Pages(1));
+    assert_eq!(usage(&tree, free), [0, 0, 0]);
+}

@@ -31,6 +31,8 @@ enum Op {
     UnchargeAll(usize),
     Evict(usize, u64, u64),
     Refault(usize, u64, u64, Mode),
+    /// A worker says what is in its store and in swap.
+    Evicted(usize, u64, u64),
     /// Limits of up to four nodes in one request.
     Change(Vec<(usize, Wanted)>, memcg_core::limit_change::Mode, u64),
     /// So many seconds pass, and every change that waits looks at usage.
@@ -67,7 +69,8 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (node.clone(), kind, pages.clone()).prop_map(|(n, k, p)| Op::Uncharge(n, k, p)),
         1 => node.clone().prop_map(Op::UnchargeAll),
         4 => (node.clone(), pages.clone(), 0u64..30).prop_map(|(n, p, s)| Op::Evict(n, p, s)),
-        4 => (node.clone(), pages, 0u64..30, mode).prop_map(|(n, p, s, m)| Op::Refault(n, p, s, m)),
+        4 => (node.clone(), pages.clone(), 0u64..30, mode).prop_map(|(n, p, s, m)| Op::Refault(n, p, s, m)),
+        4 => (node.clone(), pages.clone(), pages).prop_map(|(n, s, p)| Op::Evicted(n, s, p)),
         8 => (wanted, how, 0u64..20).prop_map(|(w, h, s)| Op::Change(w, h, s)),
         4 => (0u64..8).prop_map(Op::Wait),
         1 => (0usize..8).prop_map(Op::Cancel),

@@ -243,6 +243,16 @@ impl Oracle {
         crossed
     }
 
+    /// Counts at each level where `pages` more, which cannot be refused, go above its limit.
+    pub fn force(&mut self, node: usize, counter: Counter, pages: u64) {
+        let usages = self.usages();
+        for level in self.chain(node) {
+            let usage = Limit::Pages(Pages(usages[level][counter as usize] + pages));
+            let above = pages > 0 && usage > self.nodes[level].limit(counter);
+            self.nodes[level].counts[counter as usize].forced += u64::from(above);
+        }
+    }
+
     /// Puts pages on the list that are in memory already, or not to be.
     pub fn put(&mut self, node: usize, kind: Kind, pages: u64) {
         self.pages.extend((0..pages).map(|_| Page { node, kind }));

@@ -33,6 +33,7 @@ impl Run {
             }
             Op::Evict(n, pages, stored) => self.evict(n, pages, stored),
             Op::Refault(n, pages, stored, mode) => self.refault(n, pages, stored, mode),
+            Op::Evicted(n, stored, swapped) => self.evicted(n, stored, swapped),
             Op::Change(wanted, mode, wait) => self.begin_change(wanted, mode, wait),
             Op::Wait(seconds) => self.wait(seconds),
             Op::Cancel(n) => self.cancel(n),
@@ -242,6 +243,28 @@ impl Run {
             }
             Err(error) => assert!(!there, "{error}"),
         }
+    }
+
+    fn evicted(&mut self, n: usize, stored: u64, swapped: u64) {
+        let node = self.pick(n);
+        let [guest, store, swap] = [Kind::Guest, Kind::Store, Kind::Swap].map(|kind| self.oracle.own(node, kind));
+        let stored = stored.min(guest + store);
+        self.tree.settle_evicted(self.id(node), Pages(stored), Pages(swapped));
+        let more = [(Counter::Store, stored.saturating_sub(store)), (Counter::Swap, swapped.saturating_sub(swap))];
+        if self.oracle.nodes[node].accounting == Accounting::Off {
+            return;
+        }
+        for (counter, pages) in more {
+            self.oracle.force(node, counter, pages);
+        }
+        // Every page is taken off and put back as what it is now.
+        for (kind, pages) in [(Kind::Guest, guest), (Kind::Store, store), (Kind::Swap, swap)] {
+            self.oracle.uncharge(node, kind, pages);
+        }
+        for (kind, pages) in [(Kind::Guest, guest + store - stored), (Kind::Store, stored), (Kind::Swap, swapped)] {
+            self.oracle.put(node, kind, pages);
+        }
+        self.oracle.raise_peaks();
     }
 
     fn refault(&mut self, n: usize, pages: u64, stored: u64, mode: Mode) {
