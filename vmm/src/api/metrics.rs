@@ -21,7 +21,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::Shared;
 use crate::controller::error::{Code, Refusal};
 use crate::controller::overview::{Overview, Tally};
-use crate::controller::view::{CounterView, GroupView, MemoryEvents, PressureView, VmState, VmView};
+use crate::controller::view::{ColdView, CounterView, GroupView, MemoryEvents, PressureView, VmState, VmView};
 use crate::worker::protocol::Quantiles;
 
 /// What this is, for whoever collects it.
@@ -145,6 +145,7 @@ impl Collector for Scrape {
         self.nodes(&mut encoder, &vms)?;
         states(&mut encoder, &vms)?;
         memory(&mut encoder, &vms)?;
+        cold(&mut encoder, &vms)?;
         faults(&mut encoder, &vms)?;
         guest(&mut encoder, &vms)
     }
@@ -275,6 +276,8 @@ fn memory(e: &mut DescriptorEncoder<'_>, vms: &[&VmView]) -> Result<(), Error> {
             ("guest", parts.guest_bytes),
             ("active", parts.active_bytes),
             ("idle", parts.idle_bytes),
+            ("store", parts.store_bytes),
+            ("swapped", parts.swapped_bytes),
             ("ballooned", parts.ballooned_bytes),
             ("stock", parts.stock_bytes),
             ("reserve", parts.reserve_bytes),
@@ -292,11 +295,58 @@ fn memory(e: &mut DescriptorEncoder<'_>, vms: &[&VmView]) -> Result<(), Error> {
     for vm in vms {
         actual.gauge(&[("vm", &vm.name)], vm.balloon.actual_bytes)?;
     }
-    let mut reclaimed = family(e, Counter, "reclaimed", bytes, "Memory that came back from the guest.")?;
+    let help = "Memory of the guest that came back: given by its balloon, reported as free, or evicted.";
+    let mut reclaimed = family(e, Counter, "reclaimed", bytes, help)?;
     for vm in vms {
-        for (via, pages) in [("balloon", vm.faults.discarded_pages), ("report", vm.faults.reported_pages)] {
-            let bytes = pages.saturating_mul(memcg_core::PAGE_SIZE);
+        let bytes = |pages: u64| pages.saturating_mul(memcg_core::PAGE_SIZE);
+        for (via, bytes) in [
+            ("balloon", bytes(vm.faults.discarded_pages)),
+            ("report", bytes(vm.faults.reported_pages)),
+            ("eviction", vm.cold.evicted_bytes),
+        ] {
             reclaimed.count(&[("vm", &vm.name), ("via", via)], bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Which memory is in use, and what was taken that was.
+fn cold(e: &mut DescriptorEncoder<'_>, vms: &[&VmView]) -> Result<(), Error> {
+    use MetricType::{Counter, Gauge};
+    let bytes = Some(&Unit::Bytes);
+    let help = "Memory in use in the last two generations, estimated; absent as long as nothing is known.";
+    let mut set = family(e, Gauge, "working_set", bytes, help)?;
+    for vm in vms {
+        if let Some(bytes) = vm.cold.working_set_bytes {
+            set.gauge(&[("vm", &vm.name)], bytes)?;
+        }
+    }
+    let help = "The working set is known up to this, in 95 of 100 cases.";
+    let mut error = family(e, Gauge, "working_set_error", bytes, help)?;
+    for vm in vms {
+        if let Some(bytes) = vm.cold.working_set_error_bytes {
+            error.gauge(&[("vm", &vm.name)], bytes)?;
+        }
+    }
+    let aged: Vec<_> = vms.iter().filter(|vm| vm.cold.generation_ms > 0).collect();
+    let help = "Length of a generation, the unit of ages; absent while nothing is aged.";
+    let mut length = family(e, Gauge, "generation", Some(&Unit::Seconds), help)?;
+    for vm in &aged {
+        length.gauge_f(&[("vm", &vm.name)], f64::from(vm.cold.generation_ms) / 1e3)?;
+    }
+    let help = "Resident memory by age: the least number of generations since it was seen in use.";
+    let mut cold = family(e, Gauge, "cold", bytes, help)?;
+    for vm in &aged {
+        for age in &vm.cold.ages {
+            cold.gauge(&[("vm", &vm.name), ("age", &age.generations.to_string())], age.resident_bytes)?;
+        }
+    }
+    let help = "Pages that were moved aside or evicted, and touched again.";
+    let mut refaults = family(e, Counter, "refaults", None, help)?;
+    for vm in vms {
+        let ColdView { returned_bytes, refaulted_bytes, .. } = vm.cold;
+        for (of, bytes) in [("idle", returned_bytes), ("evicted", refaulted_bytes)] {
+            refaults.count(&[("vm", &vm.name), ("of", of)], bytes / memcg_core::PAGE_SIZE)?;
         }
     }
     Ok(())

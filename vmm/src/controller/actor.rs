@@ -13,6 +13,7 @@
 //! | `grants.rs` | reports, wants, grants, holds |
 //! | `activation.rs` | accounting that begins on a running VM |
 //! | `changes.rs` | changes of limits, of one node or many |
+//! | `cold.rs` | what workers evict: stores, and limits of swap |
 //! | `groups.rs` | groups, and what is asked of a VM or of a group alike |
 //! | `promises.rs` | whether what is promised fits |
 //! | `moves.rs` | VMs and groups that change their group |

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, WORKER_PATIENCE};
 use super::balloon::BalloonAsking;
+use super::cold::Leases;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
@@ -222,6 +223,7 @@ impl Actor {
             refused_at: None,
             grant_due: false,
             balloon: BalloonAsking::default(),
+            leases: Leases::default(),
             balloon_sent: None,
             balloon_due: false,
             start_due: false,

@@ -446,6 +446,7 @@ impl Actor {
             self.charge_whatever(node, held);
         }
         self.grow_overhead(id, Cost::default());
+        self.recount_cold(id);
     }
 
     /// Charges pages that are there, whatever the limits.

@@ -8,6 +8,7 @@ use memcg_core::units::{Limit, Pages};
 use super::VmSpec;
 use super::actor::Actor;
 use super::cgroup::{self, Cgroup};
+use super::cold;
 use super::overhead::Part;
 use super::residency::Residency;
 use super::spawn::Death;
@@ -22,7 +23,7 @@ pub(super) fn most(spec: &VmSpec) -> u64 {
 
 /// What a VM may use under `max`: never more than all its RAM and what comes on top.
 fn bound(size: Pages, cpus: u32, overhead: Pages, max: Limit) -> Pages {
-    let all = size + overhead + reserve(cpus) + STOCK_CAP;
+    let all = size + overhead + reserve(cpus) + STOCK_CAP + cold::most_dead(size);
     max.as_pages().map_or(all, |max| max.min(all))
 }
 

@@ -33,6 +33,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, Input, answer};
 use super::changes::Target;
+use super::cold;
 use super::events::{EventKind, merged};
 use super::host;
 use super::overhead;
@@ -59,7 +60,9 @@ impl Actor {
             return;
         }
         let returned = Pages(report.returned_total - vm.returned_total);
-        let cost = overhead::grown(&vm.report);
+        let before = vm.report;
+        self.shrink_store(id, &report);
+        let vm = self.vms.get_mut(&id).expect("checked");
         if !returned.is_zero() {
             vm.returned_total = report.returned_total;
             self.tree.uncharge(vm.node, returned);
@@ -67,7 +70,8 @@ impl Actor {
         }
         vm.report = report;
         vm.reported = true;
-        self.grow_overhead(id, cost);
+        self.grow_overhead(id, overhead::grown(&before));
+        self.settle_cold(id, &before);
         self.watch_hold(id);
         if self.recounting.is_none() {
             self.aim_balloon(id);
@@ -245,8 +249,9 @@ impl Actor {
 
     /// Tells a worker what it has and how much room there is.
     pub fn send_grant(&mut self, id: VmId, refused: bool) {
-        let stock_max = self.stock_max(id);
+        let (stock_max, leases) = (self.stock_max(id), self.leases(id));
         let vm = self.vms.get_mut(&id).expect("checked");
+        vm.leases = leases;
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
         // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.
@@ -256,8 +261,8 @@ impl Actor {
                 granted_total,
                 stock_max,
                 room,
-                swap_max: u64::MAX,
-                store_max: u64::MAX,
+                swap_max: leases.swap,
+                store_max: leases.store,
                 refused,
             });
     }
@@ -476,6 +481,7 @@ fn check(vm: &Vm, report: &Report) -> Result<(), String> {
         return Err("says that its pages have become cheaper".to_owned());
     }
     overhead::check(report, vm.size, vm.accounted())?;
+    cold::check(report, vm.size, vm.accounted())?;
     if report.ballooned > vm.size.0 {
         return Err(format!("says that {} of {} pages are in the balloon", report.ballooned, vm.size.0));
     }

@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::actor::{Actor, Input, Past, WORKER_PATIENCE, answer};
+use super::cold;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
 use super::host;
@@ -322,6 +323,13 @@ fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
         slot.hva.checked_add(slot.bytes)?;
         sum.checked_add(slot.bytes)
     });
+    let elsewhere = hello.ram.iter().map(|slot| (slot.stage, slot.bytes)).chain([(hello.store.hva, hello.store.bytes)]);
+    // Whoever counts what is there goes through all of it.
+    if hello.store.bytes > cold::most_stored(vm.size).bytes()
+        || elsewhere.into_iter().any(|(start, bytes)| start.checked_add(bytes).is_none())
+    {
+        return Err("has a stage or a store where no memory can be".to_owned());
+    }
     if total != Some(vm.size.bytes()) {
         return Err("has mapped another amount of RAM than it was told".to_owned());
     }
@@ -342,7 +350,9 @@ fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
         return Err("says that it holds other pages than it was granted".to_owned());
     }
     overhead::check(report, vm.size, hello.accounting)?;
-    let most = if hello.accounting { (vm.size + vm.most_grown() + target + STOCK_CAP).0 } else { 0 };
+    cold::check(report, vm.size, hello.accounting)?;
+    let most = vm.size + vm.most_grown() + target + STOCK_CAP + cold::most_dead(vm.size);
+    let most = if hello.accounting { most.0 } else { 0 };
     if holds.is_none_or(|holds| holds > most) || report.guest > vm.size.0 || report.ballooned > vm.size.0 {
         return Err(format!("says that it holds {holds:?} pages, it can hold {most}"));
     }

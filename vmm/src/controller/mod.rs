@@ -13,6 +13,7 @@ mod balloon;
 pub mod cgroup;
 mod changes;
 pub mod check;
+mod cold;
 pub mod config;
 pub mod console;
 pub mod error;

@@ -39,6 +39,7 @@ impl Actor {
             vmm: self.vmm_view(vm),
             overhead: OverheadView { accounted: accounted(vm), measured: None },
             swap: self.swap_view(vm),
+            cold: vm.report.cold.into(),
             balloon: BalloonView {
                 target_bytes: self.balloon_target(id).bytes(),
                 told_bytes: vm.balloon.told(self.balloon_target(id)).bytes(),
@@ -81,8 +82,10 @@ impl Actor {
             events: MemoryEvents::new(node.events_local, node.memory.failcnt),
             stat: MemoryStat {
                 guest_bytes: bytes(report.guest),
-                active_bytes: bytes(report.guest),
-                idle_bytes: 0,
+                active_bytes: bytes(report.guest.saturating_sub(report.idle)),
+                idle_bytes: bytes(report.idle),
+                store_bytes: bytes(report.store),
+                swapped_bytes: bytes(report.swapped),
                 ballooned_bytes: bytes(report.ballooned),
                 stock_bytes: bytes(report.stock + vm.in_flight()),
                 reserve_bytes: bytes(report.reserve),

@@ -21,6 +21,7 @@ use serde_json::json;
 use super::Controller;
 use super::actor::{Actor, Input, answer};
 use super::adopt::{Found, Worker, meet};
+use super::cold;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::host;
@@ -126,7 +127,8 @@ impl Actor {
         let mut node = None;
         if let Some(vm) = &vm {
             let spec = vm.spec()?;
-            let most = spec.size + Cost::most(spec.size).total() + super::vm::reserve(spec.cpus) + STOCK_CAP;
+            let beside = Cost::most(spec.size).total() + super::vm::reserve(spec.cpus) + STOCK_CAP;
+            let most = spec.size + beside + cold::most_dead(spec.size);
             let at = self.add_node(self.group_for(&spec.group)?, &spec)?;
             if spec.accounting {
                 self.charge_what_is_there(at, &spec.overhead);

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::activation::Accounting;
 use super::balloon::BalloonAsking;
+use super::cold::{self, Leases};
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
@@ -226,6 +227,8 @@ pub(super) struct Vm {
     pub grant_due: bool,
     /// What its balloon is asked for.
     pub balloon: BalloonAsking,
+    /// What its worker may evict, as it was told last.
+    pub leases: Leases,
     /// The balloon target last sent.
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.
@@ -344,9 +347,10 @@ impl Vm {
         self.seq
     }
 
-    /// Pages that it can use at most, whatever it says: its RAM, what that costs, its reserve and a full stock.
+    /// Pages that it can use at most, whatever it says: its RAM, what that costs, its reserve, a full stock, and what is not
+    /// cleaned away of its store.
     pub fn most(&self) -> Pages {
-        self.size + self.most_grown() + self.reserve_target + STOCK_CAP
+        self.size + self.most_grown() + self.reserve_target + STOCK_CAP + cold::most_dead(self.size)
     }
 
     /// Overhead that comes with the use of all its RAM.

@@ -98,7 +98,8 @@ async fn restored(controller: Controller, remembered: &Remembered, said: Hello) 
     let held = said.report.granted_total.saturating_sub(said.report.returned_total);
     let report = Report { epoch: 0, granted_total: held, returned_total: 0, ..said.report };
     let (accounting, grant) = (said.accounting, (0, 0, 0, false));
-    let worker = FakeWorker { controller, id, inbox, killed, end, accounting, report, grant };
+    let leases = (0, 0);
+    let worker = FakeWorker { controller, id, inbox, killed, end, accounting, report, grant, leases };
     worker.say(FromWorker::Hello(said)).await;
     worker
 }
@@ -118,6 +119,22 @@ async fn usage(controller: &Controller) -> u64 {
 /// Pages that the VM costs beside its pages.
 fn overhead() -> u64 {
     config().spec("vm").expect("sensible").overhead.iter().map(|part| part.pages().0).sum()
+}
+
+/// What the worker has evicted is counted anew, too: its store is part of what it holds, and swap is beside it.
+#[tokio::test(start_paused = true)]
+async fn what_the_worker_has_evicted_is_counted_on_from_there() {
+    let disk = Disk::default();
+    left_behind(&disk, setup(true)).await;
+    let mut said = holding(2000);
+    (said.report.guest, said.report.store, said.report.swapped) = (1700, 300, 1200);
+    let worker = take_over(&disk, said).await;
+    let host = worker.controller.group("/").await.expect("shown");
+    assert_eq!(host.swap.current_bytes, 1200 * 4096);
+    let vm = worker.controller.list().await.expect("listed").remove(0);
+    assert_eq!((vm.swap.current_bytes, vm.memory.stat.store_bytes), (1200 * 4096, 300 * 4096));
+    let check = worker.controller.host().await.expect("shown").current_bytes / 4096;
+    assert!(check >= 2000 + STOCK + RESERVE + overhead());
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@ mod adopt;
 mod audit;
 mod balloon;
 mod clients;
+mod cold;
 mod crowd;
 mod fleet;
 mod fuzz;
@@ -76,6 +77,8 @@ struct FakeWorker {
     report: Report,
     /// The last grant: total, largest stock, room, refused.
     grant: (u64, u64, u64, bool),
+    /// What it may have in swap and in its store.
+    leases: (u64, u64),
 }
 
 /// How the VM under test is made.
@@ -156,7 +159,8 @@ impl FakeWorker {
         let id = controller.create(spec).await?;
         let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;
         let (report, grant, accounting) = (Report::default(), (0, 0, 0, false), setup.accounting);
-        Ok(Self { controller: controller.clone(), id, inbox, killed, end, accounting, report, grant })
+        let leases = (0, 0);
+        Ok(Self { controller: controller.clone(), id, inbox, killed, end, accounting, report, grant, leases })
     }
 
     /// A VM with `max` pages that runs and has reported once.
@@ -210,8 +214,9 @@ impl FakeWorker {
     }
 
     fn note(&mut self, message: ToWorker) -> ToWorker {
-        if let ToWorker::Grant { granted_total, stock_max, room, refused, .. } = message {
+        if let ToWorker::Grant { granted_total, stock_max, room, swap_max, store_max, refused, .. } = message {
             self.grant = (granted_total, stock_max, room, refused);
+            self.leases = (swap_max, store_max);
             self.report.granted_total = granted_total;
         }
         message
@@ -220,7 +225,7 @@ impl FakeWorker {
     /// Pages that arrived but are booked nowhere yet.
     fn fresh(&self) -> u64 {
         let report = &self.report;
-        report.granted_total - report.returned_total - report.guest - report.stock - report.reserve
+        report.granted_total - report.returned_total - report.held().expect("a number")
     }
 
     /// Sends the report as it is.
@@ -254,6 +259,17 @@ impl FakeWorker {
     async fn free(&mut self, n: u64) {
         self.report.guest -= n;
         self.report.returned_total += n;
+        self.tell().await;
+    }
+
+    /// Evicts `n` guest pages into `stored` pages of its store. What that frees is stock.
+    async fn evict(&mut self, n: u64, stored: u64) {
+        self.book();
+        self.report.guest -= n;
+        self.report.store += stored;
+        self.report.stock += n - stored;
+        self.report.swapped += n;
+        self.report.cold.evicted += n;
         self.tell().await;
     }
 

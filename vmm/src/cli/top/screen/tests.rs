@@ -1,8 +1,8 @@
 use super::*;
 use crate::controller::events::EventKind;
 use crate::controller::view::{
-    BalloonView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, HostView, MemoryView, OomAction,
-    OomPreference, OomView, OverheadView, PressureView, VmState,
+    BalloonView, ColdView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, HostView, MemoryView,
+    OomAction, OomPreference, OomView, OverheadView, PressureView, VmState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -25,6 +25,7 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         vmm: CounterView::default(),
         overhead: OverheadView::default(),
         swap: CounterView::default(),
+        cold: ColdView::default(),
         balloon: BalloonView {
             target_bytes: 64 * MIB,
             actual_bytes: MIB + MIB / 2,

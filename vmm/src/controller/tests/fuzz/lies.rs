@@ -7,8 +7,8 @@ use super::super::super::actor::answer;
 use super::super::super::{Changed, MemoryChange};
 use super::super::*;
 use super::{Case, Random, inputs, seed};
-use crate::controller::overhead;
 use crate::controller::view::VmState;
+use crate::controller::{cold, overhead};
 use crate::worker::protocol::{GuestStats, MAX_SLOTS};
 
 /// What all VMs may use.
@@ -82,14 +82,17 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
     let paid = (random.next() % (most.tables.0 - before.tables.0 + 1)).min(left);
     report.tables += paid;
     report.guest = random.next() % (left - paid + 1);
-    report.stock = left - paid - report.guest;
+    report.store = random.next() % (left - paid - report.guest + 1);
+    report.stock = left - paid - report.guest - report.store;
+    report.idle = random.next() % (report.guest + 1);
+    report.swapped = random.next() % (SIZE + 1);
     report.reserve = 0;
     report.want = random.next() % 5000;
     let known = [liar.granted, liar.returned, charged, liar.report.granted_total, SIZE, RESERVE, liar.usage];
     // What nobody can check.
     for _ in 0..random.below(4) {
         let value = random.number(&known);
-        match random.below(10) {
+        match random.below(13) {
             0 => report.answers = Some(random.below(12) as u32),
             1 => report.epoch = value as u32,
             2 => report.debt = value,
@@ -99,15 +102,21 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
             6 => report.held = !report.held,
             7 => report.paused = !report.paused,
             8 => report.faults.guest_errors = value,
+            9 => report.cold.aim = value,
+            10 => report.cold.stuck = !report.cold.stuck,
+            11 => (report.cold.evicted, report.cold.working_set) = (value, Some(value)),
             _ => report.held_us = value,
         }
     }
     // What the controller has counted itself.
     if random.once_in(12) {
         let value = random.number(&known);
-        match random.below(8) {
+        match random.below(11) {
             6 => report.tables = value,
             7 => report.records = value,
+            8 => report.store = value,
+            9 => report.swapped = value,
+            10 => report.idle = value,
             0 => report.granted_total = value,
             1 => report.returned_total = value,
             2 => report.guest = value,
@@ -192,7 +201,10 @@ fn is_lie(liar: &Liar, item: &FromLink) -> Option<bool> {
                     || held > u128::from(report.granted_total)
                     || !(before.tables.0..=most.tables.0).contains(&tables)
                     || !(before.records.0..=most.records.0).contains(&records)
-                    || report.ballooned > SIZE,
+                    || report.ballooned > SIZE
+                    || report.idle > guest
+                    || report.swapped > SIZE
+                    || store > cold::most_stored(Pages(SIZE)).0,
             )
         }
     }

@@ -1,0 +1,151 @@
+//! What workers evict.
+
+use super::super::cold;
+use super::super::{MemoryChange, NodeChange};
+use super::limits::change;
+use super::*;
+
+/// Bytes of so many pages.
+const fn bytes(pages: u64) -> u64 {
+    pages * 4096
+}
+
+/// A change of `swap.max`.
+fn swap_max(max: u64) -> MemoryChange {
+    let patch = LimitPatch { swap_max: Some(pages(max)), ..LimitPatch::default() };
+    MemoryChange { patch, ..change(Limit::Max) }
+}
+
+/// What is evicted was charged as guest memory, and what it takes in the store still is; swap is beside memory. What was
+/// freed leaves the account as stock does.
+/// Semantics: 24, 27.
+#[tokio::test(start_paused = true)]
+async fn eviction_turns_guest_memory_into_store_and_stock() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    worker.touch(1000).await;
+    let before = worker.view().await.memory.current_bytes;
+    worker.report.idle = 50;
+    worker.evict(400, 100).await;
+    let view = worker.view().await;
+    let stat = view.memory.stat;
+    assert_eq!((view.memory.current_bytes, view.swap.current_bytes), (before, bytes(400)));
+    assert_eq!((stat.guest_bytes, stat.active_bytes, stat.idle_bytes), (bytes(600), bytes(550), bytes(50)));
+    assert_eq!((stat.store_bytes, stat.swapped_bytes), (bytes(100), bytes(400)));
+    let parts = stat.guest_bytes + stat.store_bytes + stat.stock_bytes + stat.reserve_bytes + stat.vmm_bytes;
+    assert_eq!(parts, view.memory.current_bytes);
+    // In one report: all of it is touched again, the store is cleaned, and its memory comes back.
+    worker.report.guest += 300;
+    worker.report.stock -= 300;
+    worker.report.swapped -= 300;
+    worker.report.store -= 80;
+    worker.report.returned_total += 80;
+    let view = worker.view().await;
+    assert_eq!((view.memory.current_bytes, view.swap.current_bytes), (before - bytes(80), bytes(100)));
+    assert_eq!(view.swap.peak_bytes, bytes(400));
+    assert_eq!(worker.controller.group("/").await.expect("the host").swap.current_bytes, bytes(100));
+}
+
+/// Its end takes a VM's swap and its store out of every account.
+/// Semantics: 8, 96.
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_vm_is_the_end_of_what_it_has_evicted() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    worker.touch(1000).await;
+    worker.evict(400, 100).await;
+    let controller = worker.controller.clone();
+    worker.exit(ExitReason::PowerOff).await;
+    while controller.group("/").await.expect("the host").memory.current_bytes > 0 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(controller.group("/").await.expect("the host").swap.current_bytes, 0);
+}
+
+/// A word about cold pages is believed as far as it can be true.
+/// Semantics: 4.
+#[tokio::test(start_paused = true)]
+async fn lies_about_cold_pages_end_the_worker() {
+    type Lie = fn(&mut Report);
+    let lies: [(&str, Lie); 4] = [
+        ("more idle than resident", |r| r.idle = r.guest + 1),
+        ("more in swap than RAM", |r| r.swapped = SIZE + 1),
+        ("a store that it was not granted", |r| r.store += 1),
+        ("a store larger than any", |r| {
+            (r.guest, r.stock, r.store) = (0, 0, cold::most_stored(Pages(SIZE)).0 + 1);
+        }),
+    ];
+    for (what, lie) in lies {
+        let mut worker = FakeWorker::running(Setup { max: Limit::Max, ..Setup::default() }).await;
+        worker.touch(100).await;
+        lie(&mut worker.report);
+        worker.tell().await;
+        worker.controller.host().await.expect("alive");
+        assert!(worker.killed(), "{what}");
+    }
+}
+
+/// Without a limit a worker may evict everything, into half of what its VM may use; with one, as much as that says. Who has
+/// more already may only come down.
+/// Semantics: 115, 118.
+#[tokio::test(start_paused = true)]
+async fn a_grant_says_what_may_be_evicted() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    assert_eq!(worker.leases, (u64::MAX, 2048));
+    worker.touch(1000).await;
+    worker.evict(400, 100).await;
+    assert!(worker.controller.change("vm", swap_max(300)).await.expect("a limit").in_force);
+    while worker.try_next().await.is_some() {}
+    assert_eq!(worker.leases, (300, 2048));
+    let view = worker.view().await;
+    assert_eq!((view.swap.current_bytes, view.swap.max_bytes), (bytes(400), Some(bytes(300))));
+    let max = change(Limit::Max);
+    assert!(worker.controller.change("vm", max).await.expect("a limit").in_force);
+    while worker.try_next().await.is_some() {}
+    assert_eq!(worker.leases, (300, u64::MAX));
+}
+
+/// The members of a group are promised no more swap together than it may have, however they use it.
+/// Semantics: 63.
+#[tokio::test(start_paused = true)]
+async fn the_members_of_a_group_share_its_swap() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", swap_max(1000)).await.expect("made");
+    let mut members = Vec::new();
+    for name in ["a", "b"] {
+        let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
+        let mut worker = FakeWorker::add_to(&controller, name, setup).await.expect("added");
+        worker.hello().await;
+        worker.say(FromWorker::Loaded { plan: 0 }).await;
+        worker.touch(2000).await;
+        worker.tell().await;
+        members.push(worker);
+    }
+    let told = |members: &[FakeWorker]| members.iter().map(|worker| worker.leases.0).collect::<Vec<_>>();
+    for step in 0..200 {
+        let worker = &mut members[usize::from(step % 3 == 0)];
+        let more = worker.leases.0 - worker.report.swapped;
+        worker.evict(more, more / 4).await;
+        for worker in &mut members {
+            while worker.try_next().await.is_some() {}
+            worker.book();
+        }
+        let all: u64 = told(&members).iter().sum();
+        assert!(all <= 1000, "{all} at step {step}");
+    }
+    let used: Vec<_> = members.iter().map(|worker| worker.report.swapped).collect();
+    assert!(used.iter().sum::<u64>() > 900, "nearly all of it can be used: {used:?}");
+    assert_eq!(controller.group("/gold").await.expect("shown").swap.current_bytes, bytes(used.iter().sum()));
+    // What one gives up is another's.
+    let stored = members[0].report.store;
+    members[0].report.store = 0;
+    members[0].report.stock += stored;
+    members[0].report.swapped = 0;
+    members[0].tell().await;
+    let b = &mut members[1];
+    while b.try_next().await.is_some() {}
+    assert!(b.leases.0 > used[1] + 100, "{:?}", b.leases);
+    let both = [NodeChange::group("/gold", &swap_max(10))];
+    let mode = memcg_core::limit_change::Mode::Reclaim;
+    controller.change_many(both.to_vec(), mode, None).await.expect("it may only fall");
+    while b.try_next().await.is_some() {}
+    assert_eq!(b.leases.0, used[1]);
+}
