@@ -26,6 +26,7 @@
 //! | [`audit`] | the invariants of a running host, as findings with numbers | controller |
 //! | [`shared`] | memory that several VMs map: who owns a page, who inherits it | controller |
 //! | [`stock`] | the worker's side of the account | worker |
+//! | [`reporting`] | whether the pages that a guest reports as free stay free | worker |
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
 //! | [`sample`] | how much of its memory a guest uses, from random samples | worker |
 //! | [`governor`] | how many pages may be put aside to learn that, so that a guest hardly notices | worker |
@@ -66,6 +67,7 @@ pub mod pressure;
 pub mod progress;
 pub mod protection;
 pub mod reclaim;
+pub mod reporting;
 pub mod sample;
 pub mod shared;
 pub mod spread;

@@ -25,6 +25,7 @@ mod progress;
 mod protection;
 mod rank;
 mod reclaim;
+mod reporting;
 mod sample;
 mod shared;
 mod shared_model;
