@@ -152,3 +152,31 @@ fn reported_pages_are_uncharged_read_as_zeroes_and_are_charged_again_when_touche
     assert_eq!(number(&now, "faults.implicit_deflates"), 0);
     assert_eq!(number(&now, "memory.stat.ballooned_bytes"), 8 * MIB);
 }
+
+/// A guest that takes at once what it has just reported makes two sides work for nothing. Its reports are answered, and
+/// left alone for a while.
+#[test]
+fn reports_of_what_comes_back_at_once_are_left_alone() {
+    if let Some(reason) = missing_on_host() {
+        println!("SKIP left-alone reason={reason}");
+        return;
+    }
+    let vm = TestVm::builder("left-alone").memory("size=128M,max=128M").option("--balloon", "free_page_reporting=on");
+    let mut vm = vm.cmdline("shell").start();
+    vm.expect("READY", 10);
+    let mut ok = |command: &str| {
+        let answer = vm.command(command, 10);
+        assert!(answer.starts_with("OK"), "{command}: {answer}");
+        guest_pages(&vm)
+    };
+    ok("balloon init features=0x31");
+    ok("balloon report 100M 4K");
+    let touched = ok("touch 16M 32M seed=3");
+    assert_eq!(touched - ok("balloon report 16M 32M"), 32 * MIB / PAGE);
+    assert_eq!(ok("touch 16M 32M seed=4"), touched);
+    assert_eq!(ok("balloon report 16M 32M"), touched, "left alone");
+    assert_eq!(ok("verify 16M 32M seed=4"), touched);
+    let now = vm.show();
+    let pages = ["reported", "reported_back", "reported_left"].map(|k| number(&now, &format!("faults.{k}_pages")));
+    assert_eq!(pages, [32 * MIB / PAGE; 3]);
+}

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use hyper::Method;
-use memcg_core::units::human;
+use memcg_core::units::{Pages, human};
 use serde_json::Value;
 
 use super::options::name;
@@ -168,6 +168,12 @@ fn table(vm: &VmView) -> String {
         "  balloon",
         format!(" target {}, actual {}{answer}", human(vm.balloon.target_bytes), human(vm.balloon.actual_bytes)),
     );
+    let faults = &vm.faults;
+    let pages = [faults.reported_pages, faults.reported_back_pages, faults.reported_left_pages];
+    if pages.iter().any(|pages| *pages > 0) {
+        let [taken, back, left] = pages.map(|pages| human(Pages(pages).bytes()));
+        line("  reports", format!(" {taken} taken, {back} of it touched again at once, {left} left alone"));
+    }
     if let Some(guest) = &vm.guest_stats {
         let size = |bytes: Option<u64>| bytes.map_or("unknown".to_owned(), human);
         line(

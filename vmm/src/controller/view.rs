@@ -501,6 +501,10 @@ pub struct FaultsView {
     pub discarded_pages: u64,
     /// Pages discarded because the guest has reported them as free.
     pub reported_pages: u64,
+    /// Of these, pages that the guest has touched again within seconds.
+    pub reported_back_pages: u64,
+    /// Pages reported as free and left alone, because too many had come back.
+    pub reported_left_pages: u64,
     /// Things a guest claimed that were refused.
     pub guest_errors: u64,
     /// Time from the fault thread's waking up to its answer.
@@ -521,6 +525,8 @@ impl From<FaultCounts> for FaultsView {
             vmm: counts.vmm,
             discarded_pages: counts.discarded,
             reported_pages: counts.reported,
+            reported_back_pages: counts.reported_back,
+            reported_left_pages: counts.reported_left,
             guest_errors: counts.guest_errors,
             answer: counts.answer,
             hold: counts.hold,

@@ -13,6 +13,9 @@
 //! What the pages cost beside them ([`FrameTable::cost`]) is paid for with pages of the stock at the same time, so it is
 //! inside `max` too.
 //!
+//! What the guest has reported as free is discarded unless most of what it has reported before came back at once
+//! ([`memcg_core::reporting`]).
+//!
 //! A page from the reserve is a *debt*. When the controller cannot grant what would repay it, the vCPUs are held until
 //! it can ([`crate::worker::gate`]). The reserve is charged inside `max`, so usage never exceeds the limit.
 
@@ -20,6 +23,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use memcg_core::frame::{FrameState, FrameTable};
+use memcg_core::reporting::Reports;
 use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
 
@@ -50,6 +54,9 @@ const HEAD: u64 = 16;
 /// that is being lowered leaves little more than a MiB, which the guest's balloon driver needs for itself.
 const AROUND_SHARE: u64 = 32;
 
+/// A guest with less room than this is short of it: 8 MiB. Its reports are discarded whatever came back before.
+const SHORT: Count = Count::from_mib(8);
+
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
 
@@ -75,6 +82,9 @@ pub struct Pages {
     /// Changes places with the vector of each claim, so that claims allocate nothing once it has grown.
     spare_runs: Vec<Run>,
     asked: Asked,
+    reports: Reports,
+    /// Seconds since the host was started, as the thread last knew.
+    now: u32,
     device_taken: u64,
     device_blocked: bool,
     balloon: BalloonHandle,
@@ -102,6 +112,8 @@ impl Pages {
             pending: None,
             spare_runs: Vec::new(),
             asked: Asked::default(),
+            reports: Reports::new(ram.pages() as usize),
+            now: seconds(monotonic_ns()),
             device_taken: 0,
             device_blocked: false,
             balloon,
@@ -137,6 +149,7 @@ impl Pages {
 
     /// Reads and answers a batch of faults; returns how many there were. `woken_ns` is when the thread learnt of them.
     pub fn on_faults(&mut self, woken_ns: u64) -> usize {
+        self.now = seconds(woken_ns);
         let mut batch = [0u64; 64];
         let mut n = 0;
         self.uffd.read::<64>(|event| {
@@ -219,6 +232,7 @@ impl Pages {
         }
         let pages = cut.first..cut.first + cut.pages;
         self.frames.set_range(pages.start as usize, pages.end as usize, FrameState::Active);
+        self.counts.reported_back += self.reports.filled(self.now, pages.start as usize..pages.end as usize);
         if let Some(present) = self.ram.present() {
             present.set(pages);
         }
@@ -393,6 +407,15 @@ impl Pages {
     pub fn on_claim(&mut self, runs: Vec<Run>, to: GivenAway) -> Vec<Run> {
         let mut claimed = std::mem::take(&mut self.spare_runs);
         claimed.clear();
+        if to == GivenAway::Report {
+            self.now = seconds(monotonic_ns());
+            let short = self.stock.room().is_some_and(|room| room < SHORT);
+            if !self.reports.welcome(self.now, short) {
+                self.counts.reported_left += runs.iter().map(|run| run.pages).sum::<u64>();
+                self.spare_runs = runs;
+                return claimed;
+            }
+        }
         for run in &runs {
             let (mut at, last) = (run.first as usize, (run.first + run.pages) as usize);
             while at < last {
@@ -427,8 +450,12 @@ impl Pages {
             GivenAway::Report => (FrameState::Absent, &mut self.counts.reported),
         };
         for run in runs {
-            self.frames.set_range(run.first as usize, (run.first + run.pages) as usize, state);
+            let pages = run.first as usize..(run.first + run.pages) as usize;
+            self.frames.set_range(pages.start, pages.end, state);
             *count += run.pages;
+            if to == GivenAway::Report {
+                self.reports.discarded(self.now, pages);
+            }
             self.stock.uncharge(Count(run.pages));
         }
         self.stock.owe(self.frames.cost());
@@ -502,6 +529,11 @@ impl Pages {
             ..Report::default()
         }
     }
+}
+
+/// Whole seconds, for what needs no more.
+fn seconds(ns: u64) -> u32 {
+    u32::try_from(ns / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 /// Fills a window, the part around the touched page first: its vCPU is awake again while the rest is filled, and where

@@ -267,6 +267,10 @@ pub struct FaultCounts {
     pub discarded: u64,
     /// Pages discarded because the guest has reported them as free.
     pub reported: u64,
+    /// Pages filled again within seconds after they were discarded so.
+    pub reported_back: u64,
+    /// Pages reported as free and left alone because too many had come back.
+    pub reported_left: u64,
     /// Things a guest claimed that were refused (bad page numbers, bad descriptors).
     pub guest_errors: u64,
     /// Time from the fault thread's waking up to its answer, for each fault.

@@ -61,6 +61,8 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
             vmm: n.next(),
             discarded: n.next(),
             reported: n.next(),
+            reported_back: n.next(),
+            reported_left: n.next(),
             guest_errors: n.next(),
             answer: quantiles(n),
             hold: quantiles(n),
