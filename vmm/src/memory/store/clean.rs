@@ -35,8 +35,12 @@ impl Writer {
     ///
     /// # Errors
     /// [`Corrupt`] when an entry is not what was written.
+    ///
+    /// # Panics
+    /// Between [`Writer::compress`] and [`Writer::append`]: the batch would take more than was foretold.
     pub fn clean(&mut self, room: u64, moved: &mut Vec<Moved>) -> Result<usize, Corrupt> {
-        let most = self.resident_pages() + room;
+        assert_eq!(self.pending(), 0, "append the batch first");
+        let most = self.resident_pages().saturating_add(room);
         let mut cleaned = 0;
         for (live, segment) in self.victims() {
             let bytes = live as usize * UNIT;

@@ -134,7 +134,7 @@ impl Model {
     fn settle(&mut self) {
         self.read_moves();
         self.writer.collect(0).unwrap();
-        while self.writer.needs_cleaning() && self.clean(u64::MAX >> 1) > 0 {
+        while self.writer.needs_cleaning() && self.clean(u64::MAX) > 0 {
             self.read_moves();
             self.writer.collect(0).unwrap();
         }
@@ -302,6 +302,17 @@ fn a_segment_that_falls_empty_while_it_is_open_is_collected() {
     }
     assert!(model.writer.resident_pages() > 2 * SEGMENT as u64 / PAGE as u64);
     model.empty();
+}
+
+/// What a batch takes is charged before it is appended, so nothing may change it.
+#[test]
+#[should_panic(expected = "append the batch first")]
+fn nothing_is_discarded_behind_a_batch_that_was_measured() {
+    let mut model = Model::new(RAM, Codec::Lz4);
+    model.evict(0..64, 4, u64::MAX);
+    (0..64).for_each(|page| model.refault(page));
+    model.writer.compress(0, &content(4, 0, 0));
+    _ = model.writer.collect(0);
 }
 
 /// The guest touches pages while their entries are being moved: the copy is the one that is dropped.

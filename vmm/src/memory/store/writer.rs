@@ -215,7 +215,11 @@ impl Writer {
     ///
     /// # Errors
     /// As the kernel says; what could not be discarded is still counted.
+    ///
+    /// # Panics
+    /// Between [`Self::compress`] and [`Self::append`]: the batch would take more than was foretold.
     pub fn collect(&mut self, keep: usize) -> io::Result<u64> {
+        assert!(self.pending.is_empty(), "append the batch first");
         let emptied = self.arena.emptied();
         if emptied != self.seen || self.look {
             if self.open.is_some_and(|open| self.arena.live(open.segment) == 0) {
