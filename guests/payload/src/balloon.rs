@@ -5,6 +5,7 @@
 
 mod allocate;
 mod evil;
+mod give;
 
 use core::cell::UnsafeCell;
 use core::fmt::Write;
@@ -70,8 +71,9 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 /// Most queues that the features can ask for.
 const QUEUES: usize = 5;
-/// Entries a queue, if the device allows that many.
+/// Entries of a queue, if it is not said otherwise and the device allows that many; and most entries.
 const QUEUE_SIZE: u16 = 16;
+const MOST_ENTRIES: u16 = 128;
 /// Page numbers a buffer holds: a page of them.
 const BATCH: usize = 1024;
 /// Turns of a loop before the device is waited for, and milliseconds to wait at a time, and how often.
@@ -90,9 +92,9 @@ const NO_INTERRUPT: u16 = 1;
 /// One split queue, in a page of its own, laid out as the device reads it.
 #[repr(C, align(4096))]
 struct Queue {
-    descriptors: [Descriptor; QUEUE_SIZE as usize],
-    available: Ring<[u16; QUEUE_SIZE as usize]>,
-    used: Ring<[[u32; 2]; QUEUE_SIZE as usize]>,
+    descriptors: [Descriptor; MOST_ENTRIES as usize],
+    available: Ring<[u16; MOST_ENTRIES as usize]>,
+    used: Ring<[[u32; 2]; MOST_ENTRIES as usize]>,
 }
 
 #[repr(C)]
@@ -179,6 +181,7 @@ impl Balloon {
                 self.describe(end - start, answer)
             }
             Some("auto") => self.follow(arguments, answer),
+            Some("give") => self.give(arguments, answer),
             Some("allocate") => self.allocate(arguments, answer),
             Some("evil") => self.evil(arguments, answer),
             Some("raw") => {
@@ -193,7 +196,7 @@ impl Balloon {
                 *self = Self::new();
                 Ok(())
             }
-            _ => Err(Error::Other("balloon init|status|inflate|deflate|report|auto|allocate|raw|evil|reset")),
+            _ => Err(Error::Other("balloon init|status|inflate|deflate|report|auto|give|allocate|raw|evil|reset")),
         }
     }
 
@@ -201,6 +204,7 @@ impl Balloon {
     fn init(&mut self, arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> {
         let wanted = arguments.number_or("features", feature::MUST_TELL_HOST)? | feature::VERSION_1;
         let skip = usize::try_from(arguments.number_or("device", 0)?).unwrap_or(usize::MAX);
+        let size = arguments.number_or("size", QUEUE_SIZE.into())?.clamp(1, MOST_ENTRIES.into()) as u16;
         let is_balloon = |window: &u64| {
             read32(window + register::MAGIC) == MAGIC && read32(window + register::DEVICE_ID) == BALLOON_ID
         };
@@ -209,7 +213,7 @@ impl Balloon {
         if read32(window + register::VERSION) != 2 {
             return Err(Error::Other("the device is not of version 2"));
         }
-        *self = Self { window: Some(window), ..Self::new() };
+        *self = Self { window: Some(window), queue_size: size, ..Self::new() };
         let mut state = 0;
         self.write(register::STATUS, state)?;
         for bit in [status::ACKNOWLEDGE, status::DRIVER] {
@@ -259,7 +263,7 @@ impl Balloon {
         if max == 0 {
             return Err(Error::Other("a queue is missing"));
         }
-        self.queue_size = QUEUE_SIZE.min(max as u16);
+        self.queue_size = self.queue_size.min(max as u16);
         let memory = area_queue(queue);
         // SAFETY: the pointer is to one of the area's queues, which lives for ever; nothing is in flight on it yet.
         unsafe {
@@ -309,7 +313,7 @@ impl Balloon {
             return Err(Error::Other("there is no such queue"));
         }
         let memory = area_queue(queue);
-        for (i, descriptor) in chain.iter().enumerate().take(usize::from(QUEUE_SIZE)) {
+        for (i, descriptor) in chain.iter().enumerate().take(usize::from(MOST_ENTRIES)) {
             // SAFETY: the pointer is to one of the area's queues, which lives for ever and which no reference is made to;
             // `i` is below the table's length.
             unsafe { (&raw mut (*memory).descriptors[i]).write_volatile(*descriptor) };

@@ -19,9 +19,11 @@
 //!                    of so many ms or accesses, a mark and `ACCESS n= touches= cycles_per_1000= distinct= two= bad=`:
 //!                    pages used in it, and in it and the one before. `check`s for the pattern of `touch`
 //! rewrite START SIZE [seconds=N] [seed=1]                            all vCPUs: new contents, if the last ones are there
-//! balloon init [features=MASK] [device=N]                            finds the device and switches it on
+//! latency START SIZE [stride=4K]                                     writes to each page: p50_ns= p99_ns= max_ns=
+//! balloon init [features=MASK] [device=N] [size=16]                  finds the device and switches it on
 //! balloon inflate START SIZE [touch=1] | deflate START SIZE | report START SIZE
 //! balloon auto START SIZE [rounds=1] [limit=N] [every=10]            follows the device's target with those pages
+//! balloon give START SIZE [stride=4K] [numbers=4M]                   inflates, between two marks, with one ring of the bell
 //! balloon allocate START SIZE [order=9] [steps=1000] [every=100] [passes=1] [report=1] [seed=1]
 //!                    allocates and frees blocks, touches the new ones; each `every` steps reports those that are free
 //! balloon evil numbers QUEUE FIRST COUNT [step=1]                    page numbers of any kind
@@ -37,6 +39,7 @@
 mod access;
 mod balloon;
 mod io;
+mod latency;
 mod memory;
 mod rewrite;
 mod support;
@@ -170,6 +173,7 @@ impl Session {
             "hot" => memory::hot(arguments, &mut self.answer),
             "storm" => memory::storm(arguments, self.ram, self.cpus, &mut self.answer),
             "access" => access::access(arguments, &mut self.answer),
+            "latency" => latency::latency(arguments, &mut self.answer),
             "rewrite" => rewrite::rewrite(arguments, self.cpus, &mut self.answer),
             "balloon" => self.balloon.obey(arguments, &mut self.answer),
             "peek" => {

@@ -8,7 +8,7 @@ use core::fmt::Write;
 
 use guest_common::{Arguments, PAGE_SIZE};
 
-use super::{Balloon, DEVICE_WRITES, Descriptor, POLLS, QUEUE_SIZE};
+use super::{Balloon, DEVICE_WRITES, Descriptor, MOST_ENTRIES, POLLS};
 use crate::Error;
 use crate::io::{self, Line};
 use crate::memory::poke;
@@ -81,7 +81,7 @@ impl Balloon {
     /// Reports the free blocks that have not been; returns how many.
     fn report_all(&mut self, queue: usize, blocks: &mut Blocks, start: u64, bytes: u64) -> Result<u64, Error> {
         let mut reports = 0;
-        let mut chain = [Descriptor { address: 0, length: 0, flags: DEVICE_WRITES, next: 0 }; QUEUE_SIZE as usize];
+        let mut chain = [Descriptor { address: 0, length: 0, flags: DEVICE_WRITES, next: 0 }; MOST_ENTRIES as usize];
         while blocks.reported < blocks.free_count {
             let some = (blocks.free_count - blocks.reported).min(self.queue_size.into());
             for (i, descriptor) in chain[..some].iter_mut().enumerate() {
