@@ -16,7 +16,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_sregs, kvm_userspace_
 use kvm_ioctls::{Kvm, VcpuExit};
 use serde_json::{Value, json};
 
-use crate::{Goal, MIB, Outcome, full};
+use crate::{Goal, MIB, Outcome, full, median};
 
 /// The ids that are measured here.
 pub const IDS: [&str; 7] = ["R25", "create_rate", "create_rate8", "R26", "R27", "fleet50", "fleet500"];
@@ -169,12 +169,6 @@ fn request(method: &str, path: &str, body: &str) -> String {
 /// A B B A …: ours and the baseline, as pairs.
 fn interleaved(n: usize, mut ours: impl FnMut() -> f64, mut base: impl FnMut() -> f64) -> Vec<(f64, f64)> {
     crate::pairs(n, &mut base, &mut ours).into_iter().map(|(base, ours)| (ours, base)).collect()
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// R25: from the request for a VM to its guest's first instruction, over KVM's own calls for that.
