@@ -17,13 +17,15 @@ pub struct ConfigSpace {
     poison_val: u32,
     poison_offered: bool,
     ram_pages: u32,
+    /// The least target since the guest wrote `actual` last: down to there it was told to go.
+    least_target: u32,
 }
 
 impl ConfigSpace {
     /// A configuration space with both sizes 0, for a guest with `ram_pages` pages of 4 KiB. `poison_val` can be written
     /// only when it is offered.
     pub fn new(ram_pages: u32, poison_offered: bool) -> Self {
-        ConfigSpace { num_pages: 0, actual: 0, poison_val: 0, poison_offered, ram_pages }
+        ConfigSpace { num_pages: 0, actual: 0, poison_val: 0, poison_offered, ram_pages, least_target: 0 }
     }
 
     /// The target: pages that the guest is asked to give.
@@ -36,6 +38,7 @@ impl ConfigSpace {
         let pages = pages.min(self.ram_pages);
         let changed = self.num_pages != pages;
         self.num_pages = pages;
+        self.least_target = self.least_target.min(pages);
         changed
     }
 
@@ -63,14 +66,22 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes `data` at `offset` for the guest: any part of `actual` or of `poison_val`, and nothing else.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), GuestFault> {
+    /// Writes `data` at `offset` for the guest: any part of `actual` or of `poison_val`, and nothing else. Returns how many
+    /// pages the guest has taken back below a target that nobody has lowered, as it does when it is out of memory.
+    ///
+    /// A driver that goes away takes all of them: an `actual` of 0 says nothing.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<u32, GuestFault> {
         // Both are kept as written, so that the guest reads back its own value; only our reading of them is bounded.
+        let before = self.actual();
         if overwrite(&mut self.actual, spec::CONFIG_ACTUAL, offset, data) {
-            return if self.actual > self.ram_pages { Err(GuestFault::Actual) } else { Ok(()) };
+            if self.actual > self.ram_pages {
+                return Err(GuestFault::Actual);
+            }
+            let meant = std::mem::replace(&mut self.least_target, self.num_pages).min(before);
+            return Ok(if self.actual > 0 { meant.saturating_sub(self.actual) } else { 0 });
         }
         if self.poison_offered && overwrite(&mut self.poison_val, spec::CONFIG_POISON_VAL, offset, data) {
-            return Ok(());
+            return Ok(0);
         }
         Err(GuestFault::ConfigWrite)
     }
@@ -116,6 +127,27 @@ mod tests {
         assert_eq!((config.actual(), read_u32(&config, 4), config.num_pages()), (200, 200, 300));
         config.reset();
         assert_eq!((config.actual(), config.num_pages()), (0, 300));
+    }
+
+    #[test]
+    fn what_is_taken_back_below_the_target_is_told_from_what_was_asked_for() {
+        let mut config = ConfigSpace::new(1000, true);
+        let actual = |config: &mut ConfigSpace, pages: u32| config.write(4, &pages.to_le_bytes()).unwrap();
+        config.set_num_pages(500);
+        assert_eq!([200, 400, 500].map(|pages| actual(&mut config, pages)), [0; 3]);
+        // As Linux does it when it is out of memory: 256 at a time.
+        assert_eq!([244, 100].map(|pages| actual(&mut config, pages)), [256, 144]);
+        // On the way up, and more at once than it still has to give.
+        config.set_num_pages(800);
+        assert_eq!([300, 250].map(|pages| actual(&mut config, pages)), [0, 50]);
+        // Down to a target, and no further.
+        config.set_num_pages(200);
+        assert_eq!([230, 200, 190].map(|pages| actual(&mut config, pages)), [0, 0, 10]);
+        // It was told to go down to 50 and is on its way there, when the target rises again.
+        config.set_num_pages(50);
+        config.set_num_pages(300);
+        assert_eq!([60, 55].map(|pages| actual(&mut config, pages)), [0, 5]);
+        assert_eq!(actual(&mut config, 0), 0, "the driver goes away");
     }
 
     #[test]

@@ -104,6 +104,8 @@ pub struct Counters {
     pub reported_pages: u64,
     /// Pages (4 KiB) reported as free by a guest that fills free pages with something else than zeroes: left alone.
     pub poisoned_pages: u64,
+    /// Pages (4 KiB) that the guest says it has taken back below its target, where it may do so when it is out of memory.
+    pub oom_deflated_pages: u64,
     /// Calls of `GuestPages` that succeeded: pages come in batches.
     pub batches: u64,
     /// Ranges in those calls: pages / ranges says how well merging does.

@@ -62,8 +62,10 @@ impl Balloon {
 
     /// Writes configuration space for the guest; what it may not write is counted and ignored.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if let Err(fault) = self.config.write(offset, data) {
-            self.counters.faults.count(fault);
+        match self.config.write(offset, data) {
+            Ok(taken) if self.options.deflate_on_oom => self.counters.oom_deflated_pages += u64::from(taken),
+            Ok(_) => {}
+            Err(fault) => self.counters.faults.count(fault),
         }
     }
 

@@ -19,6 +19,8 @@
 //!   ▲ └── cooperating: the next rest is short again                                  │
 //!   └────────────────────────────────────────────────────────────────────────────────┘
 //! ```
+//! A guest that takes pages back because it is out of memory ([`Asking::taken_back`]) is left alone for the longest time:
+//! it would be out of memory again.
 //!
 //! Time is a parameter: the time in which the guest could run, since any moment. A guest that is held or paused cannot
 //! give anything, and that is not its fault.
@@ -192,7 +194,8 @@ impl Asking {
                 None
             }
             State::Stalled => {
-                self.rest = Some(Rest { told: actual.min(wanted), until: now + self.pause });
+                // What it says comes a moment after what it does.
+                self.rest = Some(Rest { told: actual.max(released).min(wanted), until: now + self.pause });
                 self.pause = (2 * self.pause).min(REST[1]);
                 self.stalls = self.stalls.saturating_add(1);
                 match self.stalls {
@@ -204,14 +207,20 @@ impl Asking {
         }
     }
 
+    /// The guest has taken pages back because it is out of memory, and says that it holds `actual`.
+    pub fn taken_back(&mut self, now: Duration, actual: Pages) {
+        self.rest = Some(Rest { told: actual, until: now + REST[1] });
+    }
+
     /// What the guest is told when `wanted` pages are wanted of it.
     pub fn told(&self, wanted: Pages) -> Pages {
         self.rest.map_or(wanted, |rest| rest.told.min(wanted))
     }
 
-    /// How it answers. Who is asked again after a stall has still to show that it gives.
+    /// How it answers. Who is not asked gives nothing, and who is asked again after a stall has still to show that it does.
     pub fn state(&self) -> State {
         match self.progress.verdict() {
+            _ if self.rest.is_some() => State::Stalled,
             None if self.stalls > 0 => State::Stalled,
             _ => self.progress.state(),
         }

@@ -146,3 +146,22 @@ fn a_guest_that_only_says_that_it_gives_has_stalled() {
     assert_eq!(asking.look(WINDOW, Pages(1000), Pages(0), Pages(u64::MAX)), None);
     assert_eq!((asking.state(), asking.next()), (Stalled, Some(2 * WINDOW)), "it rests like any other");
 }
+
+#[test]
+fn a_guest_that_ran_out_of_memory_is_left_alone_for_long() {
+    let secs = Duration::from_secs;
+    let mut asking = Asking::new();
+    let look = |asking: &mut Asking, at, given| asking.look(secs(at), Pages(1000), Pages(given), Pages(given));
+    look(&mut asking, 0, 0);
+    assert_eq!((look(&mut asking, 2, 900), asking.state()), (None, Cooperating));
+    asking.taken_back(secs(3), Pages(644));
+    assert_eq!((asking.told(Pages(1000)), asking.state(), asking.next()), (Pages(644), Stalled, Some(secs(67))));
+    assert_eq!((look(&mut asking, 66, 644), asking.told(Pages(1000))), (None, Pages(644)));
+    assert_eq!(
+        (look(&mut asking, 67, 644), asking.told(Pages(1000)), asking.state()),
+        (None, Pages(1000), Cooperating)
+    );
+    // A lower target is met at once.
+    asking.taken_back(secs(68), Pages(600));
+    assert_eq!((asking.look(secs(69), Pages(500), Pages(600), Pages(600)), asking.state()), (None, Cooperating));
+}

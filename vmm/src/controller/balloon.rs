@@ -5,6 +5,9 @@
 //! rest the target again ([`memcg_core::progress`]). That is looked at with every report and at the end of each window.
 //!
 //! What a guest has given is what its worker has in BALLOONED, never what the guest says.
+//!
+//! With `deflate_on_oom` a guest that is out of memory takes pages back. That is an event, one a second at most, and
+//! nothing is asked of this guest for a while. The pages are charged when they are touched, like any other.
 
 use std::time::Duration;
 
@@ -20,6 +23,9 @@ use super::view::VmState;
 use super::vm::{Vm, VmId};
 use crate::worker::protocol::ToWorker;
 
+/// Time between two events about one guest that takes pages back.
+const TAKEN_BACK_EVERY: Duration = Duration::from_secs(1);
+
 /// What is asked of one guest's balloon, and its own time.
 #[derive(Debug)]
 pub(super) struct BalloonAsking {
@@ -29,11 +35,16 @@ pub(super) struct BalloonAsking {
     at: Instant,
     /// It runs since then.
     runs: bool,
+    /// Pages that it has taken back because it was out of memory, as the last event has said.
+    taken_back: u64,
+    /// When the next such event may come: somebody waits for that time.
+    taken_back_next: Option<Instant>,
 }
 
 impl Default for BalloonAsking {
     fn default() -> Self {
-        Self { asking: Asking::new(), ran: Duration::ZERO, at: Instant::now(), runs: false }
+        let (asking, at) = (Asking::new(), Instant::now());
+        Self { asking, ran: Duration::ZERO, at, runs: false, taken_back: 0, taken_back_next: None }
     }
 }
 
@@ -58,10 +69,19 @@ impl BalloonAsking {
         self.asking.told(wanted)
     }
 
-    /// When somebody should look again; never while the guest stands still.
+    /// When somebody should look again: at the guest not while it stands still.
     pub fn next(&self) -> Option<Instant> {
+        self.next_look().into_iter().chain(self.taken_back_next).min()
+    }
+
+    fn next_look(&self) -> Option<Instant> {
         let next = self.asking.next().filter(|_| self.runs)?;
         Some(self.at + host::scaled(next).saturating_sub(self.ran))
+    }
+
+    /// A worker is taken over: what its guest has taken back so far was told by somebody else.
+    pub fn adopted(&mut self, taken_back: u64) {
+        self.taken_back = taken_back;
     }
 }
 
@@ -83,8 +103,12 @@ impl Actor {
             vm.balloon.asking = Asking::new();
         }
         let (released, actual) = (Pages(vm.report.ballooned), Pages(vm.report.balloon_actual.into()));
+        if vm.report.oom_deflated > vm.balloon.taken_back {
+            vm.balloon.asking.taken_back(now, actual);
+        }
         let news = if runs { vm.balloon.asking.look(now, wanted, released, actual) } else { None };
         self.send_target(id, wanted);
+        self.tell_taken_back(id);
         if let Some(news) = news {
             self.balloon_news(id, wanted, news);
         }
@@ -107,7 +131,7 @@ impl Actor {
     fn balloon_news(&mut self, id: VmId, wanted: Pages, news: News) {
         let vm = &self.vms[&id];
         let missing = wanted.saturating_sub(Pages(vm.report.ballooned));
-        let rest = vm.balloon.next().map(|at| at.saturating_duration_since(Instant::now()));
+        let rest = vm.balloon.next_look().map(|at| at.saturating_duration_since(Instant::now()));
         let details = json!({
             "missing_bytes": missing.bytes(),
             "told_bytes": vm.balloon.told(wanted).bytes(),
@@ -119,6 +143,25 @@ impl Actor {
             News::Uncooperative => EventKind::Uncooperative,
         };
         self.event(kind, Some(&name), details);
+    }
+
+    /// Says what the guest has taken back because it was out of memory, unless that was said a moment ago.
+    fn tell_taken_back(&mut self, id: VmId) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let now = Instant::now();
+        if vm.balloon.taken_back_next.is_some_and(|next| now < next) {
+            return;
+        }
+        let total = vm.report.oom_deflated;
+        let taken = total.saturating_sub(vm.balloon.taken_back);
+        vm.balloon.taken_back_next = (taken > 0).then(|| now + TAKEN_BACK_EVERY);
+        if taken == 0 {
+            return;
+        }
+        vm.balloon.taken_back = total;
+        let details = json!({ "taken_bytes": Pages(taken).bytes(), "taken_total_bytes": Pages(total).bytes() });
+        let (name, details) = (vm.name.clone(), self.account(id, details));
+        self.event(EventKind::GuestDeflatedOnOom, Some(&name), details);
     }
 
     /// Looks again at a guest that was asked for pages.

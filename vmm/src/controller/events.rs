@@ -52,6 +52,8 @@ pub enum EventKind {
     TargetStalled,
     /// It has stalled again, without having given anything worth mentioning in between.
     Uncooperative,
+    /// The guest was out of memory and has taken pages back from its balloon.
+    GuestDeflatedOnOom,
     /// The VM was paused.
     Paused,
     /// The VM goes on.
@@ -76,7 +78,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -90,6 +92,7 @@ impl EventKind {
         Self::MaxHit,
         Self::TargetStalled,
         Self::Uncooperative,
+        Self::GuestDeflatedOnOom,
         Self::Paused,
         Self::Resumed,
         Self::ResumeRefused,

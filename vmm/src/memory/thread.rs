@@ -139,6 +139,7 @@ pub struct FaultThread {
 struct Told {
     held: bool,
     returned_total: u64,
+    ballooned: u64,
     balloon_actual: u32,
     balloon_ready: bool,
     owed: bool,
@@ -307,6 +308,7 @@ impl FaultThread {
         let told = Told {
             held: now.held,
             returned_total: now.returned_total,
+            ballooned: now.ballooned,
             balloon_actual: self.balloon.actual(),
             balloon_ready: self.balloon.ready(),
             owed: false,
@@ -336,6 +338,7 @@ impl FaultThread {
         self.told = Told {
             held: report.held,
             returned_total: report.returned_total,
+            ballooned: report.ballooned,
             balloon_actual: report.balloon_actual,
             balloon_ready: report.balloon_ready,
             owed: !sent,
@@ -347,6 +350,7 @@ impl FaultThread {
         let mut report = Report {
             balloon_actual: self.balloon.actual(),
             balloon_ready: self.balloon.ready(),
+            oom_deflated: self.balloon.counters().oom_deflated_pages,
             paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
             ..self.pages.as_ref().map(Pages::report).unwrap_or_default()
         };

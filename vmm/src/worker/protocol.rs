@@ -177,6 +177,8 @@ pub struct Report {
     pub want_now: u64,
     /// The balloon size that the guest reports, in pages; never set by the VMM.
     pub balloon_actual: u32,
+    /// Pages that the guest says it has taken back below its target because it was out of memory, since the start.
+    pub oom_deflated: u64,
     /// True when the guest's balloon driver has said DRIVER_OK.
     pub balloon_ready: bool,
     /// True while every vCPU is out of the guest for want of memory.

@@ -93,3 +93,24 @@ async fn a_guest_without_a_driver_is_not_asked() {
     assert_eq!(worker.view().await.balloon.progress, None);
     assert!(worker.has_event(EventKind::TargetStalled).await.is_none());
 }
+
+/// The guest's valve: what it takes is said, at most once a second, and it is left alone for a while.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_pages_back_when_it_is_out_of_memory_is_an_event() {
+    let (mut worker, target) = with_driver(10_000).await;
+    for step in 1..=10 {
+        worker.report.ballooned -= 256;
+        worker.report.balloon_actual -= 256;
+        worker.report.oom_deflated = 256 * step;
+        worker.tell().await;
+    }
+    let told = targets(&mut worker, 70).await;
+    assert_eq!(told[0], (0, 10_000 - 256));
+    assert!(told.iter().any(|(at, pages)| *at >= 64 && *pages == target), "asked again: {told:?}");
+    assert!(told.iter().all(|(at, pages)| *at >= 64 || *pages <= 10_000 - 256), "too early: {told:?}");
+    let events = worker.events().await;
+    let taken: Vec<_> = events.iter().filter(|event| event.event == EventKind::GuestDeflatedOnOom).collect();
+    let bytes: Vec<_> = taken.iter().map(|event| event.details["taken_bytes"].as_u64().unwrap()).collect();
+    assert_eq!(bytes, [256 * 4096, 9 * 256 * 4096]);
+    assert_eq!(taken[1].details["taken_total_bytes"], 10 * 256 * 4096);
+}

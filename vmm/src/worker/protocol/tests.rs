@@ -47,6 +47,7 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
         want: n.next(),
         want_now: n.next(),
         balloon_actual: n.next(),
+        oom_deflated: n.next(),
         balloon_ready: odd,
         held: !odd,
         paused: odd,
