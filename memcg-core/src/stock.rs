@@ -278,6 +278,8 @@ impl Stock {
         let given = pages.min(self.stock);
         self.stock = self.stock.saturating_sub(given);
         self.returned_total += given.0;
+        // Others may be faster; then the next grant says so.
+        self.room = self.room.map(|room| room + given);
         given
     }
 
@@ -371,7 +373,7 @@ impl Stock {
         self.stock_max
     }
 
-    /// Pages that could still be charged when the last grant was sent, `None` without a limit.
+    /// Pages that could still be charged when the last grant was sent, and those given back since; `None` without a limit.
     pub fn room(&self) -> Option<Pages> {
         self.room
     }

@@ -113,9 +113,11 @@ impl Builder {
         self.arg(name).arg(value)
     }
 
-    /// `--memory`, as on the command line.
+    /// `--memory`, as on the command line; with a `max` and no word about swap there is none. Most tests of limits are about
+    /// what happens where nothing can be evicted.
     pub fn memory(self, value: &str) -> Self {
-        self.option("--memory", value)
+        let swap = if value.contains("max=") && !value.contains("swap=") { ",swap=0" } else { "" };
+        self.option("--memory", format!("{value}{swap}"))
     }
 
     /// `--cmdline`: for the payload, its commands.

@@ -284,11 +284,11 @@ pub fn is_alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-/// A guest of 64 MiB that waits for words nobody types.
+/// A guest of 64 MiB without swap that waits for words nobody types.
 pub fn shell() -> Value {
     json!({
         "kernel": payload(), "cmdline": "shell", "debug_port": true,
-        "memory": { "size_bytes": 64 << 20, "max_bytes": 48 << 20 },
+        "memory": { "size_bytes": 64 << 20, "max_bytes": 48 << 20, "swap_max_bytes": 0 },
     })
 }
 

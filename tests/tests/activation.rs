@@ -76,7 +76,7 @@ fn without_a_limit_there_is_no_userfaultfd_and_the_first_limit_brings_one() {
     let (status, body) = vm.patch("", &json!({"max_bytes": null, "min_bytes": 0}));
     assert_eq!((status, &body["accounting"]), (200, &json!(false)), "{body}");
     assert_eq!(equipment(&vm), (false, false), "no limit is what there was before");
-    let (status, body) = vm.patch("", &json!({"max_bytes": 96 * MIB}));
+    let (status, body) = vm.patch("", &json!({"max_bytes": 96 * MIB, "swap_max_bytes": 0}));
     assert_eq!((status, &body["accounting"]), (200, &json!(true)), "{body}");
     assert_eq!(equipment(&vm), (true, true));
     let now = exact(&vm);
@@ -105,7 +105,7 @@ fn a_first_limit_above_what_is_resident_is_exact_and_holds() {
     ok(&mut vm, "touch 64M 96M mode=read");
     ok(&mut vm, "touch 200M 64M mode=read");
     let before = resident_pages(&vm.show());
-    let (status, body) = vm.patch("", &json!({"max_bytes": 160 * MIB}));
+    let (status, body) = vm.patch("", &json!({"max_bytes": 160 * MIB, "swap_max_bytes": 0}));
     assert_eq!(status, 200, "{body}");
     let now = exact(&vm);
     let guest = number(&now, "memory.stat.guest_bytes");
@@ -137,13 +137,13 @@ fn a_first_limit_below_what_is_resident_is_refused_forced_or_reclaimed() {
     }
     let mut vm = unlimited("refuse", "128M");
     ok(&mut vm, "touch 16M 48M seed=2");
-    let (status, body) = vm.patch("?mode=refuse", &json!({"max_bytes": 32 * MIB}));
+    let (status, body) = vm.patch("?mode=refuse", &json!({"max_bytes": 32 * MIB, "swap_max_bytes": 0}));
     assert_eq!((status, body["code"].as_str()), (409, Some("limit_below_usage")), "{body}");
     // Pages that were only ever read are dropped when the account begins: they are there again before nothing can be charged.
     ok(&mut vm, "verify 16M 48M seed=2");
     let now = exact(&vm);
     assert!(now["memory"]["max_bytes"].is_null(), "no limit as before: {now}");
-    let (status, body) = vm.patch("?mode=force", &json!({"max_bytes": 32 * MIB}));
+    let (status, body) = vm.patch("?mode=force", &json!({"max_bytes": 32 * MIB, "swap_max_bytes": 0}));
     assert_eq!(status, 200, "{body}");
     let now = exact(&vm);
     let over = number(&now, "memory.stat.overcharge_bytes");
@@ -257,7 +257,7 @@ fn a_paused_vm_is_activated_and_resumes() {
     let mut vm = unlimited("paused", "128M");
     ok(&mut vm, "touch 16M 32M seed=2");
     assert_eq!(vm.post("pause").0, 200);
-    let (status, body) = vm.patch("", &json!({"max_bytes": 64 * MIB}));
+    let (status, body) = vm.patch("", &json!({"max_bytes": 64 * MIB, "swap_max_bytes": 0}));
     assert_eq!((status, &body["state"]), (200, &json!("paused")), "{body}");
     let now = exact(&vm);
     assert_eq!(number(&now, "memory.stat.stock_bytes"), 0, "who stands still needs none");

@@ -20,6 +20,9 @@ fn guest(commands: &str, memory: &Value) -> Value {
     config["cmdline"] = json!(commands);
     config["memory"] = memory.clone();
     config["memory"]["size_bytes"] = json!(64 * MIB);
+    if memory["max_bytes"].is_number() {
+        config["memory"]["swap_max_bytes"] = json!(0);
+    }
     config
 }
 

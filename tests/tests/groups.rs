@@ -59,7 +59,7 @@ impl Groups for Serve {
 
 /// A guest of 64 MiB in `group` that does `cmdline`.
 fn guest(group: &str, cmdline: &str, memory: Value) -> Value {
-    let mut all = json!({ "size_bytes": 64 * MIB });
+    let mut all = json!({ "size_bytes": 64 * MIB, "swap_max_bytes": 0 });
     all.as_object_mut().expect("an object").extend(memory.as_object().expect("an object").clone());
     json!({ "kernel": payload(), "cmdline": cmdline, "debug_port": true, "group": group, "memory": all })
 }

@@ -439,6 +439,12 @@ impl FrameTable {
         (state, i + same(&self.bytes[i..end], state as u8, record::STATE))
     }
 
+    /// The block of page `i`, when all its pages are charged and alike: one entry of a list.
+    pub fn whole_block(&self, i: usize) -> Option<Range<usize>> {
+        let (summary, pages) = (&self.blocks[i / BLOCK], self.block_pages(i / BLOCK));
+        (summary.whole && summary.members() == pages.len()).then_some(pages)
+    }
+
     /// Number of pages in `state`.
     pub fn count(&self, state: FrameState) -> u64 {
         self.counts[state as usize]

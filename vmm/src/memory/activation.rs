@@ -14,7 +14,6 @@
 //!
 //! Pages in the host's swap count as present: they come back without an event.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -74,7 +73,7 @@ pub unsafe fn register(ram: &Ram, tools: &Tools) -> io::Result<Uffd> {
 }
 
 /// Counts what is in registered RAM: the runs of pages that are present or swapped, rising. Drops pages of zeroes that
-/// nobody owns, and notes the host's huge pages in [`Ram::huge`].
+/// nobody owns, and notes the host's huge pages ([`Ram::set_huge`]).
 ///
 /// # Errors
 /// When the kernel cannot say (older than 6.7) or refuses a discard.
@@ -91,7 +90,7 @@ pub unsafe fn resident(ram: &Ram, tools: &Tools) -> io::Result<Vec<Run>> {
         }
     }
     tools.discarder.discard(ram, &found.zeroes)?;
-    *ram.huge() = found.huge;
+    found.huge.iter().for_each(|page| ram.set_huge(*page));
     Ok(found.resident)
 }
 
@@ -99,7 +98,8 @@ pub unsafe fn resident(ram: &Ram, tools: &Tools) -> io::Result<Vec<Run>> {
 struct Found {
     resident: Vec<Run>,
     zeroes: Vec<Run>,
-    huge: BTreeSet<u64>,
+    /// First pages of the host's huge pages.
+    huge: Vec<u64>,
 }
 
 impl Found {
@@ -115,7 +115,7 @@ impl Found {
                     push(&mut self.zeroes, ram, page, page + HUGE);
                 } else {
                     push(&mut self.resident, ram, page, page + HUGE);
-                    self.huge.insert(page);
+                    self.huge.extend(ram.index_of_hva(page));
                 }
             }
         } else {
@@ -246,17 +246,18 @@ mod tests {
         // SAFETY: nobody else knows of this memory.
         let found = unsafe { resident(&ram, &tools()) }.unwrap();
         assert_eq!(present(&ram), pages(&found));
-        let count = ram.huge().len();
+        let huge = |ram: &Ram| (0..ram.pages()).step_by(512).filter(|page| ram.is_huge(*page)).collect::<Vec<_>>();
+        let count = huge(&ram).len();
         if count != 2 {
             println!("SKIP huge-pages reason=the host gave {count} of 2");
             return;
         }
         assert_eq!(pages(&found), (0..1024).collect::<Vec<_>>());
         Discarder::default().discard(&ram, &[Run { first: 7, pages: 3 }]).unwrap();
-        assert_eq!(ram.huge().iter().copied().collect::<Vec<_>>(), [ram.hva(512)]);
+        assert_eq!(huge(&ram), [512]);
         assert_eq!(present(&ram).len(), 1021);
         assert_eq!((read(&ram, 0), read(&ram, 512)), (1, 513));
         Discarder::default().discard(&ram, &[Run { first: 512, pages: 512 }]).unwrap();
-        assert!(ram.huge().is_empty());
+        assert!(huge(&ram).is_empty());
     }
 }

@@ -4,6 +4,9 @@
 //! give pages away, sends one [`Request`] and waits for its [`Reply`]. Both channels hold one message and are allocated
 //! once; the ranges travel in a vector that goes back to its owner, so the fault thread allocates nothing.
 //!
+//! The reclaim thread asks in another way: it says what became of its last [`Work`] and is told the next one. What is
+//! claimed for it, and when, the fault thread decides alone.
+//!
 //! Giving pages away takes two requests, because the discard itself is a system call that the fault thread must not make:
 //!
 //! ```text
@@ -16,9 +19,12 @@
 //! What is discarded because the guest has reported it as free ends in ABSENT instead of BALLOONED.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
+use memcg_core::frame::FrameState;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::store::{Moved, Stored};
 use crate::worker::protocol::ExitReason;
 
 /// A run of pages by index.
@@ -39,6 +45,59 @@ pub enum GivenAway {
     Report,
 }
 
+impl GivenAway {
+    /// What becomes of such a page.
+    pub fn state(self) -> FrameState {
+        match self {
+            Self::Balloon => FrameState::Ballooned,
+            Self::Report => FrameState::Absent,
+        }
+    }
+}
+
+/// What the reclaim thread is to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing: until the bell rings, or for so long.
+    Rest(Option<Duration>),
+    /// Move the pages of RAM that are claimed as MOVING to the stage.
+    Age,
+    /// Put the contents of the pages that are claimed as EVICTING, and are in the stage, into the store, and discard them.
+    Evict {
+        /// Pages of memory that the store may have in all.
+        store_max: u64,
+    },
+}
+
+/// What has become of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// It has rested.
+    Rested,
+    /// [`Load::moved`] are in the stage now; what else was claimed is where it was.
+    Aged,
+    /// [`Load::stored`] are in the store and have no memory any more; what else was claimed is as it was.
+    Evicted {
+        /// Pages that do not shrink enough.
+        incompressible: u64,
+        /// Pages of memory that the store has now.
+        store: u64,
+    },
+}
+
+/// The pages of a job. It goes to and fro between the two threads, so that neither allocates once it has grown.
+#[derive(Debug, Default)]
+pub struct Load {
+    /// What is claimed, in numbers of RAM.
+    pub claimed: Vec<Run>,
+    /// What was moved.
+    pub moved: Vec<Run>,
+    /// What was stored.
+    pub stored: Vec<Stored>,
+    /// What was copied within the store.
+    pub copied: Vec<Moved>,
+}
+
 /// What a thread asks.
 #[derive(Debug)]
 pub enum Request {
@@ -55,6 +114,8 @@ pub enum Request {
     Discarded(Vec<Run>, GivenAway),
     /// The guest takes pages back from the balloon; they become absent.
     Deflated(Vec<Run>),
+    /// The reclaim thread has done its job and asks for the next one.
+    Reclaim(Done, Box<Load>),
     /// The device thread touches no guest memory until it is answered: accounting can begin.
     Quiet,
     /// The guest kernel is loaded: this many pages were written.
@@ -70,8 +131,11 @@ pub enum Request {
 pub enum Reply {
     /// Done; a vector that came with the request goes back.
     Done(Vec<Run>),
-    /// No page could be charged now. The thread's retry eventfd is written when it is worth trying again.
+    /// No page could be charged now, or one is claimed by somebody else. The thread's retry eventfd is written when it is
+    /// worth trying again.
     WouldBlock,
+    /// What the reclaim thread is to do.
+    Job(Work, Box<Load>),
 }
 
 /// One thread's line to the fault thread.
@@ -94,20 +158,21 @@ pub struct Desk {
     pub bell: EventFd,
 }
 
-/// Makes `n` clients and the desk that serves them.
+/// Makes `N` clients and the desk that serves them.
 ///
 /// # Errors
 /// When the host gives no eventfd.
-pub fn clients(n: usize) -> std::io::Result<(Vec<Client>, Desk)> {
+pub fn clients<const N: usize>() -> std::io::Result<([Client; N], Desk)> {
     let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-    let (sender, requests) = sync_channel(n);
-    let mut clients = Vec::with_capacity(n);
-    let mut replies = Vec::with_capacity(n);
-    for id in 0..n {
+    let (sender, requests) = sync_channel(N);
+    let mut clients = Vec::with_capacity(N);
+    let mut replies = Vec::with_capacity(N);
+    for id in 0..N {
         let (reply, receiver) = sync_channel(1);
         replies.push(reply);
         clients.push(Client { requests: sender.clone(), bell: bell.try_clone()?, replies: receiver, id });
     }
+    let clients = clients.try_into().expect("as many as were made");
     Ok((clients, Desk { requests, replies, bell }))
 }
 

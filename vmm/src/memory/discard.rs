@@ -92,22 +92,19 @@ impl Discarder {
 
 /// Splits the host's huge pages that `runs` hold only parts of.
 fn split(ram: &Ram, runs: &[Run]) {
-    let mut huge = ram.huge();
-    if huge.is_empty() {
-        return;
-    }
+    const BLOCK: u64 = HUGE / PAGE_SIZE;
     for run in runs {
-        let start = ram.hva(run.first);
-        let end = start + run.pages * PAGE_SIZE;
-        let mut page = start - start % HUGE;
-        while page < end {
-            let whole = page >= start && page + HUGE <= end;
-            if huge.remove(&page) && !whole {
+        let (mut at, end) = (run.first, run.first + run.pages);
+        // Blocks begin where RAM does, and where its stage does.
+        let begin = at - at % ram.pages();
+        while at < end {
+            let next = end.min(begin + ((at - begin) / BLOCK + 1) * BLOCK);
+            if ram.take_huge(at) && next - at < BLOCK {
                 // SAFETY: one page of guest RAM; this advice changes no content. Where the kernel cannot split (somebody
                 // holds a page of it), the memory goes back later, when the host is short.
-                unsafe { libc::madvise(page.max(start) as *mut libc::c_void, PAGE_SIZE as usize, libc::MADV_COLD) };
+                unsafe { libc::madvise(ram.hva(at) as *mut libc::c_void, PAGE_SIZE as usize, libc::MADV_COLD) };
             }
-            page += HUGE;
+            at = next;
         }
     }
 }

@@ -59,46 +59,45 @@ impl BalloonPages {
         runs
     }
 
-    fn ask(&self, request: Request) -> Vec<Run> {
+    fn ask(&self, request: Request) -> Result<Vec<Run>, WouldBlock> {
         // Between a claim and its end nothing begins to be charged: that waits for this thread to be quiet.
         let client = self.client.as_ref().filter(|_| self.ram.present().is_some());
         match (client, request) {
             (Some(client), request) => match client.lock().unwrap_or_else(PoisonError::into_inner).ask(request) {
-                Reply::Done(runs) => runs,
-                Reply::WouldBlock => Vec::new(),
+                Reply::Done(runs) => Ok(runs),
+                Reply::WouldBlock | Reply::Job(..) => Err(WouldBlock),
             },
-            (None, Request::Claim(runs, _) | Request::Discarded(runs, _) | Request::Deflated(runs)) => runs,
-            (None, _) => Vec::new(),
+            (None, Request::Claim(runs, _) | Request::Discarded(runs, _) | Request::Deflated(runs)) => Ok(runs),
+            (None, _) => Ok(Vec::new()),
         }
     }
 
     /// Discards what is present of `ranges`.
-    fn give(&mut self, ranges: &[PageRange], to: GivenAway) {
+    fn give(&mut self, ranges: &[PageRange], to: GivenAway) -> Result<(), WouldBlock> {
         let runs = self.runs(ranges);
-        let runs = self.ask(Request::Claim(runs, to));
+        let runs = self.ask(Request::Claim(runs, to))?;
         if let Err(e) = self.discarder.discard(&self.ram, &runs) {
             // Claimed pages of unknown content: neither charging nor uncharging them would be true.
             crate::worker::complain(format_args!("the host refuses to discard guest memory: {e}"));
             std::process::abort();
         }
-        self.runs = self.ask(Request::Discarded(runs, to));
+        self.runs = self.ask(Request::Discarded(runs, to))?;
+        Ok(())
     }
 }
 
 impl GuestPages for BalloonPages {
     fn inflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
-        self.give(ranges, GivenAway::Balloon);
-        Ok(())
+        self.give(ranges, GivenAway::Balloon)
     }
 
     fn report(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
-        self.give(ranges, GivenAway::Report);
-        Ok(())
+        self.give(ranges, GivenAway::Report)
     }
 
     fn deflate(&mut self, ranges: &[PageRange]) -> Result<(), WouldBlock> {
         let runs = self.runs(ranges);
-        self.runs = self.ask(Request::Deflated(runs));
+        self.runs = self.ask(Request::Deflated(runs))?;
         Ok(())
     }
 }

@@ -46,7 +46,7 @@ impl GuestMem {
         }
         let client = client.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match client.ask(Request::Fill { run, wait: self.wait }) {
-            Reply::Done(_) => Ok(()),
+            Reply::Done(_) | Reply::Job(..) => Ok(()),
             Reply::WouldBlock => Err(Error::IOError(io::ErrorKind::WouldBlock.into())),
         }
     }

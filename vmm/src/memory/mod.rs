@@ -9,8 +9,11 @@
 //! | `thread` | the thread that owns them |
 //! | `around` | how many pages one fault fills |
 //! | `client` | how other threads ask |
+//! | `cold` | which pages are moved aside and evicted, and how they come back |
+//! | `reclaim` | the thread that moves and evicts them |
 //! | `guest` | the accessor of all VMM code |
 //! | `give` | the balloon's pages: claim, discard, uncharge |
+//! | `given` | the same, as the owner of the pages books it |
 //! | `discard` | vectored discards |
 //! | `histogram` | how long faults and holds take |
 //! | `place` | where the fault thread runs |
@@ -20,13 +23,16 @@ pub mod activation;
 pub mod around;
 pub mod asked;
 pub mod client;
+pub mod cold;
 pub mod discard;
 pub mod give;
+pub mod given;
 pub mod guest;
 pub mod histogram;
 pub mod pages;
 pub mod place;
 pub mod ram;
+pub mod reclaim;
 pub mod store;
 pub mod thread;
 pub mod uffd;

@@ -7,8 +7,11 @@
 //!  state of the page     what happens
 //!  ABSENT, BALLOONED     charge from the stock, fill, wake; with an empty stock one page from the reserve
 //!  ACTIVE                somebody was faster: wake
-//!  DISCARDING            remembered as wanted, served when the claim ends (a system call later)
+//!  IDLE                  move back from the stage, wake
+//!  SWAPPED               charge as above, decompress, wake
+//!  claimed               remembered as wanted, served when the claim ends (a few system calls later)
 //! ```
+//! The last three are the business of [`super::cold`].
 //!
 //! What the pages cost beside them ([`FrameTable::cost`]) is paid for with pages of the stock at the same time, so it is
 //! inside `max` too.
@@ -22,16 +25,18 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use memcg_core::frame::{FrameState, FrameTable};
+use memcg_core::frame::{BLOCK, FrameState, FrameTable};
 use memcg_core::reporting::Reports;
 use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
 
 use super::around::{Around, Window};
 use super::asked::Asked;
-use super::client::{GivenAway, Reply, Run};
+use super::client::{Reply, Run};
+use super::cold::{READ_AROUND, Reclaim};
 use super::histogram::Histogram;
 use super::ram::Ram;
+use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
 use crate::devices::balloon::BalloonHandle;
 use crate::worker::gate::{self, Gate, monotonic_ns};
@@ -54,9 +59,6 @@ const HEAD: u64 = 16;
 /// that is being lowered leaves little more than a MiB, which the guest's balloon driver needs for itself.
 const AROUND_SHARE: u64 = 32;
 
-/// A guest with less room than this is short of it: 8 MiB. Its reports are discarded whatever came back before.
-const SHORT: Count = Count::from_mib(8);
-
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
 
@@ -70,23 +72,26 @@ struct PendingFill {
 /// Frame table, stock and everything that changes with them.
 #[derive(Debug)]
 pub struct Pages {
-    ram: Arc<Ram>,
-    uffd: Uffd,
-    frames: FrameTable,
-    stock: Stock,
-    gate: Arc<Gate>,
+    pub(super) ram: Arc<Ram>,
+    pub(super) uffd: Arc<Uffd>,
+    pub(super) frames: FrameTable,
+    pub(super) stock: Stock,
+    pub(super) reclaim: Reclaim,
+    pub(super) gate: Arc<Gate>,
     around: Around,
-    counts: FaultCounts,
+    pub(super) counts: FaultCounts,
     waiting: Vec<u64>,
     pending: Option<PendingFill>,
     /// Changes places with the vector of each claim, so that claims allocate nothing once it has grown.
-    spare_runs: Vec<Run>,
+    pub(super) spare_runs: Vec<Run>,
     asked: Asked,
-    reports: Reports,
+    pub(super) reports: Reports,
     /// Seconds since the host was started, as the thread last knew.
-    now: u32,
+    pub(super) now: u32,
+    /// The store is damaged: the content of a page is lost, and the guest cannot go on.
+    pub(super) corrupt: Option<Corrupt>,
     device_taken: u64,
-    device_blocked: bool,
+    pub(super) device_blocked: bool,
     balloon: BalloonHandle,
     held_since: Option<u64>,
     held_ns: u64,
@@ -100,8 +105,17 @@ pub struct Pages {
 impl Pages {
     /// The owner of `ram`, which is registered with `uffd`. `balloon` is told when an access
     /// that was refused is worth trying again.
-    pub fn new(ram: Arc<Ram>, uffd: Uffd, gate: Arc<Gate>, cpus: u32, balloon: BalloonHandle) -> Self {
+    pub fn new(
+        ram: Arc<Ram>,
+        uffd: Uffd,
+        gate: Arc<Gate>,
+        cpus: u32,
+        balloon: BalloonHandle,
+        reclaim: Reclaim,
+    ) -> Self {
         let reserve = reserve_target(cpus);
+        let uffd = Arc::new(uffd);
+        ram.set_uffd(uffd.clone());
         Self {
             frames: FrameTable::new(ram.pages() as usize),
             stock: Stock::new(Count(reserve)),
@@ -114,6 +128,8 @@ impl Pages {
             asked: Asked::default(),
             reports: Reports::new(ram.pages() as usize),
             now: seconds(monotonic_ns()),
+            corrupt: None,
+            reclaim,
             device_taken: 0,
             device_blocked: false,
             balloon,
@@ -140,6 +156,11 @@ impl Pages {
         let guest = Count(self.frames.count(FrameState::Active));
         self.stock = Stock::adopt(epoch, self.stock.reserve_target(), guest);
         self.stock.owe(self.frames.cost());
+    }
+
+    /// What is damaged in the store, if a page's content was lost: the guest cannot go on.
+    pub fn corrupt(&self) -> Option<Corrupt> {
+        self.corrupt
     }
 
     /// The userfaultfd.
@@ -173,17 +194,16 @@ impl Pages {
                 self.counts.stale += 1;
                 self.uffd.wake(self.ram.hva(page), 1);
             }
-            FrameState::Discarding => self.wait_for(page),
-            state @ (FrameState::Absent | FrameState::Ballooned) => {
-                if self.fill_fault(page, state) {
+            FrameState::Discarding | FrameState::Moving | FrameState::Evicting => self.wait_for(page),
+            FrameState::Idle => self.return_fault(page),
+            state @ (FrameState::Absent | FrameState::Ballooned | FrameState::Swapped) => {
+                if self.charge_fault(page, state) {
                     self.hold_if_short();
                 } else {
                     self.wait_for(page);
                     self.hold();
                 }
             }
-            // Nothing makes these states yet; a fault there would mean lost content.
-            FrameState::Idle | FrameState::Swapped | FrameState::Moving | FrameState::Evicting => std::process::abort(),
         }
     }
 
@@ -192,6 +212,41 @@ impl Pages {
         if !self.frames.wanted(page as usize) && self.waiting.len() < self.waiting.capacity() {
             self.frames.set_wanted(page as usize, true);
             self.waiting.push(page);
+        }
+    }
+
+    /// Answers a touch of a page that has no memory. False when there was nothing left to charge it to.
+    fn charge_fault(&mut self, page: u64, state: FrameState) -> bool {
+        if state == FrameState::Swapped { self.refault(page, true) } else { self.fill_fault(page, state) }
+    }
+
+    /// Brings an idle page back: its whole block, if that was moved aside as one, or as many as a walk is worth.
+    fn return_fault(&mut self, page: u64) {
+        let slot = self.ram.contiguous(page);
+        if let Some(block) = self.frames.whole_block(page as usize) {
+            self.bring_back(page, block.start as u64..(block.end as u64).min(slot.end));
+        } else {
+            let (window, stream) = self.around.window(page, slot, BLOCK as u64);
+            self.bring_back(page, window.first..window.first + window.pages);
+            self.around.filled(stream, window);
+        }
+    }
+
+    /// Brings an evicted page back, and some behind it when the guest walks. False when there was nothing left to charge
+    /// it to. When its content is lost, the guest will be ended, and the page stays as it is.
+    fn refault(&mut self, page: u64, reserve: bool) -> bool {
+        let most = if self.stock.debt() > Count(0) { 1 } else { READ_AROUND };
+        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
+        match self.read_back(page, window.first..window.first + window.pages, reserve) {
+            Ok(0) => false,
+            Ok(pages) => {
+                self.around.filled(stream, Window { first: page, pages });
+                true
+            }
+            Err(corrupt) => {
+                self.corrupt = Some(corrupt);
+                true
+            }
         }
     }
 
@@ -251,10 +306,14 @@ impl Pages {
     /// Holds the vCPUs when the reserve is being used and the controller has said no, or when half of it is gone.
     fn hold_if_short(&mut self) {
         let debt = self.stock.debt();
-        let refused = self.asked.refused() || self.stock.room() == Some(Count(0));
-        if debt > Count(0) && (refused || debt > self.stock.reserve()) {
+        if debt > Count(0) && (self.is_refused() || debt > self.stock.reserve()) {
             self.hold();
         }
+    }
+
+    /// Whether the controller has nothing to grant.
+    pub(super) fn is_refused(&self) -> bool {
+        self.asked.refused() || self.stock.room() == Some(Count(0))
     }
 
     fn hold(&mut self) {
@@ -299,17 +358,21 @@ impl Pages {
 
     /// Serves what waits, as far as the stock goes, opens the gate when nothing is owed any more, and gives back what
     /// exceeds the stock's cap. Returns the loader's answer when there is one.
-    fn settle(&mut self) -> Option<(usize, Reply)> {
+    pub(super) fn settle(&mut self) -> Option<(usize, Reply)> {
         let mut kept = 0;
         for i in 0..self.waiting.len() {
             let page = self.waiting[i];
             let served = match self.frames.state(page as usize) {
-                FrameState::Discarding => false,
+                FrameState::Discarding | FrameState::Moving | FrameState::Evicting => false,
                 FrameState::Active => {
                     self.uffd.wake(self.ram.hva(page), 1);
                     true
                 }
-                state => self.fill_fault(page, state),
+                FrameState::Idle => {
+                    self.return_fault(page);
+                    true
+                }
+                state => self.charge_fault(page, state),
             };
             if served {
                 self.frames.set_wanted(page as usize, false);
@@ -331,7 +394,7 @@ impl Pages {
             self.device_blocked = false;
             self.balloon.retry();
         }
-        let surplus = self.stock.surplus();
+        let surplus = self.surplus();
         self.stock.give_back(surplus);
         reply
     }
@@ -360,8 +423,22 @@ impl Pages {
                     self.counts.vmm += filled.pages;
                     at += filled.pages;
                 }
-                // The only claimer is the thread that asks, and it does not touch what it has claimed.
-                _ => return Some(at),
+                FrameState::Idle => {
+                    self.bring_back(at, at..end);
+                    at = end;
+                }
+                FrameState::Swapped => {
+                    let dry = self.stock.stock() == Count(0);
+                    if dry && spare == 0 || !self.refault(at, spare > 0) {
+                        return Some(at);
+                    }
+                    self.device_taken += u64::from(dry);
+                    spare -= u64::from(dry);
+                    self.counts.vmm += 1;
+                    at += 1;
+                }
+                // It ends in a moment, and whoever asks is told then.
+                FrameState::Moving | FrameState::Evicting | FrameState::Discarding => return Some(at),
             }
         }
         None
@@ -400,76 +477,6 @@ impl Pages {
                 None
             }
         }
-    }
-
-    /// Claims pages for a discard and returns what is to be discarded: the pages that are present. Faults there wait until
-    /// [`Pages::on_discarded`]. A page that was never touched belongs to the balloon at once.
-    pub fn on_claim(&mut self, runs: Vec<Run>, to: GivenAway) -> Vec<Run> {
-        let mut claimed = std::mem::take(&mut self.spare_runs);
-        claimed.clear();
-        if to == GivenAway::Report {
-            self.now = seconds(monotonic_ns());
-            let short = self.stock.room().is_some_and(|room| room < SHORT);
-            if !self.reports.welcome(self.now, short) {
-                self.counts.reported_left += runs.iter().map(|run| run.pages).sum::<u64>();
-                self.spare_runs = runs;
-                return claimed;
-            }
-        }
-        for run in &runs {
-            let (mut at, last) = (run.first as usize, (run.first + run.pages) as usize);
-            while at < last {
-                let (state, end) = self.frames.run(at, last);
-                match state {
-                    FrameState::Active => {
-                        self.frames.set_range(at, end, FrameState::Discarding);
-                        if let Some(present) = self.ram.present() {
-                            present.clear(at as u64..end as u64);
-                        }
-                        claimed.push(Run { first: at as u64, pages: (end - at) as u64 });
-                    }
-                    FrameState::Absent if to == GivenAway::Report => {}
-                    FrameState::Absent => self.frames.set_range(at, end, FrameState::Ballooned),
-                    // Given a second time: it is not the guest's to give.
-                    FrameState::Ballooned => self.counts.guest_errors += (end - at) as u64,
-                    // Claims are made one at a time, and nothing makes the other states yet.
-                    _ => {}
-                }
-                at = end;
-            }
-        }
-        self.stock.owe(self.frames.cost());
-        self.spare_runs = runs;
-        claimed
-    }
-
-    /// The claimed pages are gone: their charges return, and faults that waited for them are served.
-    pub fn on_discarded(&mut self, runs: &[Run], to: GivenAway) -> Option<(usize, Reply)> {
-        let (state, count) = match to {
-            GivenAway::Balloon => (FrameState::Ballooned, &mut self.counts.discarded),
-            GivenAway::Report => (FrameState::Absent, &mut self.counts.reported),
-        };
-        for run in runs {
-            let pages = run.first as usize..(run.first + run.pages) as usize;
-            self.frames.set_range(pages.start, pages.end, state);
-            *count += run.pages;
-            if to == GivenAway::Report {
-                self.reports.discarded(self.now, pages);
-            }
-            self.stock.uncharge(Count(run.pages));
-        }
-        self.stock.owe(self.frames.cost());
-        self.settle()
-    }
-
-    /// The guest takes pages back: they are absent until touched.
-    pub fn on_deflated(&mut self, runs: &[Run]) {
-        for page in runs.iter().flat_map(|r| r.first..r.first + r.pages) {
-            if self.frames.state(page as usize) == FrameState::Ballooned {
-                self.frames.set(page as usize, FrameState::Absent);
-            }
-        }
-        self.stock.owe(self.frames.cost());
     }
 
     /// Gives back all stock.
@@ -519,6 +526,10 @@ impl Pages {
             records: self.stock.paid().records.0,
             debt: self.stock.debt().0,
             ballooned: self.frames.count(FrameState::Ballooned),
+            store: self.stock.store().0,
+            swapped: self.frames.count(FrameState::Swapped),
+            idle: self.frames.count(FrameState::Idle),
+            cold: self.cold(),
             held,
             held_us: (self.held_ns + running) / 1000,
             faults: FaultCounts {
@@ -532,7 +543,7 @@ impl Pages {
 }
 
 /// Whole seconds, for what needs no more.
-fn seconds(ns: u64) -> u32 {
+pub(super) fn seconds(ns: u64) -> u32 {
     u32::try_from(ns / 1_000_000_000).unwrap_or(u32::MAX)
 }
 

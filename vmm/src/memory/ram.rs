@@ -10,14 +10,14 @@
 //! Pages are numbered densely over the slots: the *page index* is what frame table, present map and fault path use. The
 //! stage goes on where RAM ends: page `i` is aside at the index `i +` [`Ram::pages`].
 
-use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use memcg_core::units::PAGE_SIZE;
 
+use super::uffd::Uffd;
 use crate::worker::protocol::{MAX_SLOTS, RamSlot};
 
 /// Bytes of a huge page of the host.
@@ -29,8 +29,11 @@ pub struct Ram {
     slots: Vec<RamSlot>,
     /// There once RAM is charged.
     present: OnceLock<PresentMap>,
-    /// Addresses of the host's huge pages that were there when charging began on a running VM and are still whole.
-    huge: Mutex<BTreeSet<u64>>,
+    /// There once RAM is registered.
+    uffd: OnceLock<Arc<Uffd>>,
+    /// A bit for each block of [`HUGE`] bytes of RAM: it is one huge page of the host, here or in the stage. Whoever takes
+    /// a part of it away takes the bit.
+    huge: Vec<AtomicU64>,
 }
 
 impl Ram {
@@ -52,7 +55,9 @@ impl Ram {
             }
             slots.push(slot);
         }
-        Ok(Self { slots, present: OnceLock::new(), huge: Mutex::default() })
+        let blocks = slots.iter().map(|slot| slot.bytes.div_ceil(HUGE)).sum::<u64>();
+        let huge = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { slots, present: OnceLock::new(), uffd: OnceLock::new(), huge })
     }
 
     /// From now on the host makes no page resident or shared on its own account. What is a huge page already stays one.
@@ -132,9 +137,39 @@ impl Ram {
         self.present.get()
     }
 
-    /// Addresses in this process of huge pages of the host that a discard of a part must split first.
-    pub fn huge(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
-        self.huge.lock().unwrap_or_else(PoisonError::into_inner)
+    /// RAM is registered with `uffd`. No effect the second time.
+    pub fn set_uffd(&self, uffd: Arc<Uffd>) {
+        let _ = self.uffd.set(uffd);
+    }
+
+    /// The userfaultfd, when RAM is registered.
+    pub fn uffd(&self) -> Option<&Uffd> {
+        self.uffd.get().map(Arc::as_ref)
+    }
+
+    /// The block of page `index`, of RAM or of the stage, is one huge page of the host.
+    pub fn set_huge(&self, index: u64) {
+        let (word, bit) = self.huge_bit(index);
+        word.fetch_or(bit, Ordering::AcqRel);
+    }
+
+    /// Whether the block of page `index`, of RAM or of the stage, is one huge page of the host.
+    pub fn is_huge(&self, index: u64) -> bool {
+        let (word, bit) = self.huge_bit(index);
+        word.load(Ordering::Acquire) & bit != 0
+    }
+
+    /// The same, and it is none any more: a part of it, or all, is taken away.
+    pub fn take_huge(&self, index: u64) -> bool {
+        self.is_huge(index) && {
+            let (word, bit) = self.huge_bit(index);
+            word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+        }
+    }
+
+    fn huge_bit(&self, index: u64) -> (&AtomicU64, u64) {
+        let block = (index % self.pages()) / (HUGE / PAGE_SIZE);
+        (&self.huge[(block / 64) as usize], 1 << (block % 64))
     }
 
     /// The address in this process of `count` bytes at `gpa`, up to the end of the slot, with how many fit there.

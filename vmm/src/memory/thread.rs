@@ -32,10 +32,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::activation::{self, Tools};
-use super::client::{Desk, Reply, Request};
+use super::client::{Desk, Reply, Request, Work};
+use super::cold::Reclaim;
 use super::pages::{Pages, reserve_target};
 use super::place::Placement;
 use super::ram::Ram;
+use super::uffd::Uffd;
 use crate::devices::balloon::BalloonHandle;
 use crate::devices::power::PowerButton;
 use crate::worker::channel::{Channel, Received};
@@ -53,8 +55,10 @@ const ALL_OUT: u64 = 4;
 /// What a [`FaultThread`] is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// Frame table and stock; absent without accounting.
-    pub pages: Option<Pages>,
+    /// The userfaultfd that RAM is registered with; absent without accounting.
+    pub uffd: Option<Uffd>,
+    /// Reclaim, for when there is something to reclaim.
+    pub reclaim: Reclaim,
     /// For when accounting begins, or the sentence that says why it cannot.
     pub tools: Result<Tools, String>,
     /// The controller's socket.
@@ -108,6 +112,10 @@ struct Activation {
 #[derive(Debug)]
 pub struct FaultThread {
     pages: Option<Pages>,
+    /// Reclaim, until accounting begins.
+    reclaim: Option<Reclaim>,
+    /// Where contents of evicted pages are.
+    store: Area,
     tools: Result<Tools, String>,
     activation: Option<Activation>,
     /// An answer that the socket had no room for; nothing else is said before it.
@@ -149,7 +157,8 @@ impl FaultThread {
     /// The thread's state.
     pub fn new(parts: Parts) -> Self {
         let Parts {
-            pages,
+            uffd,
+            reclaim,
             tools,
             channel,
             desk,
@@ -163,9 +172,16 @@ impl FaultThread {
             cpus,
             instance,
         } = parts;
+        let store = reclaim.area();
+        let (pages, reclaim) = match uffd {
+            Some(uffd) => (Some(Pages::new(ram.clone(), uffd, gate.clone(), cpus, balloon.clone(), reclaim)), None),
+            None => (None, Some(reclaim)),
+        };
         let told = Told::default();
         Self {
             pages,
+            reclaim,
+            store,
             tools,
             activation: None,
             unsent: None,
@@ -242,6 +258,15 @@ impl FaultThread {
                 }
                 self.greet();
             }
+            if let Some(pages) = &mut self.pages {
+                if let Some(corrupt) = pages.corrupt() {
+                    self.finish(FromWorker::Failed {
+                        message: format!("guest memory is lost: {corrupt}"),
+                        smallest_max: None,
+                    });
+                }
+                pages.ring_reclaim();
+            }
             self.speak();
         }
     }
@@ -277,7 +302,7 @@ impl FaultThread {
         let hello = Hello {
             instance: self.instance,
             ram: self.ram.slot_array(),
-            store: Area::default(),
+            store: self.store,
             reserve_target: if self.pages.is_some() { reserve_target(self.cpus) } else { 0 },
             accounting: self.pages.is_some(),
             loaded: self.loaded,
@@ -438,7 +463,7 @@ impl FaultThread {
         }
     }
 
-    fn adopt(&self, epoch: u32) -> Result<Pages, String> {
+    fn adopt(&mut self, epoch: u32) -> Result<Pages, String> {
         let tools = self.tools.as_ref().map_err(Clone::clone)?;
         let failed = |what| move |e: io::Error| format!("{what}: {e}");
         // SAFETY: this thread reads the events from its next round on, until the process ends.
@@ -448,7 +473,9 @@ impl FaultThread {
         // writes to guest memory.
         let resident = unsafe { activation::resident(&self.ram, tools) };
         let resident = resident.map_err(failed("guest memory cannot be counted"))?;
-        let mut pages = Pages::new(self.ram.clone(), uffd, self.gate.clone(), self.cpus, self.balloon.clone());
+        let Some(reclaim) = self.reclaim.take() else { return Err("it has begun already".to_owned()) };
+        let (ram, gate, balloon) = (self.ram.clone(), self.gate.clone(), self.balloon.clone());
+        let mut pages = Pages::new(ram, uffd, gate, self.cpus, balloon, reclaim);
         pages.adopt(epoch, &resident);
         Ok(pages)
     }
@@ -465,8 +492,9 @@ impl FaultThread {
 
     fn message(&mut self, message: ToWorker) {
         match message {
-            ToWorker::Grant { epoch, granted_total, stock_max, room, refused, .. } => {
+            ToWorker::Grant { epoch, granted_total, stock_max, room, swap_max, store_max, refused } => {
                 let Some(pages) = &mut self.pages else { return };
+                pages.reclaim.set_limits(swap_max, store_max);
                 let room = (room != u64::MAX).then_some(Count(room));
                 // Only after accounting began: the reserve is here now, or the controller has refused it.
                 self.gate.release(gate::ACTIVATING);
@@ -505,7 +533,11 @@ impl FaultThread {
             ToWorker::Activate { seq, epoch } => self.prepare_activation(seq, epoch),
             ToWorker::BalloonTarget { pages } => self.balloon.set_target(pages),
             ToWorker::PowerButton => self.button.press(),
-            ToWorker::Reclaim { .. } => {}
+            ToWorker::Reclaim { aim } => {
+                if let Some(pages) = &mut self.pages {
+                    pages.reclaim.set_aim(aim);
+                }
+            }
         }
     }
 
@@ -535,7 +567,22 @@ impl FaultThread {
             (Request::Failed(message, smallest_max), _) => self.finish(FromWorker::Failed { message, smallest_max }),
             (Request::Ended(reason), _) => self.finish(FromWorker::Exited(reason)),
             (Request::Fill { run, wait }, Some(pages)) => pages.on_fill(client, run, wait),
-            (Request::Claim(runs, to), Some(pages)) => Some(Reply::Done(pages.on_claim(runs, to))),
+            (Request::Claim(mut runs, to), Some(pages)) => Some(match pages.on_claim(&mut runs, to) {
+                Some(claimed) => Reply::Done(claimed),
+                None => Reply::WouldBlock,
+            }),
+            (Request::Reclaim(done, mut load), Some(pages)) => {
+                let (work, reply) = pages.on_reclaim(done, &mut load);
+                if let Some((other, reply)) = reply {
+                    self.reply(other, reply);
+                }
+                Some(Reply::Job(work, load))
+            }
+            // Nothing is charged yet, so nothing is cold.
+            (Request::Reclaim(_, load), None) => {
+                self.reclaim.iter_mut().for_each(Reclaim::rest);
+                Some(Reply::Job(Work::Rest(None), load))
+            }
             (Request::Discarded(runs, to), Some(pages)) => {
                 if let Some((other, reply)) = pages.on_discarded(&runs, to) {
                     self.reply(other, reply);
@@ -584,7 +631,8 @@ fn timespec(time: Duration) -> Timespec {
     Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) }
 }
 
-fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
+/// A descriptor that is never closed.
+pub(super) fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
     // SAFETY: the descriptors passed here belong to the thread's own state, which lives until the process ends.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }

@@ -44,6 +44,8 @@ pub enum Thread {
     Fault,
     /// Serves the devices.
     Device,
+    /// Moves cold pages aside and evicts them.
+    Reclaim,
 }
 
 /// Why a thread is not in its sandbox.

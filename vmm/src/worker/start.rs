@@ -40,9 +40,12 @@ use crate::machine::kvm::NewVm;
 use crate::machine::{RamLayout, Vcpu, cpuid, layout};
 use crate::memory::activation::Tools;
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
+use crate::memory::cold::Reclaim;
 use crate::memory::give::BalloonPages;
-use crate::memory::pages::{Pages, reserve_target};
+use crate::memory::pages::reserve_target;
 use crate::memory::place::{self, Placement};
+use crate::memory::reclaim::ReclaimThread;
+use crate::memory::store::{self, Codec};
 use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
 use crate::memory::{GuestMem, Ram, activation};
@@ -173,6 +176,8 @@ struct Built {
     gate: Arc<Gate>,
     desk: Desk,
     client: Arc<Mutex<Client>>,
+    reclaim: Reclaim,
+    reclaim_thread: ReclaimThread,
     balloon: BalloonHandle,
     outside: Arc<AtomicU64>,
     button: Arc<PowerButton>,
@@ -198,8 +203,13 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         Some(obstacle) => Err(format!("{obstacle}; then start the VM again")),
     };
     let uffd = config.accounting.then(|| register(&ram, &tools)).transpose()?;
-    let (clients, desk) = clients(1).map_err(os("no eventfd is left"))?;
-    let client = clients.into_iter().map(|c| Arc::new(Mutex::new(c))).next().expect("one was asked for");
+    let ([client, reclaimer], desk) = clients().map_err(os("no eventfd is left"))?;
+    let client = Arc::new(Mutex::new(client));
+    let (writer, reader) =
+        store::open(ram.pages(), Codec::default()).map_err(os("the store for evicted pages cannot be made"))?;
+    let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"))?;
+    let reclaim = Reclaim::new(clone_event(&bell)?, reader);
+    let reclaim_thread = ReclaimThread::new(reclaimer, bell, ram.clone(), writer);
     let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
 
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));
@@ -256,6 +266,8 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
         gate,
         desk,
         client,
+        reclaim,
+        reclaim_thread,
         balloon,
         outside,
         button,
@@ -289,10 +301,10 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
 
     // The fault thread comes first: whatever fails from here on is said through it.
     let stat = Arc::new(OnceLock::new());
-    let pages = uffd.map(|uffd| Pages::new(ram.clone(), uffd, gate.clone(), config.cpus, balloon.clone()));
     let quiet = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"))?;
     let thread = FaultThread::new(Parts {
-        pages,
+        uffd,
+        reclaim: vm.reclaim,
         tools,
         channel,
         desk,
@@ -317,6 +329,14 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         complain(format_args!("no thread for faults: {e}"));
         super::exit(1);
     }
+    let thread = vm.reclaim_thread;
+    let spawned = std::thread::Builder::new().name("reclaim".into()).stack_size(256 << 10).spawn(move || {
+        if let Err(e) = thread.run() {
+            complain(format_args!("the reclaim thread cannot run: {e}"));
+        }
+        std::process::abort();
+    });
+    spawned.map_err(os("no thread for reclaim"))?;
 
     let kernel = File::from(handed(fd::KERNEL));
     let initrd = config.initrd.then(|| File::from(handed(fd::INITRD)));

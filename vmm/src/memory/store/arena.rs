@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use super::entry::{DEAD, HEADER, Header, UNIT};
 use super::{Damage, PAGE};
+use crate::worker::protocol::Area;
 
 /// Bytes of a segment: what is freed at once.
 pub const SEGMENT: usize = 64 << 10;
@@ -73,6 +74,11 @@ impl Mapping {
         // SAFETY: the mapping is readable and writable for its whole length, initialised with zeroes by the kernel, and
         // the exclusive reference keeps everybody else away.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes) }
+    }
+
+    /// Where it is in this process.
+    pub fn area(&self) -> Area {
+        Area { hva: self.base.as_ptr() as u64, bytes: self.bytes as u64 }
     }
 
     fn advise(&self, from: usize, bytes: usize, advice: i32) -> io::Result<()> {
@@ -156,6 +162,11 @@ impl Arena {
             released: AtomicU64::new(0),
             emptied: AtomicU64::new(0),
         })
+    }
+
+    /// Where the mapping is in this process.
+    pub fn area(&self) -> Area {
+        self.map.area()
     }
 
     /// Number of segments.

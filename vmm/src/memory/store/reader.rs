@@ -7,6 +7,7 @@ use super::arena::Arena;
 use super::codec::{Codec, Decoder};
 use super::entry::Header;
 use super::{Corrupt, Damage, PAGE, Place};
+use crate::worker::protocol::Area;
 
 /// Reads and releases. It decides what of the store is live.
 pub struct Reader {
@@ -51,6 +52,11 @@ impl Reader {
         // A wrong length would count as dead what lives, so the checksum matters here too.
         let (header, _) = entry(&self.arena, page, place)?;
         self.arena.release(place.unit(), header.units()).map_err(|damage| place.corrupt(damage))
+    }
+
+    /// Where the store is in this process.
+    pub fn area(&self) -> Area {
+        self.arena.area()
     }
 
     /// How often a segment fell empty: when this has changed, the writer has something to collect.

@@ -1,29 +1,29 @@
 //! The system calls of each kind of thread, and why it makes them.
 //!
-//! | call | vcpu | fault | device | what for |
-//! | --- | --- | --- | --- | --- |
-//! | `futex` | x | x | x | the gate; locks, channels |
-//! | `write` | x | x | x | eventfds; the console; messages of a worker that fails, to standard error |
-//! | `read` | | x | x | userfaultfd, eventfds, timers, the console |
-//! | `ioctl` | KVM's | userfaultfd's, `PAGEMAP_SCAN` | | the guest; filling pages, the begin of accounting |
-//! | `epoll_wait` | | | x | the device loop |
-//! | `epoll_pwait` | | x | | the fault loop |
-//! | `epoll_ctl` | | x | x | a controller that connects, the new userfaultfd; clients of the console |
-//! | `ppoll` | | x | x | last words: the controller's socket, the console |
-//! | `madvise` | allocator's | x | x | discards; splitting a huge page; the begin of accounting |
-//! | `process_madvise` | | x | x | discards of many ranges: pages of zeroes; the balloon |
-//! | `accept4`, `getsockopt`, `geteuid`, `close` | | x | x | a controller, a client of the console that connects, and who it is; one that goes |
-//! | `sendto`, `recvfrom` | | x | | messages |
-//! | `fcntl` | | `F_GETFD` | `F_GETFD` | a check before `close` in debug builds |
-//! | `pread64`, `sched_setaffinity` | | x | | going where the vCPU runs |
-//! | `prctl` | | `PR_SET_NAME` | | `channel` becomes `fault` |
-//! | `timerfd_settime` | | | x | the guest's statistics |
-//! | `tgkill` | own | own | own | the kick of vCPUs; `abort` |
-//! | `mmap`, `munmap`, `mprotect`, `mremap`, `brk` | x | x | x | the allocator (a) |
-//! | `rt_sigprocmask`, `rt_sigaction`, `gettid`, `getpid`, `exit_group` | x | x | x | `abort` (b), `_exit` |
-//! | `rt_sigreturn`, `restart_syscall` | x | x | x | after a kick; after a stop (`SIGSTOP`, a debugger) |
-//! | `clock_gettime` | x | x | x | where the clock cannot be read without a call |
-//! | `sched_yield` | x | x | x | a channel's short wait |
+//! | call | vcpu | fault | device | reclaim | what for |
+//! | --- | --- | --- | --- | --- | --- |
+//! | `futex` | x | x | x | x | the gate; locks, channels |
+//! | `write` | x | x | x | x | eventfds; the console; messages of a worker that fails, to standard error |
+//! | `read` | | x | x | x | userfaultfd, eventfds, timers, the console |
+//! | `ioctl` | KVM's | userfaultfd's, `PAGEMAP_SCAN` | | userfaultfd's | the guest; filling and moving pages, the begin of accounting |
+//! | `epoll_wait` | | | x | | the device loop |
+//! | `epoll_pwait` | | x | | | the fault loop |
+//! | `epoll_ctl` | | x | x | | a controller that connects, the new userfaultfd; clients of the console |
+//! | `ppoll` | | x | x | x | last words: the controller's socket, the console; the bell |
+//! | `madvise` | allocator's | x | x | x | discards; splitting a huge page; the begin of accounting |
+//! | `process_madvise` | | x | x | x | discards of many ranges: pages of zeroes; the balloon; evicted pages |
+//! | `accept4`, `getsockopt`, `geteuid`, `close` | | x | x | | a controller, a client of the console that connects, and who it is; one that goes |
+//! | `sendto`, `recvfrom` | | x | | | messages |
+//! | `fcntl` | | `F_GETFD` | `F_GETFD` | | a check before `close` in debug builds |
+//! | `pread64`, `sched_setaffinity` | | x | | | going where the vCPU runs |
+//! | `prctl` | | `PR_SET_NAME` | | | `channel` becomes `fault` |
+//! | `timerfd_settime` | | | x | | the guest's statistics |
+//! | `tgkill` | own | own | own | own | the kick of vCPUs; `abort` |
+//! | `mmap`, `munmap`, `mprotect`, `mremap`, `brk` | x | x | x | x | the allocator (a) |
+//! | `rt_sigprocmask`, `rt_sigaction`, `gettid`, `getpid`, `exit_group` | x | x | x | x | `abort` (b), `_exit` |
+//! | `rt_sigreturn`, `restart_syscall` | x | x | x | x | after a kick; after a stop (`SIGSTOP`, a debugger) |
+//! | `clock_gettime` | x | x | x | x | where the clock cannot be read without a call |
+//! | `sched_yield` | x | x | x | x | a channel's short wait |
 //!
 //! (a) Memory is private and anonymous, never executable and never at an address that the caller chose.
 //! (b) `rt_sigaction` is for the signals that end a process: `SIGABRT`, `SIGSEGV`, `SIGBUS`.
@@ -36,7 +36,7 @@ use linux_raw_sys::ioctl as nr;
 
 use super::Thread;
 use crate::memory::activation::PAGEMAP_SCAN;
-use crate::memory::uffd::USERFAULTFD_IOC_NEW;
+use crate::memory::uffd::{UFFDIO_MOVE, USERFAULTFD_IOC_NEW};
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xAE80;
@@ -83,6 +83,7 @@ pub fn of(thread: Thread) -> Vec<Call> {
         Thread::Vcpu => vcpu(),
         Thread::Fault => fault(),
         Thread::Device => device(),
+        Thread::Reclaim => reclaim(),
     });
     calls
 }
@@ -124,6 +125,7 @@ fn fault() -> Vec<Call> {
     let ioctls = [
         nr::UFFDIO_COPY,
         nr::UFFDIO_WAKE,
+        UFFDIO_MOVE,
         // When accounting begins on a running VM: the count, a userfaultfd, the registration.
         PAGEMAP_SCAN as u32,
         USERFAULTFD_IOC_NEW as u32,
@@ -167,6 +169,16 @@ fn device() -> Vec<Call> {
         any(libc::SYS_geteuid),
         any(libc::SYS_close),
         one_of(libc::SYS_fcntl, 1, &[libc::F_GETFD.cast_unsigned()]),
+    ]
+}
+
+fn reclaim() -> Vec<Call> {
+    vec![
+        any(libc::SYS_read),
+        one_of(libc::SYS_ioctl, 1, &[UFFDIO_MOVE]),
+        any(libc::SYS_ppoll),
+        advice(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED, libc::MADV_COLD]),
+        advice(libc::SYS_process_madvise, 3, &[libc::MADV_DONTNEED]),
     ]
 }
 

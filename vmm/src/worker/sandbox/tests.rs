@@ -2,7 +2,7 @@
 
 use super::*;
 
-const EVERY: [Thread; 3] = [Thread::Vcpu, Thread::Fault, Thread::Device];
+const EVERY: [Thread; 4] = [Thread::Vcpu, Thread::Fault, Thread::Device, Thread::Reclaim];
 
 /// How a child ends that enters the sandbox of `thread` and does `act`: 0 when that came back, else the signal.
 fn ending(thread: Thread, act: impl FnOnce()) -> i32 {

@@ -1,0 +1,67 @@
+//! Memory that a guest does not give is taken: cold pages are moved aside, compressed, and brought back.
+//!
+//! The payload has no balloon here, so nothing but eviction can make room for it.
+
+use ballast_tests::{PAGE, TestVm, missing_on_host, number, resident_pages, wait_until};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+fn skipped(test: &str) -> bool {
+    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
+}
+
+/// What is charged is what is there: guest pages in RAM and in the stage by pagemap, the store, and the rest by its parts.
+fn exact(vm: &TestVm) -> Value {
+    wait_until("charges are what is resident", 20, || {
+        let now = vm.show();
+        let resident = resident_pages(&now) * PAGE;
+        let parts = ["guest", "store", "stock", "reserve", "vmm"];
+        let sum: u64 = parts.iter().map(|part| number(&now, &format!("memory.stat.{part}_bytes"))).sum();
+        let whole = number(&now, "memory.current_bytes");
+        assert!(whole <= number(&now, "memory.max_bytes"), "{now}");
+        (number(&now, "memory.stat.guest_bytes") == resident && sum == whole).then_some(now)
+    })
+}
+
+/// Types a command that must succeed.
+fn ok(vm: &mut TestVm, command: &str) {
+    let answer = vm.command(command, 60);
+    assert!(answer.starts_with("OK"), "{command}: {answer}");
+}
+
+fn shell(name: &str, memory: &str, cpus: &str) -> TestVm {
+    let vm = TestVm::builder(name).memory(memory).option("--cpus", cpus).cmdline("shell").start();
+    vm.expect("READY", 10);
+    vm
+}
+
+/// A guest with twice as much as its limit loses nothing and is never stopped by its policy.
+/// Semantics: 23, 24, 27.
+#[test]
+fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
+    if skipped("cold-twice") {
+        return;
+    }
+    let mut vm = shell("twice", "size=256M,max=64M,swap=max", "1");
+    ok(&mut vm, "touch 16M 128M seed=7");
+    let full = exact(&vm);
+    assert!(number(&full, "swap.current_bytes") >= 60 * MIB, "{full}");
+    assert!(number(&full, "memory.stat.store_bytes") > 0, "{full}");
+    ok(&mut vm, "verify 16M 128M seed=7");
+    ok(&mut vm, "hot 16M 128M passes=2");
+    let end = exact(&vm);
+    assert_eq!((&end["state"], number(&end, "memory.events.oom")), (&json!("running"), 0), "{end}");
+}
+
+/// Two vCPUs rewrite everything while it is evicted under them; each page knows what it must hold.
+#[test]
+fn nothing_is_lost_while_two_vcpus_rewrite_what_is_evicted() {
+    if skipped("cold-rewrite") {
+        return;
+    }
+    let mut vm = shell("rewrite", "size=128M,max=44M,swap=max", "2");
+    ok(&mut vm, "rewrite 16M 48M seconds=5");
+    let end = exact(&vm);
+    assert!(number(&end, "cold.evicted_bytes") > 16 * MIB, "{end}");
+}

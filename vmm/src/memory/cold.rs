@@ -1,0 +1,435 @@
+//! Cold pages, as their owner sees them: which are moved aside, which are evicted, and how they come back.
+//!
+//! The fault thread decides and keeps the books; the reclaim thread ([`super::reclaim`]) makes the system calls. A page is
+//! claimed before it is touched, and gets its final state by what the call did:
+//!
+//! ```text
+//!            Work::Age           moved            Work::Evict         stored: uncharge, charge the store
+//!   ACTIVE ───────────► MOVING ─────────► IDLE ───────────────► EVICTING ─────────► SWAPPED
+//!     ▲ ▲ └──────◄──────┘ stayed          │ ▲ └───────◄─────────┘ does not shrink      │
+//!     │ └──────── touch: move back ───────┘ └── (head of the idle list)                │
+//!     └───────────────────────── touch: charge, decompress ────────────────────────────┘
+//! ```
+//!
+//! **When.** Reclaim works for the largest of three needs, and rests when there is none:
+//!
+//! * the debt of vCPUs that are held, and a margin, so that they are not held again at the next touch;
+//! * the *margin* that is kept free below the limit while the guest runs: below `LOW` pages of room it is widened to
+//!   `HIGH`, before anybody has to be held;
+//! * the controller's aim ([`ToWorker::Reclaim`](crate::worker::protocol::ToWorker::Reclaim)).
+//!
+//! **Which.** Idle pages are evicted, the coldest first. Active ones are moved aside when there are few idle ones, from
+//! the cold end of their list; what is touched there comes back and has proved that it is in use. So the idle list is the
+//! inactive list of other systems, and its length decides how long a page has for that proof.
+//!
+//! When nothing can be evicted (all that is idle does not shrink, or swap is full) reclaim is *stuck*. It tries again
+//! after a second; the controller is told, and its policy goes on.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use memcg_core::frame::{BLOCK, FrameState, List, Scan};
+use memcg_core::units::{PAGE_SIZE, Pages as Count};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::client::{Done, Load, Reply, Run, Work};
+use super::pages::Pages;
+use super::store::{Corrupt, Moved, Place, Reader};
+use super::uffd::{Fill, Move};
+use crate::worker::gate::monotonic_ns;
+use crate::worker::protocol::{Area, Cold};
+
+/// Pages that are claimed at once: for the time that they take, a fault on one of them has to wait.
+const BATCH: u64 = 256;
+
+/// The margin below the limit is widened when it is below one part in so many of what the VM holds.
+const LOW_SHARE: u64 = 128;
+
+/// The margin's bounds, in pages: below 64 a single vCPU's burst passes it, above 1024 it only costs memory.
+const MARGIN: std::ops::RangeInclusive<u64> = 64..=1024;
+
+/// While pages are evicted, one part in so many of the guest's pages is kept aside, to be looked at.
+const IDLE_SHARE: u64 = 8;
+
+/// Entries of a list that a job looks at, for each page that it wants.
+const LOOK: usize = 4;
+
+/// Time after which a reclaim that is stuck tries again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How long reclaim stands back for the balloon.
+const TURN: Duration = Duration::from_millis(1);
+
+/// Pages around a refault that come back with it, at most.
+pub const READ_AROUND: u64 = 16;
+
+/// Reclaim as the fault thread knows it.
+#[derive(Debug)]
+pub struct Reclaim {
+    /// Wakes the reclaim thread.
+    bell: EventFd,
+    /// It waits for the bell.
+    resting: bool,
+    /// The other half of the store.
+    pub(super) store: Reader,
+    /// What the VM should hold at most, in pages.
+    aim: u64,
+    swap_max: u64,
+    store_max: u64,
+    /// What [`Reader::emptied`] said when what has died in the store was last given back.
+    emptied: u64,
+    /// Nothing could be evicted; until when that is believed, in nanoseconds.
+    stuck_until: Option<u64>,
+    /// Pages that could not be evicted since one was.
+    refused: u64,
+    /// The VM is near its limit: the margin is kept in stock instead of being given back, so that what is touched next
+    /// need not be asked for.
+    pressed: bool,
+    /// The balloon waits for the end of a claim, and comes before the next one.
+    yields: bool,
+    /// The content of a page on its way back.
+    content: Box<[u8; PAGE_SIZE as usize]>,
+    pub(super) counts: Cold,
+}
+
+impl Reclaim {
+    /// Reclaim whose thread is woken by `bell` and keeps contents in `store`.
+    pub fn new(bell: EventFd, store: Reader) -> Self {
+        Self {
+            bell,
+            resting: false,
+            store,
+            aim: u64::MAX,
+            swap_max: u64::MAX,
+            store_max: u64::MAX,
+            emptied: 0,
+            stuck_until: None,
+            refused: 0,
+            pressed: false,
+            yields: false,
+            content: Box::new([0; PAGE_SIZE as usize]),
+            counts: Cold { aim: u64::MAX, ..Cold::default() },
+        }
+    }
+
+    /// Where contents of evicted pages are.
+    pub fn area(&self) -> Area {
+        self.store.area()
+    }
+
+    /// Its thread waits for the bell, from before there was anything to reclaim.
+    pub fn rest(&mut self) {
+        self.resting = true;
+    }
+
+    /// Somebody else waits for pages that are claimed: after this claim it is their turn.
+    pub fn give_way(&mut self) {
+        self.yields = true;
+    }
+
+    /// The limits of swap and store.
+    pub fn set_limits(&mut self, swap_max: u64, store_max: u64) {
+        if (swap_max, store_max) != (self.swap_max, self.store_max) {
+            (self.swap_max, self.store_max) = (swap_max, store_max);
+            self.stuck_until = None;
+        }
+    }
+
+    /// The controller's aim.
+    pub fn set_aim(&mut self, aim: u64) {
+        self.aim = aim;
+        self.stuck_until = None;
+        self.counts.aim = aim;
+    }
+}
+
+impl Pages {
+    /// Pages that should be free and are not.
+    fn need(&self) -> u64 {
+        let held = self.stock.held().0;
+        // What the controller has not refused is on its way.
+        let debt = if self.is_refused() { self.stock.debt().0 } else { 0 };
+        let low = self.low();
+        let margin = match self.free() {
+            free if free < low || debt > 0 => (2 * low).saturating_sub(free),
+            _ => 0,
+        };
+        (debt + margin).max(held.saturating_sub(self.reclaim.aim))
+    }
+
+    /// Pages below which the margin is widened, to twice as many.
+    fn low(&self) -> u64 {
+        (self.stock.held().0 / LOW_SHARE).clamp(*MARGIN.start(), *MARGIN.end())
+    }
+
+    /// Pages that can be filled before the limit is met.
+    fn free(&self) -> u64 {
+        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.stock()).0)
+    }
+
+    /// Stock that is to be given back: what exceeds its cap, but for the margin of a VM that lives at its limit.
+    pub(super) fn surplus(&mut self) -> Count {
+        // A stopped guest needs no margin, and one with more room gets what it needs ahead of need.
+        self.reclaim.pressed &= self.free() <= 4 * self.low() && self.gate.open();
+        let margin = if self.reclaim.pressed { 2 * self.low() } else { 0 };
+        self.stock.stock().saturating_sub(self.stock.stock_max().max(Count(margin)))
+    }
+
+    /// Whether pages may go to the store now.
+    fn may_evict(&self) -> bool {
+        let swapped = self.frames.count(FrameState::Swapped);
+        swapped < self.reclaim.swap_max && self.stock.store().0 < self.reclaim.store_max
+    }
+
+    /// Wakes the reclaim thread when there is something to do for it.
+    pub fn ring_reclaim(&mut self) {
+        let dead = self.reclaim.store.emptied() != self.reclaim.emptied;
+        if self.reclaim.resting && (dead || self.need() > 0 && self.reclaim.stuck_until.is_none()) {
+            self.reclaim.resting = false;
+            // Fails only when the counter is full: it is awake already.
+            let _ = self.reclaim.bell.write(1);
+        }
+    }
+
+    /// The reclaim thread has done its work, and gets more. Returns the loader's answer, too, when there is one now.
+    pub fn on_reclaim(&mut self, done: Done, load: &mut Load) -> (Work, Option<(usize, Reply)>) {
+        let reply = match done {
+            Done::Rested => None,
+            Done::Aged => {
+                for run in &load.moved {
+                    self.frames.set_range(run.first as usize, (run.first + run.pages) as usize, FrameState::Idle);
+                    self.reclaim.counts.aged += run.pages;
+                }
+                self.end_claims(&load.claimed, FrameState::Moving, FrameState::Active);
+                self.stock.owe(self.frames.cost());
+                self.settle()
+            }
+            Done::Evicted { incompressible, store } => {
+                for page in &load.stored {
+                    self.frames.set(page.page as usize, FrameState::Swapped);
+                    self.frames.set_place(page.page as usize, page.place.raw());
+                }
+                load.copied.iter().for_each(|copied| self.copied(copied));
+                let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
+                self.evicted(load.stored.len() as u64, stayed, incompressible, store)
+            }
+        };
+        let work = self.next_work(load);
+        self.reclaim.resting = matches!(work, Work::Rest(_));
+        (work, reply)
+    }
+
+    /// An entry of the store has been copied: one of the two is needed.
+    fn copied(&mut self, copied: &Moved) {
+        let page = copied.page as usize;
+        let needed = self.frames.state(page) == FrameState::Swapped && self.frames.place(page) == copied.old.raw();
+        let useless = if needed { copied.old } else { copied.new };
+        if needed {
+            self.frames.set_place(page, copied.new.raw());
+        }
+        if let Err(corrupt) = self.reclaim.store.release(copied.page, useless) {
+            self.corrupt = Some(corrupt);
+        }
+    }
+
+    /// Books what was evicted.
+    fn evicted(&mut self, evicted: u64, stayed: u64, incompressible: u64, store: u64) -> Option<(usize, Reply)> {
+        self.reclaim.refused = if evicted > 0 { 0 } else { self.reclaim.refused + stayed };
+        self.reclaim.counts.evicted += evicted;
+        self.reclaim.counts.incompressible += incompressible;
+        self.stock.evicted(Count(evicted), Count(store));
+        self.stock.owe(self.frames.cost());
+        let reply = self.settle();
+        // What was asked for is the controller's, however much stock there may be.
+        let above = self.stock.held().0.saturating_sub(self.reclaim.aim);
+        self.stock.give_back(Count(above));
+        reply
+    }
+
+    /// What is still in state `claim` goes back to `state`; returns how many pages.
+    fn end_claims(&mut self, claimed: &[Run], claim: FrameState, state: FrameState) -> u64 {
+        let mut stayed = 0;
+        for run in claimed {
+            let (mut at, last) = (run.first as usize, (run.first + run.pages) as usize);
+            while at < last {
+                let (found, end) = self.frames.run(at, last);
+                if found == claim {
+                    self.frames.set_range(at, end, state);
+                    stayed += (end - at) as u64;
+                    if let Some(present) = self.ram.present().filter(|_| state == FrameState::Active) {
+                        present.set(at as u64..end as u64);
+                    }
+                }
+                at = end;
+            }
+        }
+        stayed
+    }
+
+    /// What the reclaim thread should do now.
+    fn next_work(&mut self, load: &mut Load) -> Work {
+        let now = monotonic_ns();
+        self.reclaim.stuck_until = self.reclaim.stuck_until.filter(|until| now < *until);
+        load.claimed.clear();
+        if std::mem::replace(&mut self.reclaim.emptied, self.reclaim.store.emptied()) != self.reclaim.emptied {
+            // Nothing to evict, only to give back.
+            return Work::Evict { store_max: self.reclaim.store_max };
+        }
+        let need = self.need();
+        if need == 0 {
+            self.reclaim.counts.stuck = false;
+            return Work::Rest(None);
+        }
+        self.reclaim.pressed |= self.free() < 2 * self.low();
+        if let Some(until) = self.reclaim.stuck_until {
+            return Work::Rest(Some(Duration::from_nanos(until - now)));
+        }
+        if std::mem::take(&mut self.reclaim.yields) {
+            return Work::Rest(Some(TURN));
+        }
+        let idle = self.frames.count(FrameState::Idle);
+        if self.may_evict() && self.reclaim.refused < idle.max(1) {
+            let aside = self.stock.guest().0 / IDLE_SHARE;
+            // Pages that have just been put aside are not evicted before others have been looked at.
+            if idle < aside.max(need.min(BATCH))
+                && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), &mut load.claimed)
+            {
+                return Work::Age;
+            }
+            let room = self.reclaim.swap_max.saturating_sub(self.frames.count(FrameState::Swapped));
+            if self.claim(List::Idle, need.clamp(16, BATCH).min(room), &mut load.claimed) {
+                return Work::Evict { store_max: self.reclaim.store_max };
+            }
+        }
+        // The active pages may be worth more than the idle ones that do not shrink.
+        if self.may_evict() && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), &mut load.claimed) {
+            let claimed = load.claimed.iter().map(|run| run.pages).sum();
+            self.reclaim.refused = self.reclaim.refused.saturating_sub(claimed);
+            return Work::Age;
+        }
+        self.reclaim.counts.stuck = true;
+        self.reclaim.refused = 0;
+        self.reclaim.stuck_until = Some(now + RETRY.as_nanos() as u64);
+        Work::Rest(Some(RETRY))
+    }
+
+    /// Claims about `want` pages from the cold end of a list, in runs. False when there were none.
+    fn claim(&mut self, list: List, want: u64, runs: &mut Vec<Run>) -> bool {
+        let scan = Scan { fine: true, ..Scan::new(list, LOOK * want as usize, want) };
+        self.frames.isolate(&scan, |pages| {
+            let (first, pages) = (pages.start as u64, pages.len() as u64);
+            match runs.last_mut() {
+                Some(last) if last.first + last.pages == first => last.pages += pages,
+                _ => runs.push(Run { first, pages }),
+            }
+        });
+        if let (List::Active, Some(present)) = (list, self.ram.present()) {
+            runs.iter().for_each(|run| present.clear(run.first..run.first + run.pages));
+        }
+        !runs.is_empty()
+    }
+
+    /// Brings the idle page `page` back, and those of `pages` around it that are idle too.
+    pub(super) fn bring_back(&mut self, page: u64, pages: Range<u64>) {
+        let idle = |p: &u64| self.frames.state(*p as usize) == FrameState::Idle;
+        let first = (pages.start..page).rev().take_while(idle).last().unwrap_or(page);
+        let end = (page + 1..pages.end).take_while(idle).last().map_or(page + 1, |last| last + 1);
+        self.frames.set_range(first as usize, end as usize, FrameState::Moving);
+        if self.ram.is_huge(page) && end - first == BLOCK as u64 {
+            // As one piece, it stays one.
+            self.move_back(first..end);
+        } else {
+            self.ram.take_huge(page);
+            // The one that somebody waits for goes first.
+            self.move_back(page..page + 1);
+            self.move_back(first..page);
+            self.move_back(page + 1..end);
+        }
+        self.frames.set_range(first as usize, end as usize, FrameState::Active);
+        if let Some(present) = self.ram.present() {
+            present.set(first..end);
+        }
+        self.reclaim.counts.returned += end - first;
+    }
+
+    /// Moves pages from the stage to RAM; they are ours, so there is no way for this to fail for good.
+    fn move_back(&mut self, pages: Range<u64>) {
+        let mut at = pages.start;
+        while at < pages.end {
+            let (to, from) = (self.ram.hva(at), self.ram.hva(self.ram.other(at)));
+            // SAFETY: the stage's pages are this thread's to give back; nobody else reads a page that is not claimed.
+            match unsafe { self.uffd.move_pages(to, from, pages.end - at) } {
+                Move::Moved(done) => at += done,
+                Move::Busy => {}
+                // The page is neither here nor there: what the guest wrote is lost, and nothing may go on.
+                Move::Absent | Move::Occupied | Move::Gone => std::process::abort(),
+            }
+        }
+    }
+
+    /// Brings an evicted page back, charged like any touch, and those of `around` that follow it and are evicted too, as
+    /// long as there is stock for them. Returns how many pages came back: none when there was nothing to charge.
+    ///
+    /// # Errors
+    /// When a content is not in the store any more: the guest cannot go on.
+    pub(super) fn read_back(&mut self, page: u64, around: Range<u64>, reserve: bool) -> Result<u64, Corrupt> {
+        if !self.refault_one(page, reserve)? {
+            return Ok(0);
+        }
+        let mut next = page + 1;
+        while next < around.end
+            && self.frames.state(next as usize) == FrameState::Swapped
+            && self.refault_one(next, false)?
+        {
+            self.reclaim.counts.read_around += 1;
+            next += 1;
+        }
+        self.stock.owe(self.frames.cost());
+        Ok(next - page)
+    }
+
+    fn refault_one(&mut self, page: u64, reserve: bool) -> Result<bool, Corrupt> {
+        let Some(place) = Place::from_raw(self.frames.place(page as usize)) else { std::process::abort() };
+        let content = &mut self.reclaim.content;
+        self.reclaim.store.read(page as u32, place, content)?;
+        let from_reserve = self.stock.stock() == Count(0);
+        let reservation = match from_reserve {
+            false => self.stock.prepare(Count(1)),
+            true if reserve => self.stock.prepare_reserve(),
+            true => None,
+        };
+        let Some(reservation) = reservation else { return Ok(false) };
+        loop {
+            match self.uffd.fill_with(self.ram.hva(page), &content[..]) {
+                Fill::Filled(_) => break,
+                Fill::RetryLater => {}
+                // Only this thread fills a page that is not there.
+                Fill::AlreadyPresent | Fill::Gone => std::process::abort(),
+            }
+        }
+        reservation.commit(Count(1));
+        self.counts.from_reserve += u64::from(from_reserve);
+        self.reclaim.store.release(page as u32, place)?;
+        self.frames.set(page as usize, FrameState::Active);
+        if let Some(present) = self.ram.present() {
+            present.set(page..page + 1);
+        }
+        self.reclaim.counts.refaulted += 1;
+        Ok(true)
+    }
+
+    /// The guest does not want these evicted pages any more.
+    pub(super) fn forget(&mut self, pages: Range<u64>) {
+        for page in pages {
+            let Some(place) = Place::from_raw(self.frames.place(page as usize)) else { std::process::abort() };
+            // A damaged entry is as good as forgotten: nobody will ask for it.
+            let _ = self.reclaim.store.release(page as u32, place);
+        }
+    }
+
+    /// What is known of cold pages, for a report.
+    pub(super) fn cold(&self) -> Cold {
+        let pages = |histogram: memcg_core::frame::Histogram| histogram.pages.map(|pages| pages.0);
+        Cold { ages: pages(self.frames.ages()), refaults: pages(self.frames.refaults()), ..self.reclaim.counts }
+    }
+}

@@ -1,0 +1,190 @@
+//! The reclaim thread: makes the system calls by which cold pages are moved aside and evicted.
+//!
+//! It decides nothing. It does one piece of [`Work`] after the other, says what became of it, and rests on its bell when there is
+//! none. What it works on is claimed, so nobody else touches it meanwhile: a page in the stage has no writer, and can be
+//! compressed where it is.
+//!
+//! Real memory is never more than what is charged: a batch is compressed into a scratch buffer, then the pages are
+//! discarded, and only then do their contents take memory in the store.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use memcg_core::units::PAGE_SIZE;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::client::{Client, Done, Load, Reply, Request, Run, Work};
+use super::discard::Discarder;
+use super::ram::{HUGE, Ram};
+use super::store::{BATCH, Outcome, Stored, Writer};
+use super::thread::borrow;
+use super::uffd::{Move, Uffd};
+use crate::worker::complain;
+use crate::worker::sandbox::{self, Thread};
+
+/// Tries to move a page that the kernel is busy with, before it stays where it is.
+const TRIES: u32 = 3;
+
+/// The store is cleaned when more than one part in so many of what lives in it is dead: a quarter of the whole.
+const DEAD_SHARE: u64 = 3;
+
+/// Empty segments of the store that are kept for the next pages.
+const KEEP: usize = 1;
+
+/// What the thread owns.
+#[derive(Debug)]
+pub struct ReclaimThread {
+    client: Client,
+    bell: EventFd,
+    ram: Arc<Ram>,
+    store: Writer,
+    /// Pages of the stage whose contents are in scratch.
+    batch: Vec<u64>,
+    /// The same in runs.
+    runs: Vec<Run>,
+}
+
+impl ReclaimThread {
+    /// A thread that asks `client` for work when `bell` rings, and keeps contents in `store`.
+    pub fn new(client: Client, bell: EventFd, ram: Arc<Ram>, store: Writer) -> Self {
+        Self { client, bell, ram, store, batch: Vec::new(), runs: Vec::new() }
+    }
+
+    /// Runs until the process ends.
+    ///
+    /// # Errors
+    /// When it cannot go into its sandbox.
+    pub fn run(mut self) -> io::Result<()> {
+        let discarder = Discarder::default();
+        sandbox::enter(Thread::Reclaim).map_err(io::Error::other)?;
+        let mut load = Box::<Load>::default();
+        let mut done = Done::Rested;
+        loop {
+            let Reply::Job(work, pages) = self.client.ask(Request::Reclaim(done, load)) else { std::process::abort() };
+            load = pages;
+            done = match work {
+                Work::Rest(time) => self.rest(time),
+                Work::Age => self.age(&mut load),
+                Work::Evict { store_max } => self.evict(&mut load, store_max, &discarder),
+            };
+        }
+    }
+
+    fn rest(&self, time: Option<Duration>) -> Done {
+        let timeout = time.map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() });
+        let mut bell = [PollFd::from_borrowed_fd(borrow(self.bell.as_raw_fd()), PollFlags::IN)];
+        if poll(&mut bell, timeout.as_ref()) == Ok(1) {
+            let _ = self.bell.read();
+        }
+        Done::Rested
+    }
+
+    /// Moves pages of RAM to the stage.
+    fn age(&self, load: &mut Load) -> Done {
+        let Some(uffd) = self.ram.uffd() else { std::process::abort() };
+        load.moved.clear();
+        for run in &load.claimed {
+            let (mut at, end) = (run.first, run.first + run.pages);
+            while at < end {
+                // A huge page moves whole, or is split by the move of a part.
+                let next = end.min((at / BLOCK + 1) * BLOCK);
+                if next - at < BLOCK {
+                    self.ram.take_huge(at);
+                }
+                move_aside(&self.ram, uffd, at..next, &mut load.moved);
+                at = next;
+            }
+        }
+        Done::Aged
+    }
+
+    /// Puts pages of the stage into the store.
+    fn evict(&mut self, load: &mut Load, store_max: u64, discarder: &Discarder) -> Done {
+        load.stored.clear();
+        let before = self.store.resident_pages();
+        let mut incompressible = 0;
+        for page in load.claimed.iter().flat_map(|run| run.first..run.first + run.pages) {
+            let aside = self.ram.other(page);
+            // SAFETY: the page is in the stage, which stays mapped, and claimed for this thread: nobody writes to it.
+            let content = unsafe { &*(self.ram.hva(aside) as *const [u8; PAGE_SIZE as usize]) };
+            match self.store.compress(page as u32, content) {
+                Outcome::Incompressible => incompressible += 1,
+                _ => self.batch.push(aside),
+            }
+            if self.batch.len() == BATCH {
+                self.put(store_max, discarder, &mut load.stored);
+            }
+        }
+        self.put(store_max, discarder, &mut load.stored);
+        self.clean(before, load);
+        Done::Evicted { incompressible, store: self.store.resident_pages() }
+    }
+
+    /// Gives back what has died in the store, which had `before` pages; where it is too much, what lives is copied
+    /// together first, into no more memory than the evicted pages had.
+    fn clean(&mut self, before: u64, load: &mut Load) {
+        load.copied.clear();
+        let collected = self.store.collect(KEEP);
+        if self.store.dead_bytes() > self.store.live_bytes() / DEAD_SHARE {
+            let room = (before + load.stored.len() as u64).saturating_sub(self.store.resident_pages());
+            if let Err(corrupt) = self.store.clean(room, &mut load.copied) {
+                // The guest is ended when it asks for that page, if it ever does.
+                complain(format_args!("{corrupt}"));
+            }
+        }
+        if let Err(e) = collected {
+            complain(format_args!("the store cannot give memory back: {e}"));
+        }
+    }
+
+    /// Ends a batch: discards its pages, then keeps their contents.
+    fn put(&mut self, store_max: u64, discarder: &Discarder, stored: &mut Vec<Stored>) {
+        let kept = self.store.keep_within(store_max.saturating_sub(self.store.resident_pages()));
+        self.batch.truncate(kept);
+        self.runs.clear();
+        for page in self.batch.drain(..) {
+            match self.runs.last_mut() {
+                Some(last) if last.first + last.pages == page => last.pages += 1,
+                _ => self.runs.push(Run { first: page, pages: 1 }),
+            }
+        }
+        if let Err(e) = discarder.discard(&self.ram, &self.runs) {
+            // Claimed pages of unknown content: neither charging nor uncharging them would be true.
+            complain(format_args!("the host refuses to discard guest memory: {e}"));
+            std::process::abort();
+        }
+        self.store.append(stored);
+    }
+}
+
+/// Pages of a huge page of the host.
+const BLOCK: u64 = HUGE / PAGE_SIZE;
+
+/// Moves `pages`, which lie in one block, to the stage, and notes in `moved` which of them are there now.
+fn move_aside(ram: &Ram, uffd: &Uffd, pages: Range<u64>, moved: &mut Vec<Run>) {
+    let (mut at, mut tries) = (pages.start, 0);
+    while at < pages.end {
+        // SAFETY: the pages are guest RAM and claimed; a touch of them is a fault that waits for the end of the claim.
+        match unsafe { uffd.move_pages(ram.hva(ram.other(at)), ram.hva(at), pages.end - at) } {
+            Move::Moved(done) => {
+                match moved.last_mut() {
+                    Some(last) if last.first + last.pages == at => last.pages += done,
+                    _ => moved.push(Run { first: at, pages: done }),
+                }
+                at += done;
+                tries = 0;
+            }
+            Move::Busy if tries < TRIES => tries += 1,
+            // Somebody holds this one (a device of the host, another process): it stays.
+            Move::Busy => {
+                at += 1;
+                tries = 0;
+            }
+            Move::Absent | Move::Occupied | Move::Gone => std::process::abort(),
+        }
+    }
+}
