@@ -63,6 +63,12 @@ impl Access {
         Self { pattern, pages, hot, step, scramble: scramble(hot), log, base: 0, next: 0, state }
     }
 
+    /// Whether access number `n` writes, if `percent` of 100 do.
+    #[must_use]
+    pub const fn writes(n: u64, percent: u64) -> bool {
+        (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % 100 < percent
+    }
+
     /// The hot set of [`Pattern::Phase`] moves on by its own length.
     pub fn moves(&mut self) {
         self.base = (self.base + self.hot * self.step) % self.pages;

@@ -25,12 +25,14 @@ pub const fn pattern(seed: u64, page: u64, word: usize) -> u64 {
     (x ^ (x >> 31)) | 1
 }
 
-/// How much of each page is written: its first and last word (the rest stays zero, so the page compresses well), or all
-/// of it (so that it does not compress at all).
+/// How much of each page is written: its first and last word (the rest stays zero, so the page compresses well), half of
+/// it (so that it compresses as much data does), or all of it (so that it does not compress at all).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
     /// Words 0 and 511.
     Ends,
+    /// Words 0 to 255.
+    Half,
     /// All words.
     Full,
 }
@@ -40,6 +42,7 @@ impl Fill {
     pub fn words(self) -> core::iter::StepBy<core::ops::Range<usize>> {
         match self {
             Fill::Ends => (0..PAGE_WORDS).step_by(PAGE_WORDS - 1),
+            Fill::Half => (0..PAGE_WORDS / 2).step_by(1),
             Fill::Full => (0..PAGE_WORDS).step_by(1),
         }
     }
@@ -98,12 +101,16 @@ impl<'a> Arguments<'a> {
         self.option(name).map_or(Ok(default), |v| parse_number(v).ok_or(BadArgument(name)))
     }
 
-    /// How much of each page to write: option `full=1`.
+    /// How much of each page to write: option `full=1`, or `fill=half`.
     ///
     /// # Errors
-    /// The option's value is not a number.
+    /// The option's value is not a number, or another word.
     pub fn fill(&self) -> Result<Fill, BadArgument> {
-        Ok(if self.number_or("full", 0)? == 0 { Fill::Ends } else { Fill::Full })
+        match self.option("fill") {
+            Some("half") => Ok(Fill::Half),
+            Some(_) => Err(BadArgument("fill")),
+            None => Ok(if self.number_or("full", 0)? == 0 { Fill::Ends } else { Fill::Full }),
+        }
     }
 }
 
@@ -113,7 +120,7 @@ pub struct BadArgument(pub &'static str);
 
 impl core::fmt::Display for BadArgument {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "{} is missing or not a number", self.0)
+        write!(f, "{} is missing or not what it should be", self.0)
     }
 }
 
@@ -140,6 +147,8 @@ mod tests {
         assert_eq!(a.number_or("seed", 1), Ok(7));
         assert_eq!(a.number_or("passes", 3), Ok(3));
         assert_eq!(a.fill(), Ok(Fill::Full));
+        assert_eq!(Arguments("fill=half").fill(), Ok(Fill::Half));
+        assert_eq!(Arguments("fill=most").fill(), Err(BadArgument("fill")));
         assert_eq!(a.number(2, "STRIDE"), Err(BadArgument("STRIDE")));
         assert_eq!(Arguments("seed=x").number_or("seed", 1), Err(BadArgument("seed")));
     }
@@ -153,6 +162,7 @@ mod tests {
         assert_eq!(seen.len(), 4096);
         assert_ne!(pattern(1, 0, 0), pattern(2, 0, 0));
         assert_eq!(Fill::Ends.words().collect::<Vec<_>>(), [0, 511]);
+        assert_eq!(Fill::Half.words().collect::<Vec<_>>(), (0..256).collect::<Vec<_>>());
         assert_eq!(Fill::Full.words().count(), 512);
     }
 }

@@ -113,7 +113,7 @@ impl Plan {
     fn touch(&self, page: u64, period: u64, sums: &mut Sums) {
         let address = self.start + page * PAGE_SIZE;
         sums.touches += 1;
-        if (sums.touches.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % 100 < self.write {
+        if Access::writes(sums.touches, self.write) {
             poke(address + WRITTEN_WORD * 8, period);
         } else {
             let value = peek(address);

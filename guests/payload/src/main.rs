@@ -9,8 +9,8 @@
 //! where an error ends nothing, and ends with 0 when the power button is pressed. Numbers are decimal or `0x`, with K, M, G, T.
 //!
 //! ```text
-//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1] [cpus=all]
-//! verify START SIZE [stride=4K] [seed=1] [full=1] [zero=ok|only]     every page holds its pattern (or zeroes)
+//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1 | fill=half] [cpus=all]
+//! verify START SIZE [stride=4K] [seed=1] [full=1 | fill=half] [zero=ok|only]     every page has its pattern (or zeroes)
 //! random START SIZE count=N [seed=1]                                 like touch, N pages drawn at random
 //! hot START SIZE [passes=1] [stride=4K]                              increments a counter in each page; none is lost
 //! storm [START SIZE] [passes=N]                                      all vCPUs touch their shares as fast as they can
@@ -24,8 +24,8 @@
 //! balloon inflate START SIZE [touch=1] | deflate START SIZE | report START SIZE
 //! balloon auto START SIZE [rounds=1] [limit=N] [every=10]            follows the device's target with those pages
 //! balloon give START SIZE [stride=4K] [numbers=4M]                   inflates, between two marks, with one ring of the bell
-//! balloon allocate START SIZE [order=9] [steps=1000] [every=100] [passes=1] [report=1] [seed=1]
-//!                    allocates and frees blocks, touches the new ones; each `every` steps reports those that are free
+//! balloon allocate START SIZE [order=9] [steps=1000] [every=2000] [passes=1] [report=1] [seed=1]
+//!                    allocates and frees blocks, touches the new ones; each `every` ms reports those that are free
 //! balloon evil numbers QUEUE FIRST COUNT [step=1]                    page numbers of any kind
 //! balloon evil index QUEUE AHEAD | head QUEUE HEAD | chain QUEUE NEXT | flags QUEUE FLAGS | rings QUEUE GPA
 //! balloon evil buffer QUEUE GPA LENGTH [write=1] | stats QUEUE GPA TAGS | features MASK | kicks QUEUE COUNT

@@ -1,6 +1,6 @@
 //! A guest whose kernel reports free memory: it allocates and frees blocks all the time, and reports those that are free.
 //!
-//! Blocks are taken as a buddy allocator takes them, the one that was freed last first. Every so many steps all free ones
+//! Blocks are taken as a buddy allocator takes them, the one that was freed last first. Every so often all free ones
 //! that have not been reported are, the one that has been free for longest first, as Linux does.
 
 use core::cell::UnsafeCell;
@@ -39,7 +39,7 @@ impl Balloon {
     pub(super) fn allocate(&mut self, arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> {
         let (start, size) = (arguments.number(1, "START")?, arguments.number(2, "SIZE")?);
         let order = arguments.number_or("order", 9)?.min(10);
-        let (steps, every) = (arguments.number_or("steps", 1000)?, arguments.number_or("every", 100)?.max(1));
+        let (steps, every) = (arguments.number_or("steps", 1000)?, arguments.number_or("every", 2000)?);
         let (passes, mut seed) =
             (arguments.number_or("passes", 1)?, arguments.number_or("seed", 1)?.wrapping_mul(2) | 1);
         let report = arguments.number_or("report", 1)? != 0;
@@ -54,7 +54,9 @@ impl Balloon {
         (blocks.used_count, blocks.free_count, blocks.reported) = (0, count, 0);
         (0..count).for_each(|i| blocks.free[i] = (count - 1 - i) as u16);
         let (mut reports, mut returned) = (0, 0);
+        let every = every * io::cycles_per_ms();
         let begin = io::cycles();
+        let mut reported = begin;
         for step in 1..=steps {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let draw = (seed >> 33) as usize;
@@ -69,7 +71,8 @@ impl Balloon {
             } else {
                 blocks.give(draw / 2);
             }
-            if report && step % every == 0 {
+            if report && io::cycles().wrapping_sub(reported) >= every {
+                reported = io::cycles();
                 reports += self.report_all(queue, blocks, start, block_bytes)?;
             }
         }
