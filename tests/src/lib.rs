@@ -6,6 +6,7 @@
 //! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
 
+pub mod cold;
 pub mod openmetrics;
 pub mod random;
 pub mod semantics;

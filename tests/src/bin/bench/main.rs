@@ -16,6 +16,8 @@ mod fault;
 mod limit;
 mod many;
 mod neighbour;
+mod plot;
+mod report;
 mod vm;
 
 use std::path::Path;
@@ -83,10 +85,11 @@ impl Outcome {
 type Family = (&'static [&'static str], fn(&str) -> Result<Outcome, String>);
 
 /// All but those of the core, which are measured together.
-const FAMILIES: [Family; 7] = [
+const FAMILIES: [Family; 8] = [
     (&fault::IDS, fault::measure),
     (&discard::IDS, discard::measure),
     (&limit::IDS, limit::measure),
+    (&report::IDS, report::measure),
     (&age::IDS, age::measure),
     (&neighbour::IDS, neighbour::measure),
     (&cost::IDS, cost::measure),
@@ -96,13 +99,24 @@ const FAMILIES: [Family; 7] = [
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     bare::serve(&arguments);
-    if arguments.first().is_some_and(|a| a == "child") && (cost::child(&arguments[1..]) || many::child(&arguments[1..]))
-    {
-        return ExitCode::SUCCESS;
+    if arguments.first().is_some_and(|a| a == "child") {
+        let words = &arguments[1..];
+        return ExitCode::from(u8::from(!(cost::child(words) || many::child(words))));
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
     // SAFETY: this prctl takes numbers only.
     unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    if let [what, directory] = &arguments[..]
+        && what == "plot"
+    {
+        return match plot::draw(Path::new(directory)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                eprintln!("bench: the pictures cannot be drawn: {e}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let all = FAMILIES.iter().flat_map(|(ids, _)| ids.iter().copied()).chain(["R20"]).chain(core::IDS);
     let wanted: Vec<&str> =
         if arguments.is_empty() { all.collect() } else { arguments.iter().map(String::as_str).collect() };
