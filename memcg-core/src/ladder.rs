@@ -22,7 +22,7 @@
 //!
 //! A rung adds to those below it: the balloon goes on while pages are evicted, and what comes into the stock is recalled
 //! all the time. *Progress* is a usage that falls, by a 64th of what is missing and at least [`STEP`]; so a guest that
-//! gives a page now and then keeps nobody waiting, and the number of times that eviction may begin its time anew is bounded.
+//! gives a page now and then keeps nobody waiting, and of what is missing eviction may begin its time anew a bounded number of times.
 //!
 //! # Time
 //!
@@ -209,13 +209,25 @@ pub struct Ladder {
     /// Usage from which progress is counted, and since when.
     mark: Pages,
     marked: Duration,
+    /// There was some since this rung was entered.
+    progress: bool,
 }
 
 impl Ladder {
     /// At rest.
     pub fn new(terms: Terms) -> Ladder {
         let zero = Duration::ZERO;
-        Ladder { terms, rung: Rung::Rest, since: zero, began: zero, goal: Pages::ZERO, mark: Pages::ZERO, marked: zero }
+        let none = Pages::ZERO;
+        Ladder {
+            terms,
+            rung: Rung::Rest,
+            since: zero,
+            began: zero,
+            goal: none,
+            mark: none,
+            marked: zero,
+            progress: false,
+        }
     }
 
     /// The rung that it is on.
@@ -266,17 +278,16 @@ impl Ladder {
 
     /// When it has to be looked at again though nothing has happened.
     pub fn deadline(&self, sample: &Sample) -> Option<Duration> {
-        let progress = self.since.max(self.marked);
         match self.rung {
             Rung::Rest | Rung::Stuck | Rung::Oom => None,
             Rung::Recall | Rung::Reports => Some(self.since.saturating_add(self.polite(sample))),
             Rung::Balloon => {
                 // Where nothing can be evicted there is no hurry as long as it gives.
-                let from = if sample.means.eviction == Eviction::Stuck { progress } else { self.since };
+                let from = if sample.means.eviction == Eviction::Stuck { self.marked } else { self.since };
                 Some(from.saturating_add(self.polite(sample)))
             }
             Rung::Evict => {
-                let late = progress.saturating_add(self.terms.rung);
+                let late = self.marked.saturating_add(self.terms.rung);
                 Some(sample.until.map_or(late, |until| until.min(late)))
             }
             Rung::Hold => sample.means.held,
@@ -292,17 +303,22 @@ impl Ladder {
     fn enter(&mut self, rung: Rung, sample: &Sample) {
         debug_assert!(self.rung.can_become(rung), "{:?} to {rung:?}", self.rung);
         if self.rung == Rung::Rest {
-            (self.began, self.mark, self.marked) = (sample.now, sample.usage, sample.now);
+            self.began = sample.now;
         }
         (self.rung, self.since) = (rung, sample.now);
+        (self.mark, self.marked, self.progress) = (sample.usage, sample.now, false);
     }
 
     /// Notes progress.
     fn measure(&mut self, sample: &Sample) {
         let missing = self.mark.saturating_sub(self.goal);
         let step = STEP.max(Pages(missing.0 / SHARE));
+        // Where time is not at stake, what a guest has grown by meanwhile is not held against it.
+        let patient = matches!(self.rung, Rung::Stuck | Rung::Hold | Rung::Oom);
         if sample.usage + step <= self.mark {
-            (self.mark, self.marked) = (sample.usage, sample.now);
+            (self.mark, self.marked, self.progress) = (sample.usage, sample.now, true);
+        } else if patient {
+            self.mark = self.mark.max(sample.usage);
         }
     }
 
@@ -315,7 +331,6 @@ impl Ladder {
         }
         let late = self.deadline(sample).is_some_and(|deadline| sample.now >= deadline);
         let in_time = sample.until.is_none_or(|until| sample.now < until);
-        let progress = self.marked > self.since;
         // Whoever is held cannot run a driver.
         let gives = driver == Driver::Cooperating && !is_held;
         match self.rung {
@@ -332,9 +347,9 @@ impl Ladder {
                 (nothing_left || late).then_some(if is_held { Rung::Hold } else { Rung::Stuck })
             }
             Rung::Stuck if is_held => Some(Rung::Hold),
-            Rung::Stuck => (progress && in_time).then_some(Rung::Evict),
+            Rung::Stuck => (self.progress && in_time).then_some(Rung::Evict),
             Rung::Hold if late => Some(Rung::Oom),
-            Rung::Hold => (progress || !is_held).then_some(Rung::Evict),
+            Rung::Hold => (self.progress || !is_held).then_some(Rung::Evict),
             Rung::Oom if !is_held => Some(Rung::Evict),
             Rung::Oom => held.is_some_and(|until| sample.now < until).then_some(Rung::Hold),
         }

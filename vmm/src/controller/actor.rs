@@ -17,6 +17,7 @@
 //! | `groups.rs` | groups, and what is asked of a VM or of a group alike |
 //! | `promises.rs` | whether what is promised fits |
 //! | `moves.rs` | VMs and groups that change their group |
+//! | `ladders.rs`, `reclaim.rs` | what is done about those who use too much, and memory that somebody wants back |
 //! | `recall.rs` | stocks that are wanted back |
 //! | `squeeze.rs` | who gives what a group has to |
 //! | `strays.rs` | workers that run and could not be taken over |
@@ -37,16 +38,18 @@ use tokio::time::Instant;
 
 use super::admission::Created;
 
-use super::changes::Change;
+use super::changes::{Change, Target};
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, EventLog, Subject};
 use super::host;
 use super::journal::{Entry, Journal};
+use super::ladders::Climb;
 use super::link::FromLink;
 use super::pressure::Pressures;
 use super::recall::Recall;
+use super::reclaim::Reclaiming;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
@@ -109,6 +112,12 @@ pub(super) struct Actor {
     pub recalls: Vec<Recall>,
     /// The groups whose VMs have to come down for their sake.
     pub squeezed: BTreeMap<NodeId, Squeeze>,
+    /// The ladders of those who use more than they should, or did lately.
+    pub ladders: BTreeMap<Target, Climb>,
+    /// Those for whom something has changed.
+    pub unlooked: BTreeSet<Target>,
+    /// Memory that somebody wants back.
+    pub reclaims: Vec<Reclaiming>,
     pub events: EventLog,
     pub pressures: Pressures,
     pub news: watch::Sender<u64>,
@@ -144,6 +153,9 @@ impl Actor {
             changes: Vec::new(),
             recalls: Vec::new(),
             squeezed: BTreeMap::new(),
+            ladders: BTreeMap::new(),
+            unlooked: BTreeSet::new(),
+            reclaims: Vec::new(),
             events: EventLog::of_life(journal.epoch()),
             pressures: Pressures::default(),
             news,
@@ -459,7 +471,10 @@ impl Actor {
         let changes = self.changes.iter().map(Change::next_deadline);
         let recalls = self.recalls.iter().map(Recall::deadline);
         let squeezes = self.squeezed.values().map(|squeeze| squeeze.next);
-        changes.chain(recalls).chain(squeezes).chain(self.vms.next_deadline()).min()
+        let ladders = self.ladders.values().filter_map(Climb::next);
+        let reclaims = self.reclaims.iter().map(Reclaiming::deadline);
+        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims);
+        all.chain(self.vms.next_deadline()).min()
     }
 
     /// Does what is due.
@@ -468,6 +483,8 @@ impl Actor {
         self.end_recalls(Some(now));
         self.overdue_squeezes(now);
         self.overdue_changes(now);
+        self.overdue_ladders(now);
+        self.overdue_reclaims(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
@@ -495,6 +512,7 @@ impl Actor {
     fn settle(&mut self) {
         self.advance_changes();
         self.serve_refused();
+        self.look_at_all();
         self.send_due();
         self.feel_pressure();
         debug_assert!(self.vms.in_order(), "a VM was changed behind the back of its index");

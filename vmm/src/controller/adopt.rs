@@ -448,6 +448,12 @@ impl Actor {
         }
         self.grow_overhead(id, Cost::default());
         self.recount_cold(id);
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if vm.adopted {
+            // What was asked of it, and what it has told of, was an earlier controller's.
+            vm.reclaim_aim = vm.report.cold.aim;
+            vm.evicted_told = (vm.report.cold.evicted, None);
+        }
     }
 
     /// Charges pages that are there, whatever the limits.
@@ -487,6 +493,7 @@ impl Actor {
             self.resume(id, "request", None);
         }
         self.aim_balloon(id);
+        self.aim_reclaim(id, None);
     }
 
     /// A VM that has ended before this controller began. `end`: nobody was there to see it.

@@ -116,7 +116,7 @@ impl Controller {
 }
 
 /// What has limits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Target {
     /// A VM.
     Vm(VmId),
@@ -161,6 +161,16 @@ pub(super) struct Change {
 }
 
 impl Change {
+    /// When it is given up.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether it is about `memory.max` of a target.
+    pub fn names(&self, target: Target) -> bool {
+        self.parts.iter().any(|part| part.target == target && part.patch.max.is_some())
+    }
+
     /// When something has to be done about it.
     pub fn next_deadline(&self) -> Instant {
         self.waiters.iter().map(|waiter| waiter.until).fold(self.deadline, Instant::min)
@@ -343,6 +353,7 @@ impl Actor {
         if let Target::Group(node) = target {
             self.squeeze(node);
         }
+        self.look_soon(target);
         for id in self.vms_of(target) {
             self.vms.get_mut(&id).expect("listed").grant_due = true;
             // Before anything is granted under a higher limit.

@@ -45,6 +45,13 @@ pub enum EventKind {
     LimitNotReached,
     /// Usage has risen above `high`.
     HighCrossed,
+    /// Usage is above what it should be, and something else is done about it from now on: `rung` says what. The same rung of
+    /// one VM or group is told once a minute.
+    Reclaim,
+    /// Usage has come down to where it should be, so much of it by balloon, reports and eviction.
+    Reclaimed,
+    /// The VM's cold pages are evicted; told once a minute.
+    Evicted,
     /// A charge was refused at `max` and the VM is held.
     MaxHit,
     /// The guest gives nothing of what its balloon is asked for: it is told that what it has given is enough, and asked
@@ -78,7 +85,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -89,6 +96,9 @@ impl EventKind {
         Self::LimitChanged,
         Self::LimitNotReached,
         Self::HighCrossed,
+        Self::Reclaim,
+        Self::Reclaimed,
+        Self::Evicted,
         Self::MaxHit,
         Self::TargetStalled,
         Self::Uncooperative,

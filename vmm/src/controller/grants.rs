@@ -12,7 +12,7 @@
 //! being released cancels it.
 //!
 //! ```text
-//!  held ── deadline ─► refused? ─ no ─► its grant is on the way: look again in a second
+//!  held ── deadline ─► refused? ─ no ─► its grant is on the way, or cold pages are being evicted: again in a second
 //!                         │ yes
 //!                         ▼
 //!                      the neighbours' stocks come back ─ served ─► it goes on
@@ -68,6 +68,11 @@ impl Actor {
             self.tree.uncharge(vm.node, returned);
             self.roomier = true;
         }
+        let now = Instant::now();
+        if report.faults.reported > before.faults.reported {
+            vm.reported_at = Some(now);
+        }
+        vm.heard_at = Some(now);
         vm.report = report;
         vm.reported = true;
         self.grow_overhead(id, overhead::grown(&before));
@@ -82,6 +87,8 @@ impl Actor {
         // Nor is it granted to this one ahead of need while others wait for it.
         self.serve_refused_but(Some(id));
         self.serve(id, true);
+        self.tell_evicted(id);
+        self.look_above(id);
     }
 
     /// Gives the answers that waited for this report.
@@ -215,10 +222,12 @@ impl Actor {
         if charge.crossed_high.iter().any(|at| at == node) {
             let details = self.account(id, json!({}));
             self.event(EventKind::HighCrossed, Some(&name), details);
+            self.look_soon(Target::Vm(id));
         }
         for group in charge.crossed_high.iter().filter(|at| *at != node) {
             self.target_event(EventKind::HighCrossed, Target::Group(group), json!({}));
             self.squeeze_soon(group);
+            self.look_soon(Target::Group(group));
         }
         charge.pages.0
     }
@@ -288,7 +297,11 @@ impl Actor {
         if vm.start_due && room(vm) {
             vm.start_due = !vm.send(ToWorker::Start);
         }
-        if !room(vm) && (vm.grant_due || vm.balloon_due || vm.start_due) {
+        if vm.reclaim_due && room(vm) {
+            self.send_reclaim(id);
+        }
+        let vm = self.vms.get_mut(&id).expect("checked");
+        if !room(vm) && (vm.grant_due || vm.balloon_due || vm.start_due || vm.reclaim_due) {
             vm.awaits_room = true;
             let (to_worker, inbox) = (vm.to_worker.clone(), self.inbox.clone());
             // What a worker reads may leave it nothing to report, so its reading alone wakes nobody here.
@@ -329,7 +342,9 @@ impl Actor {
 
     /// The size that the balloon should have: from its own limits, and from what the groups above have to give.
     pub fn balloon_target(&self, id: VmId) -> Pages {
-        self.own_balloon_target(id).max(self.balloon_for(id, self.aim(id)))
+        // What somebody has asked for beside the limits is a goal of its ladder.
+        let aim = self.asks(Target::Vm(id)).balloon.map_or(Limit::Max, Limit::Pages).min(self.aim(id));
+        self.own_balloon_target(id).max(self.balloon_for(id, aim))
     }
 
     /// The size that the balloon should have because of the VM's own limits in force, or those that are pending.
@@ -377,11 +392,13 @@ impl Actor {
             return;
         };
         let (running, granted, refused) = (vm.state == VmState::Running, vm.granted_total, vm.refused());
-        let Some(hold) = &mut vm.hold else { return };
-        if hold.acted || hold.deadline > now || !running {
+        if !running || vm.hold.is_none_or(|hold| hold.acted || hold.deadline > now) {
             return;
         }
-        if !refused {
+        let gives = self.gives(id);
+        let vm = self.vms.get_mut(&id).expect("found");
+        let Some(hold) = &mut vm.hold else { return };
+        if !refused || gives {
             // What it waits for is on its way.
             hold.deadline = now + host::scaled(SILENT_RETRY);
             return;

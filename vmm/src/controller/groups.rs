@@ -398,6 +398,7 @@ impl Actor {
             },
             vmm: counter(node.vmm, node.limits.vmm_max),
             swap: counter(node.swap, node.limits.swap_max),
+            reclaim: self.reclaim_view(Target::Group(group)),
             pressure: self.pressure_view(group),
         }
     }

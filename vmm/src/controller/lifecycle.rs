@@ -17,6 +17,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::actor::{Actor, Input, Past, WORKER_PATIENCE, answer};
+use super::changes::Target;
 use super::cold;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
@@ -223,6 +224,8 @@ impl Actor {
         self.refuse_waiting(id, &gone);
         self.recalled_in_vain(id);
         self.abandon_changes(id, &gone);
+        self.ladders.remove(&Target::Vm(id));
+        self.abandon_reclaims(Target::Vm(id), &gone);
         self.remember(Entry::Ended { vm: name.clone(), how });
         self.event(kind, Some(&name), details);
         for reply in killers {

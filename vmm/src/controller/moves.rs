@@ -141,6 +141,11 @@ impl Actor {
         self.roomier = true;
         self.tell(target);
         self.squeeze_above(to);
+        for id in self.vms_of(target) {
+            // What other groups wanted of it is theirs no more.
+            self.aim_reclaim(id, None);
+            self.look_above(id);
+        }
         let path = self.tree.path(node);
         self.remember(match target {
             Target::Vm(id) => Entry::Moved { node: self.vms[&id].name.clone(), to: self.tree.path(to) },

@@ -6,6 +6,7 @@ use memcg_core::units::Pages;
 use tokio::time::Instant;
 
 use super::actor::Actor;
+use super::changes::Target;
 use super::host;
 use super::overhead;
 use super::view::{
@@ -40,6 +41,7 @@ impl Actor {
             overhead: OverheadView { accounted: accounted(vm), measured: None },
             swap: self.swap_view(vm),
             cold: vm.report.cold.into(),
+            reclaim: self.reclaim_view(Target::Vm(id)),
             balloon: BalloonView {
                 target_bytes: self.balloon_target(id).bytes(),
                 told_bytes: vm.balloon.told(self.balloon_target(id)).bytes(),

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use memcg_core::frame::Histogram;
+use memcg_core::ladder::Rung;
 use memcg_core::progress::State;
 use memcg_core::tree::Events;
 use memcg_core::units::Pages;
@@ -67,6 +68,9 @@ pub struct VmView {
     pub swap: CounterView,
     /// What is known of its cold pages.
     pub cold: ColdView,
+    /// What is being done about memory that it should not use.
+    #[serde(default)]
+    pub reclaim: ReclaimView,
     /// The balloon.
     pub balloon: BalloonView,
     /// What the guest says about its memory, when it has said anything.
@@ -171,6 +175,9 @@ pub struct GroupView {
     pub vmm: CounterView,
     /// Evicted pages.
     pub swap: CounterView,
+    /// What is being done about memory that it should not use.
+    #[serde(default)]
+    pub reclaim: ReclaimView,
     /// `memory.pressure` of all VMs below it together.
     pub pressure: PressureView,
 }
@@ -332,6 +339,57 @@ impl From<Cold> for ColdView {
             refaulted_bytes: bytes(cold.refaulted),
             read_around_bytes: bytes(cold.read_around),
             incompressible_bytes: bytes(cold.incompressible),
+        }
+    }
+}
+
+/// What is being done about a VM or a group that uses more than it should.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReclaimView {
+    /// What is done now, beside what was done before.
+    pub rung: ReclaimRung,
+    /// Since when, in milliseconds; absent at rest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub since_ms: Option<u64>,
+    /// What usage is to come down to; absent at rest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub goal_bytes: Option<u64>,
+}
+
+/// A rung of the ladder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReclaimRung {
+    /// Nothing: usage is where it should be.
+    #[default]
+    Rest,
+    /// The stock is called back.
+    Recall,
+    /// The guest is giving back free memory by itself.
+    Reports,
+    /// The guest is asked by its balloon.
+    Balloon,
+    /// Cold pages are evicted.
+    Evict,
+    /// Usage does not come down, whatever is done.
+    Stuck,
+    /// The same, and the vCPUs are held.
+    Hold,
+    /// The policy acts.
+    Oom,
+}
+
+impl From<Rung> for ReclaimRung {
+    fn from(rung: Rung) -> Self {
+        match rung {
+            Rung::Rest => Self::Rest,
+            Rung::Recall => Self::Recall,
+            Rung::Reports => Self::Reports,
+            Rung::Balloon => Self::Balloon,
+            Rung::Evict => Self::Evict,
+            Rung::Stuck => Self::Stuck,
+            Rung::Hold => Self::Hold,
+            Rung::Oom => Self::Oom,
         }
     }
 }

@@ -229,6 +229,15 @@ pub(super) struct Vm {
     pub balloon: BalloonAsking,
     /// What its worker may evict, as it was told last.
     pub leases: Leases,
+    /// What its worker is to come down to by eviction, `u64::MAX` when nothing is asked of it.
+    pub reclaim_aim: u64,
+    /// That was dropped because the worker did not read.
+    pub reclaim_due: bool,
+    /// When a report was last heard, and when one said that free pages had come back.
+    pub heard_at: Option<Instant>,
+    pub reported_at: Option<Instant>,
+    /// How many evicted pages the events have told of, and when.
+    pub evicted_told: (u64, Option<Instant>),
     /// The balloon target last sent.
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.

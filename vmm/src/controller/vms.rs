@@ -40,7 +40,7 @@ impl Needs {
             deadline: vm.next_deadline(),
             refused: vm.refused_since,
             // One that waits for room in its queue is due again when it has some.
-            due: vm.alive() && !vm.awaits_room && (grant || vm.balloon_due || vm.start_due),
+            due: vm.alive() && !vm.awaits_room && (grant || vm.balloon_due || vm.start_due || vm.reclaim_due),
         }
     }
 }

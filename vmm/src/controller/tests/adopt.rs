@@ -98,8 +98,8 @@ async fn restored(controller: Controller, remembered: &Remembered, said: Hello) 
     let held = said.report.granted_total.saturating_sub(said.report.returned_total);
     let report = Report { epoch: 0, granted_total: held, returned_total: 0, ..said.report };
     let (accounting, grant) = (said.accounting, (0, 0, 0, false));
-    let leases = (0, 0);
-    let worker = FakeWorker { controller, id, inbox, killed, end, accounting, report, grant, leases };
+    let (leases, aim, evicts) = ((0, 0), u64::MAX, false);
+    let worker = FakeWorker { controller, id, inbox, killed, end, accounting, report, grant, leases, aim, evicts };
     worker.say(FromWorker::Hello(said)).await;
     worker
 }

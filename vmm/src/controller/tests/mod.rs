@@ -13,6 +13,7 @@ mod fleet;
 mod fuzz;
 mod grants;
 mod groups;
+mod ladders;
 mod limits;
 mod pressure;
 mod requests;
@@ -36,7 +37,7 @@ use super::overhead::Part;
 use super::spawn::Death;
 use super::view::{OomAction, VmView};
 use super::{Controller, OomPolicy, VmEnd, VmId, VmSpec, WorkerProcess};
-use crate::worker::protocol::{ExitReason, FromWorker, Hello, RamSlot, Report, ToWorker};
+use crate::worker::protocol::{Area, ExitReason, FromWorker, Hello, RamSlot, Report, ToWorker};
 
 /// Pages of RAM of the VM under test: 256 MiB.
 const SIZE: u64 = 65536;
@@ -79,6 +80,9 @@ struct FakeWorker {
     grant: (u64, u64, u64, bool),
     /// What it may have in swap and in its store.
     leases: (u64, u64),
+    /// What it is to come down to by eviction.
+    aim: u64,
+    evicts: bool,
 }
 
 /// How the VM under test is made.
@@ -90,13 +94,15 @@ struct Setup {
     config: Option<Arc<VmConfig>>,
     group: &'static str,
     queue: usize,
+    /// Its worker has a store.
+    evicts: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
         let max = Limit::Pages(Pages(4096));
-        Self { max, accounting: true, oom, overhead: Vec::new(), config: None, group: "/", queue: 64 }
+        Self { max, accounting: true, oom, overhead: Vec::new(), config: None, group: "/", queue: 64, evicts: false }
     }
 }
 
@@ -159,8 +165,9 @@ impl FakeWorker {
         let id = controller.create(spec).await?;
         let end = controller.attach(id, Box::new(Puppet(Arc::clone(&killed))), to_worker).await?;
         let (report, grant, accounting) = (Report::default(), (0, 0, 0, false), setup.accounting);
-        let leases = (0, 0);
-        Ok(Self { controller: controller.clone(), id, inbox, killed, end, accounting, report, grant, leases })
+        let (leases, aim, evicts) = ((0, 0), u64::MAX, setup.evicts);
+        let controller = controller.clone();
+        Ok(Self { controller, id, inbox, killed, end, accounting, report, grant, leases, aim, evicts })
     }
 
     /// A VM with `max` pages that runs and has reported once.
@@ -179,7 +186,9 @@ impl FakeWorker {
 
     /// Says hello and takes the first grant, if there is any accounting.
     async fn hello(&mut self) {
-        self.say(FromWorker::Hello(hello(self.accounting))).await;
+        let bytes = if self.evicts { SIZE * 4096 } else { 0 };
+        let store = Area { hva: 0x7200_0000_0000, bytes };
+        self.say(FromWorker::Hello(Hello { store, ..hello(self.accounting) })).await;
         if self.accounting {
             self.first_grant().await;
         }
@@ -218,6 +227,10 @@ impl FakeWorker {
             self.grant = (granted_total, stock_max, room, refused);
             self.leases = (swap_max, store_max);
             self.report.granted_total = granted_total;
+        } else if let ToWorker::Reclaim { aim } = message {
+            self.aim = aim;
+            self.report.cold.aim = aim;
+            self.report.cold.stuck = false;
         }
         message
     }

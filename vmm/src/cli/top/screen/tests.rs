@@ -2,7 +2,7 @@ use super::*;
 use crate::controller::events::EventKind;
 use crate::controller::view::{
     BalloonView, ColdView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, HostView, MemoryView,
-    OomAction, OomPreference, OomView, OverheadView, PressureView, VmState,
+    OomAction, OomPreference, OomView, OverheadView, PressureView, ReclaimView, VmState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -26,6 +26,7 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         overhead: OverheadView::default(),
         swap: CounterView::default(),
         cold: ColdView::default(),
+        reclaim: ReclaimView::default(),
         balloon: BalloonView {
             target_bytes: 64 * MIB,
             actual_bytes: MIB + MIB / 2,
@@ -81,6 +82,7 @@ fn group(path: &str, used_mib: u64, max_mib: Option<u64>) -> GroupView {
         memory: GroupMemoryView { current_bytes: used_mib * MIB, max_bytes, ..GroupMemoryView::default() },
         vmm: CounterView::default(),
         swap: CounterView::default(),
+        reclaim: ReclaimView::default(),
         pressure: PressureView::default(),
     }
 }

@@ -1,0 +1,322 @@
+//! What is done about VMs and groups that use more than they should.
+
+use tokio::task::JoinHandle;
+
+use super::super::MemoryChange;
+use super::super::reclaim::ReclaimedView;
+use super::super::view::{ReclaimRung, VmState};
+use super::limits::{ask, change};
+use super::*;
+use crate::controller::error::Code;
+
+use ReclaimRung::{Balloon, Evict, Hold, Oom, Rest, Stuck};
+
+/// Pages of the limit, and of the `high` that follows from it.
+const MAX: u64 = 4096;
+const HIGH: u64 = MAX - 1024;
+
+/// A VM that can evict, in some group, under `max`; its guest holds `guest` pages.
+async fn evicting(controller: &Controller, name: &str, group: &'static str, max: Limit, guest: u64) -> FakeWorker {
+    let setup = Setup { max, group, evicts: true, ..Setup::default() };
+    let mut worker = FakeWorker::add_to(controller, name, setup).await.expect("added");
+    worker.hello().await;
+    worker.say(FromWorker::Loaded { plan: 0 }).await;
+    while worker.try_next().await.is_some() {}
+    while worker.report.guest < guest {
+        worker.touch((guest - worker.report.guest).min(100)).await;
+    }
+    worker
+}
+
+async fn alone(guest: u64) -> FakeWorker {
+    let (controller, _) = Controller::start(Limit::Max);
+    evicting(&controller, "vm", "/", pages(MAX), guest).await
+}
+
+impl FakeWorker {
+    /// Reads what there is, and gives back what is recalled.
+    async fn obey(&mut self) {
+        while let Some(message) = self.try_next().await {
+            if let ToWorker::Recall { seq } | ToWorker::Query { seq } = message {
+                self.book();
+                if matches!(message, ToWorker::Recall { .. }) {
+                    self.report.returned_total += self.report.stock;
+                    self.report.stock = 0;
+                }
+                self.answer(seq).await;
+            }
+        }
+    }
+
+    /// Obeys for so many milliseconds, in steps in which every deadline passes in its order.
+    async fn obey_for(&mut self, ms: u64) {
+        for _ in 0..ms / 50 {
+            self.obey().await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.obey().await;
+    }
+
+    /// Evicts `n` pages into a quarter of them, and gives back what that frees.
+    async fn evict_and_return(&mut self, n: u64) {
+        self.evict(n, n / 4).await;
+        self.report.returned_total += self.report.stock;
+        self.report.stock = 0;
+        self.tell().await;
+    }
+
+    async fn rung(&mut self) -> ReclaimRung {
+        self.view().await.reclaim.rung
+    }
+}
+
+/// The rungs that events tell of, and those of the end.
+async fn told(controller: &Controller) -> Vec<String> {
+    let events = controller.events(0).await.expect("events").into_iter();
+    let of_ladders = events.filter(|event| matches!(event.event, EventKind::Reclaim | EventKind::Reclaimed));
+    of_ladders.map(|event| event.details.get("rung").map_or("end".to_owned(), |rung| rung.to_string())).collect()
+}
+
+/// A guest without a driver is not waited for: when its stock is back, its cold pages go, until it is where it should be.
+/// Semantics: 115.
+#[tokio::test(start_paused = true)]
+async fn above_its_high_a_deaf_guest_loses_its_cold_pages() {
+    let mut worker = alone(3300).await;
+    worker.obey_for(200).await;
+    assert_eq!((worker.rung().await, worker.aim), (Evict, HIGH));
+    let view = worker.view().await;
+    assert_eq!(view.reclaim.goal_bytes, Some(HIGH * 4096));
+    worker.evict_and_return(800).await;
+    worker.obey().await;
+    assert_eq!((worker.rung().await, worker.aim), (Rest, u64::MAX));
+    assert_eq!(told(&worker.controller).await, ["\"evict\"", "end"]);
+    let end = worker.has_event(EventKind::Reclaimed).await.expect("an event");
+    assert_eq!((&end.details["evicted_bytes"], &end.details["balloon_bytes"]), (&(800 * 4096).into(), &0.into()));
+    assert_eq!(worker.has_event(EventKind::Evicted).await.expect("an event").details["swap_bytes"], 800 * 4096);
+}
+
+/// A driver that gives has two seconds before anything is taken, and less when it does not.
+/// Semantics: 42, 117.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_gives_has_its_time_first() {
+    let mut worker = alone(2000).await;
+    worker.report.balloon_ready = true;
+    worker.tell().await;
+    worker.obey().await;
+    while worker.report.guest < 3500 {
+        worker.touch(100).await;
+        worker.obey().await;
+    }
+    worker.obey_for(1500).await;
+    assert_eq!((worker.rung().await, worker.aim), (Balloon, u64::MAX));
+    for _ in 0..4 {
+        worker.report.ballooned += 20;
+        worker.free(20).await;
+        worker.obey_for(300).await;
+    }
+    assert_eq!((worker.rung().await, worker.aim), (Evict, HIGH), "it gives, and its time is over");
+    assert_eq!(told(&worker.controller).await, ["\"balloon\"", "\"evict\""]);
+}
+
+/// A VM that usage keeps on its limit climbs a few times in a minute, and its events tell of it once.
+#[tokio::test(start_paused = true)]
+async fn who_hovers_about_its_high_fills_no_log() {
+    let mut worker = alone(3300).await;
+    for _ in 0..30 {
+        worker.obey_for(200).await;
+        if worker.aim != u64::MAX {
+            worker.book();
+            worker.report.returned_total += worker.report.stock;
+            worker.report.stock = 0;
+            worker.free(400).await;
+        }
+        while worker.report.guest < 3300 {
+            worker.touch(100).await;
+        }
+    }
+    let told = told(&worker.controller).await;
+    assert!(told.len() <= 4, "{told:?}");
+    let climbs = worker.events().await.iter().filter(|event| event.event == EventKind::HighCrossed).count();
+    assert!(climbs > 4, "{climbs}");
+}
+
+/// One that can be neither asked nor evicted is shown as stuck, and tried again when something comes back.
+/// Semantics: 44.
+#[tokio::test(start_paused = true)]
+async fn what_does_not_come_down_is_said() {
+    let mut worker = alone(3300).await;
+    worker.obey_for(200).await;
+    worker.report.cold.stuck = true;
+    worker.tell().await;
+    assert_eq!(worker.rung().await, Stuck);
+    assert_eq!(worker.aim, HIGH, "it is still asked for what it may find later");
+    worker.report.cold.stuck = false;
+    worker.evict_and_return(100).await;
+    assert_eq!(worker.rung().await, Evict);
+    // No more comes: within two seconds that is known again.
+    worker.obey_for(2200).await;
+    assert_eq!(worker.rung().await, Stuck);
+}
+
+/// A guest that is held at its limit cannot help itself. While its cold pages go its policy waits, and no longer.
+/// Semantics: 42, B34, T7.
+#[tokio::test(start_paused = true)]
+async fn a_held_guest_is_not_given_up_while_eviction_gets_somewhere() {
+    let mut worker = alone(3500).await;
+    worker.report.balloon_ready = true;
+    while worker.report.guest + worker.report.reserve < MAX {
+        worker.touch(10).await;
+    }
+    (worker.report.want, worker.report.want_now) = (5000, 5000);
+    worker.report.held = true;
+    worker.tell().await;
+    worker.obey().await;
+    assert_eq!((worker.rung().await, worker.aim), (Evict, HIGH));
+    // It finds some, and the guest takes it at once: nobody is paused for ten seconds.
+    for step in 0..10 {
+        worker.evict_and_return(400).await;
+        worker.obey_for(1000).await;
+        worker.book();
+        let got = std::mem::take(&mut worker.report.stock);
+        worker.report.guest += got;
+        worker.report.want_now -= got;
+        worker.report.want = worker.report.want_now;
+        worker.tell().await;
+        assert!(worker.has_event(EventKind::VictimSelected).await.is_none(), "at step {step}");
+    }
+    worker.report.cold.stuck = true;
+    worker.tell().await;
+    assert_eq!(worker.rung().await, Hold);
+    worker.obey_for(8000).await;
+    assert!(worker.has_event(EventKind::VictimSelected).await.is_some());
+    let view = worker.view().await;
+    assert_eq!((view.state, view.reclaim.rung), (VmState::Paused, Oom));
+}
+
+/// What a group has too much its members lose, those who can, by what they use; nobody else does. One that leaves the group
+/// is not asked for it any more.
+/// Semantics: 41, 63.
+#[tokio::test(start_paused = true)]
+async fn a_group_s_need_is_evicted_from_its_members() {
+    let (controller, _) = Controller::start(Limit::Max);
+    for (path, max) in [("/gold", 6000), ("/iron", 9000)] {
+        controller.put_group(path, change(pages(max))).await.expect("made");
+    }
+    let mut a = evicting(&controller, "a", "/gold", Limit::Max, 3000).await;
+    let mut b = evicting(&controller, "b", "/gold", Limit::Max, 1500).await;
+    let mut c = evicting(&controller, "c", "/iron", Limit::Max, 2000).await;
+    b.report.cold.stuck = true;
+    b.report.cold.aim = u64::MAX;
+    b.tell().await;
+    a.touch(400).await;
+    for _ in 0..8 {
+        for worker in [&mut a, &mut b, &mut c] {
+            worker.obey_for(50).await;
+        }
+    }
+    let group = controller.group("/gold").await.expect("shown");
+    assert_eq!(group.reclaim.rung, Evict);
+    let above = group.memory.current_bytes / 4096 - (6000 - 1024);
+    let usage = |worker: &FakeWorker| worker.report.held().expect("a number");
+    assert!(usage(&a) - above - 8 <= a.aim && a.aim <= usage(&a), "{} of {} for {above}", a.aim, usage(&a));
+    assert_eq!((b.aim, c.aim), (u64::MAX, u64::MAX), "one has nothing, the other is elsewhere");
+    controller.move_vm("a", "/iron").await.expect("it fits");
+    a.obey().await;
+    assert_eq!(a.aim, u64::MAX);
+}
+
+/// A lower limit with little time: eviction begins before half of it is over, although the driver gives.
+/// Semantics: 118, B83.
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_is_lowered_begins_to_evict_in_time() {
+    let mut worker = alone(2500).await;
+    worker.report.balloon_ready = true;
+    worker.tell().await;
+    worker.obey().await;
+    let lower = MemoryChange { wait: Some(Duration::from_secs(3)), ..change(pages(1500)) };
+    let answer = ask(&worker, lower);
+    let mut waited = 0;
+    while worker.aim == u64::MAX {
+        worker.obey_for(50).await;
+        waited += 50;
+    }
+    assert!((1500..=5000).contains(&waited), "within half of the ten seconds that a change has: {waited}");
+    assert_eq!(worker.aim, 1500 - 1024);
+    worker.evict(2300, 100).await;
+    worker.report.returned_total += worker.report.stock;
+    worker.report.stock = 0;
+    worker.tell().await;
+    worker.obey_for(100).await;
+    assert_eq!(worker.view().await.memory.max_bytes, Some(1500 * 4096));
+    assert!(answer.await.expect("no panic").expect("reached").in_force);
+}
+
+type Reclaimed = JoinHandle<Result<ReclaimedView, Refusal>>;
+
+fn reclaim(worker: &FakeWorker, wanted: u64, wait: u64) -> Reclaimed {
+    let controller = worker.controller.clone();
+    tokio::spawn(async move { controller.reclaim("vm", wanted * 4096, Duration::from_secs(wait)).await })
+}
+
+/// What is asked for is taken by all means that do not hurt, and no limit has changed.
+/// Semantics: 112.
+#[tokio::test(start_paused = true)]
+async fn memory_is_reclaimed_on_request() {
+    let mut worker = alone(2000).await;
+    worker.obey().await;
+    worker.book();
+    worker.tell().await;
+    let before = worker.view().await.memory.current_bytes / 4096;
+    let answer = reclaim(&worker, 700, 10);
+    worker.obey_for(100).await;
+    assert_eq!((worker.rung().await, worker.aim), (Evict, before - 700));
+    worker.evict_and_return(1200).await;
+    let reclaimed = answer.await.expect("no panic").expect("reached");
+    assert!(reclaimed.is_reached(), "{reclaimed:?}");
+    assert_eq!(reclaimed.requested_bytes, 700 * 4096);
+    worker.obey().await;
+    let view = worker.view().await;
+    assert_eq!((worker.aim, view.memory.max_bytes), (u64::MAX, Some(MAX * 4096)));
+    assert_eq!(view.reclaim.rung, Rest);
+}
+
+/// As much as there was, and not a word later than it is clear that there is no more.
+/// Semantics: 44.
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_not_reached_says_how_far_it_got() {
+    let mut worker = alone(2000).await;
+    worker.obey().await;
+    let answer = reclaim(&worker, 1500, 60);
+    worker.obey_for(100).await;
+    worker.evict_and_return(400).await;
+    worker.report.cold.stuck = true;
+    worker.tell().await;
+    let reclaimed = answer.await.expect("no panic").expect("not reached");
+    assert!(!reclaimed.is_reached() && reclaimed.reclaimed_bytes >= 300 * 4096, "{}", reclaimed.reclaimed_bytes);
+    // One whose time is over is answered, too.
+    worker.report.cold.stuck = false;
+    let answer = reclaim(&worker, 1500, 1);
+    worker.obey_for(1500).await;
+    assert!(!answer.await.expect("no panic").expect("not reached").is_reached());
+    assert_eq!(worker.aim, u64::MAX, "nobody wants it any more");
+    let nothing = worker.controller.reclaim("vm", 0, Duration::from_secs(1)).await.expect("at once");
+    assert!(nothing.is_reached());
+}
+
+/// Whoever asks for what cannot be is told so.
+#[tokio::test(start_paused = true)]
+async fn a_request_is_refused_that_makes_no_sense() {
+    let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
+    let worker = FakeWorker::running(setup).await;
+    let refused = |name: &'static str| {
+        let controller = worker.controller.clone();
+        async move { controller.reclaim(name, 4096, Duration::from_secs(1)).await.expect_err("refused").code }
+    };
+    assert_eq!((refused("vm").await, refused("nobody").await), (Code::NotAccounted, Code::NotFound));
+    let mut worker = alone(1000).await;
+    worker.obey().await;
+    let answer = reclaim(&worker, 900, 60);
+    worker.obey_for(100).await;
+    worker.exit(ExitReason::PowerOff).await;
+    assert_eq!(answer.await.expect("no panic").expect_err("it has ended").code, Code::WrongState);
+}
