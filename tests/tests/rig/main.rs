@@ -3,6 +3,7 @@
 
 mod cost;
 mod fleet;
+mod reporting;
 mod single;
 
 const MIB: u64 = 1 << 20;

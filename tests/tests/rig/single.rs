@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{CMDLINE, MIB};
 
 /// A Debian kernel with our init, on the uncompressed kernel: it boots fastest.
-fn linux(name: &str) -> Builder {
+pub fn linux(name: &str) -> Builder {
     TestVm::builder(name).kernel(&guest_file("vmlinux")).option("--initrd", guest_file("initrd.img").to_string_lossy())
 }
 
@@ -15,7 +15,7 @@ fn usage(now: &Value) -> u64 {
 }
 
 /// The answer line before `OK`: the command's data.
-fn data(vm: &mut TestVm, command: &str, prefix: &str) -> String {
+pub fn data(vm: &mut TestVm, command: &str, prefix: &str) -> String {
     vm.send(command);
     let line = vm.expect(prefix, 60);
     vm.expect("OK", 60);
@@ -24,7 +24,7 @@ fn data(vm: &mut TestVm, command: &str, prefix: &str) -> String {
 
 /// Charged equals resident while the guest stands still. What it had given to its balloon before that may still be on
 /// its way to the host for a moment.
-fn exact(vm: &TestVm, at: &str) {
+pub fn exact(vm: &TestVm, at: &str) {
     let (status, _) = vm.post("pause");
     assert!((200..300).contains(&status), "{at}: pause {status}");
     wait_until(&format!("{at}: charged equals resident"), 5, || {
@@ -36,7 +36,7 @@ fn exact(vm: &TestVm, at: &str) {
 }
 
 /// Nothing in the guest's log that its limit did not demand.
-fn healthy(vm: &mut TestVm) {
+pub fn healthy(vm: &mut TestVm) {
     let counts = data(vm, "dmesg-check", "DMESG");
     for clean in ["stalls=0", "ooms=0", "bugs=0"] {
         assert!(counts.contains(clean), "{counts}");
