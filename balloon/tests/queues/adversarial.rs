@@ -58,6 +58,49 @@ fn odd_bytes_are_dropped() {
     assert_eq!(balloon.counters().faults.get(GuestFault::Ragged), 1);
 }
 
+/// A length is an allegation: nothing is read for none, and no more than a chain may hold for 4 GiB.
+#[test]
+fn lengths_of_nothing_and_of_four_gibibytes_are_bounded() {
+    let mut driver = Driver::new(8);
+    let mut queue = driver.queue();
+    let (mut balloon, mut pages) = (balloon(), Diary::default());
+    driver.describe(0, BUFFERS, 0, NEXT, 1);
+    driver.describe(1, u64::MAX, 0, 0, 0);
+    driver.offer(0);
+    let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
+    assert_eq!((out.chains, out.pages, out.faults), (1, 0, 0));
+    driver.write_pfns(BUFFERS, &(0..spec::MAX_CHAIN_PFNS as u32).collect::<Vec<_>>());
+    driver.describe(2, BUFFERS, u32::MAX, NEXT, 3);
+    driver.describe(3, BUFFERS, u32::MAX, 0, 0);
+    driver.offer(2);
+    let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
+    assert_eq!((out.chains, out.pages, out.duplicates), (1, spec::MAX_CHAIN_PFNS as u64, 0));
+    assert_eq!(balloon.counters().faults.get(GuestFault::Oversized), 1);
+    // Where it begins decides whether it is RAM.
+    driver.describe(4, MEMORY - 4, u32::MAX, 0, 0);
+    driver.offer(4);
+    balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
+    assert_eq!(balloon.counters().faults.get(GuestFault::NotRam), 1);
+    assert_eq!((pages.inflated.len(), driver.used()), (1, vec![0, 2, 4]));
+}
+
+/// Page numbers are handed on as they are, each once in a batch: what is RAM, and what has been given before, is for the
+/// owner of the pages to know.
+#[test]
+fn numbers_outside_of_ram_and_numbers_given_before_are_handed_on_once_a_batch() {
+    let mut driver = Driver::new(8);
+    let mut queue = driver.queue();
+    let (mut balloon, mut pages) = (balloon(), Diary::default());
+    driver.send(0, &[u32::MAX, 7, 7, u32::MAX, 0x0010_0000]);
+    driver.send(1, &[7]);
+    let out = balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
+    assert_eq!((out.pages, out.duplicates, out.faults), (3, 3, 0));
+    driver.send(2, &[7]);
+    balloon.process(QueueKind::Inflate, &mut queue, &driver.mem, &mut pages);
+    let outside = [range(0x0010_0000, 1), range(u64::from(u32::MAX), 1)];
+    assert_eq!(pages.inflated, [vec![range(7, 1), outside[0], outside[1]], vec![range(7, 1)]]);
+}
+
 #[test]
 fn a_head_outside_the_table_is_passed_over() {
     let mut driver = Driver::new(8);

@@ -561,7 +561,7 @@ pub struct FaultsView {
     pub reported_pages: u64,
     /// Of these, pages that the guest has touched again within seconds.
     pub reported_back_pages: u64,
-    /// Pages reported as free and left alone, because too many had come back.
+    /// Pages reported as free and left alone: too many had come back, or the guest wants to find its poison in them.
     pub reported_left_pages: u64,
     /// Things a guest claimed that were refused.
     pub guest_errors: u64,

@@ -372,13 +372,15 @@ impl FaultThread {
 
     /// What the VM holds at this moment.
     fn measure(&self) -> Report {
+        let counters = self.balloon.counters();
         let mut report = Report {
             balloon_actual: self.balloon.actual(),
             balloon_ready: self.balloon.ready(),
-            oom_deflated: self.balloon.counters().oom_deflated_pages,
+            oom_deflated: counters.oom_deflated_pages,
             paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
             ..self.pages.as_ref().map(Pages::report).unwrap_or_default()
         };
+        report.faults.reported_left += counters.poisoned_pages;
         report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
         report
     }

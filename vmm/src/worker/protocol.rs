@@ -271,7 +271,7 @@ pub struct FaultCounts {
     pub reported: u64,
     /// Pages filled again within seconds after they were discarded so.
     pub reported_back: u64,
-    /// Pages reported as free and left alone because too many had come back.
+    /// Pages reported as free and left alone: too many had come back, or the guest wants to find its poison in them.
     pub reported_left: u64,
     /// Things a guest claimed that were refused (bad page numbers, bad descriptors).
     pub guest_errors: u64,
