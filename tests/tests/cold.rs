@@ -65,3 +65,31 @@ fn nothing_is_lost_while_two_vcpus_rewrite_what_is_evicted() {
     let end = exact(&vm);
     assert!(number(&end, "cold.evicted_bytes") > 16 * MIB, "{end}");
 }
+
+/// The truth in the last line that a payload has printed about a period: pages used in it and in the one before.
+fn truth(vm: &TestVm) -> u64 {
+    let line = vm.expect("ACCESS ", 60);
+    let two = line.split_whitespace().find_map(|word| word.strip_prefix("two=")).expect("it counts");
+    two.parse().expect("a number")
+}
+
+/// Of a guest that uses a quarter of what it has, a sample finds that quarter, and nothing is taken from it.
+#[test]
+fn the_working_set_is_found_from_a_sample() {
+    if skipped("cold-working-set") {
+        return;
+    }
+    let mut vm = shell("working", "size=256M,max=256M,swap=max,ageing=2s", "1");
+    ok(&mut vm, "touch 16M 160M seed=3");
+    vm.send("access hot 16M 160M hot=40M period=2000");
+    let (estimate, error, two) = wait_until("the estimate fits the truth", 60, || {
+        let two = truth(&vm) * PAGE;
+        let now = vm.show();
+        let set = now["cold"]["working_set_bytes"].as_u64()?;
+        let error = number(&now, "cold.working_set_error_bytes");
+        (set.abs_diff(two) * 10 < two).then_some((set, error, two))
+    });
+    assert!(error < estimate / 4, "{estimate} ± {error}, it is {two}");
+    let now = vm.show();
+    assert_eq!(number(&now, "swap.current_bytes"), 0, "{now}");
+}

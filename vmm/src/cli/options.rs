@@ -142,7 +142,7 @@ impl FromStr for MemoryArg {
 }
 
 impl Pairs for MemoryArg {
-    const KEYS: &[&str] = &["size", "max", "high", "low", "min", "swap", "vmm", "track"];
+    const KEYS: &[&str] = &["size", "max", "high", "low", "min", "swap", "vmm", "track", "ageing", "proactive"];
 
     fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let (mut size, mut config) = (None, MemoryConfig::default());
@@ -154,6 +154,14 @@ impl Pairs for MemoryArg {
                 }
                 "track" => {
                     config.track = Some(on_off(value)?);
+                    return Ok(());
+                }
+                "ageing" => {
+                    config.ageing_s = Some(if value == "off" { 0 } else { whole_seconds(value)? });
+                    return Ok(());
+                }
+                "proactive" => {
+                    config.proactive = Some(on_off(value)?);
                     return Ok(());
                 }
                 "max" => &mut config.max_bytes,
@@ -170,6 +178,15 @@ impl Pairs for MemoryArg {
         let memory = config.check().map_err(|refusal| refusal.message)?;
         Ok(Self { config, memory })
     }
+}
+
+/// A time that has to be whole seconds.
+fn whole_seconds(value: &str) -> Result<u32, String> {
+    let time = duration(value)?;
+    if time.subsec_millis() != 0 {
+        return Err(format!("{value:?} is not a whole number of seconds"));
+    }
+    u32::try_from(time.as_secs()).map_err(|error| error.to_string())
 }
 
 /// `--balloon`.
@@ -193,11 +210,7 @@ impl Pairs for BalloonArg {
             match key {
                 "deflate_on_oom" => arg.deflate_on_oom = on_off(value)?,
                 "stats_interval" => {
-                    let interval = duration(value)?;
-                    if interval.subsec_millis() != 0 {
-                        return Err(format!("{value:?} is not a whole number of seconds"));
-                    }
-                    arg.stats_interval_s = u32::try_from(interval.as_secs()).map_err(|error| error.to_string())?;
+                    arg.stats_interval_s = whole_seconds(value)?;
                 }
                 _ => arg.free_page_reporting = on_off(value)?,
             }

@@ -139,6 +139,12 @@ with_limits! {
         /// Whether memory is charged. By default it is with a limit, or where the controller has a budget.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub track: Option<bool>,
+        /// Seconds of a generation: how often it is looked at what a guest with a limit uses, 30 by default; 0 for never.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub ageing_s: Option<u32>,
+        /// Whether what has been idle for two generations is evicted before anybody needs the memory; not by default.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub proactive: Option<bool>,
     }
 }
 
@@ -266,6 +272,9 @@ impl From<OomConfig> for OomPolicy {
     }
 }
 
+/// Seconds of a generation, unless somebody says otherwise.
+const AGEING_S: u32 = 30;
+
 /// A VM that makes sense, with its files open.
 #[derive(Debug)]
 pub struct Plan {
@@ -297,6 +306,8 @@ impl VmConfig {
             accounting: spec.accounting,
             obstacle: None,
             debug_port: self.debug_port,
+            ageing_s: self.memory.ageing_s.unwrap_or(AGEING_S),
+            proactive: self.memory.proactive.unwrap_or(false),
             stats_interval_s: self.balloon.stats_interval_s,
             deflate_on_oom: self.balloon.deflate_on_oom,
             free_page_reporting: self.balloon.free_page_reporting,

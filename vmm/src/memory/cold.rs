@@ -22,6 +22,8 @@
 //! the cold end of their list; what is touched there comes back and has proved that it is in use. So the idle list is the
 //! inactive list of other systems, and its length decides how long a page has for that proof.
 //!
+//! Where there is no need at all, pages are aged ([`super::ageing`]).
+//!
 //! When nothing can be evicted (all that is idle does not shrink, or swap is full) reclaim is *stuck*. It tries again
 //! after a second; the controller is told, and its policy goes on.
 
@@ -40,7 +42,7 @@ use crate::worker::gate::monotonic_ns;
 use crate::worker::protocol::{Area, Cold};
 
 /// Pages that are claimed at once: for the time that they take, a fault on one of them has to wait.
-const BATCH: u64 = 256;
+pub(super) const BATCH: u64 = 256;
 
 /// The margin below the limit is widened when it is below one part in so many of what the VM holds.
 const LOW_SHARE: u64 = 128;
@@ -184,7 +186,9 @@ impl Pages {
     /// Wakes the reclaim thread when there is something to do for it.
     pub fn ring_reclaim(&mut self) {
         let dead = self.reclaim.store.emptied() != self.reclaim.emptied;
-        if self.reclaim.resting && (dead || self.need() > 0 && self.reclaim.stuck_until.is_none()) {
+        if self.reclaim.resting
+            && (dead || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
+        {
             self.reclaim.resting = false;
             // Fails only when the counter is full: it is awake already.
             let _ = self.reclaim.bell.write(1);
@@ -236,6 +240,7 @@ impl Pages {
     fn evicted(&mut self, evicted: u64, stayed: u64, incompressible: u64, store: u64) -> Option<(usize, Reply)> {
         self.reclaim.refused = if evicted > 0 { 0 } else { self.reclaim.refused + stayed };
         self.reclaim.counts.evicted += evicted;
+        self.ageing.evicted(evicted);
         self.reclaim.counts.incompressible += incompressible;
         self.stock.evicted(Count(evicted), Count(store));
         self.stock.owe(self.frames.cost());
@@ -278,7 +283,11 @@ impl Pages {
         let need = self.need();
         if need == 0 {
             self.reclaim.counts.stuck = false;
-            return Work::Rest(None);
+            let cold = self.ageing.proactive().min(BATCH);
+            if cold > 0 && self.may_evict() && self.claim(List::Idle, cold, true, &mut load.claimed) {
+                return Work::Evict { store_max: self.reclaim.store_max };
+            }
+            return self.next_ageing(load);
         }
         self.reclaim.pressed |= self.free() < 2 * self.low();
         if let Some(until) = self.reclaim.stuck_until {
@@ -292,17 +301,17 @@ impl Pages {
             let aside = self.stock.guest().0 / IDLE_SHARE;
             // Pages that have just been put aside are not evicted before others have been looked at.
             if idle < aside.max(need.min(BATCH))
-                && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), &mut load.claimed)
+                && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), true, &mut load.claimed)
             {
                 return Work::Age;
             }
             let room = self.reclaim.swap_max.saturating_sub(self.frames.count(FrameState::Swapped));
-            if self.claim(List::Idle, need.clamp(16, BATCH).min(room), &mut load.claimed) {
+            if self.claim(List::Idle, need.clamp(16, BATCH).min(room), true, &mut load.claimed) {
                 return Work::Evict { store_max: self.reclaim.store_max };
             }
         }
         // The active pages may be worth more than the idle ones that do not shrink.
-        if self.may_evict() && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), &mut load.claimed) {
+        if self.may_evict() && self.claim(List::Active, need.clamp(BATCH / 4, BATCH), true, &mut load.claimed) {
             let claimed = load.claimed.iter().map(|run| run.pages).sum();
             self.reclaim.refused = self.reclaim.refused.saturating_sub(claimed);
             return Work::Age;
@@ -313,9 +322,10 @@ impl Pages {
         Work::Rest(Some(RETRY))
     }
 
-    /// Claims about `want` pages from the cold end of a list, in runs. False when there were none.
-    fn claim(&mut self, list: List, want: u64, runs: &mut Vec<Run>) -> bool {
-        let scan = Scan { fine: true, ..Scan::new(list, LOOK * want as usize, want) };
+    /// Claims about `want` pages from the cold end of a list, in runs; not `fine`, whole blocks where they are alike. False
+    /// when there were none.
+    pub(super) fn claim(&mut self, list: List, want: u64, fine: bool, runs: &mut Vec<Run>) -> bool {
+        let scan = Scan { fine, ..Scan::new(list, LOOK * want as usize, want) };
         self.frames.isolate(&scan, |pages| {
             let (first, pages) = (pages.start as u64, pages.len() as u64);
             match runs.last_mut() {
@@ -350,6 +360,7 @@ impl Pages {
             present.set(first..end);
         }
         self.reclaim.counts.returned += end - first;
+        self.ageing.touched(page);
     }
 
     /// Moves pages from the stage to RAM; they are ours, so there is no way for this to fail for good.
@@ -430,6 +441,14 @@ impl Pages {
     /// What is known of cold pages, for a report.
     pub(super) fn cold(&self) -> Cold {
         let pages = |histogram: memcg_core::frame::Histogram| histogram.pages.map(|pages| pages.0);
-        Cold { ages: pages(self.frames.ages()), refaults: pages(self.frames.refaults()), ..self.reclaim.counts }
+        let estimate = self.ageing.estimate();
+        Cold {
+            generation_ms: self.ageing.generation_ms(),
+            working_set: estimate.map(|estimate| estimate.pages.0),
+            error: estimate.map_or(0, |estimate| estimate.error.0),
+            ages: pages(self.frames.ages()),
+            refaults: pages(self.frames.refaults()),
+            ..self.reclaim.counts
+        }
     }
 }

@@ -10,6 +10,7 @@
 //! | `around` | how many pages one fault fills |
 //! | `client` | how other threads ask |
 //! | `cold` | which pages are moved aside and evicted, and how they come back |
+//! | `ageing` | how it is found out what is in use |
 //! | `reclaim` | the thread that moves and evicts them |
 //! | `guest` | the accessor of all VMM code |
 //! | `give` | the balloon's pages: claim, discard, uncharge |
@@ -20,6 +21,7 @@
 //! | `store` | compressed contents of evicted pages |
 
 pub mod activation;
+pub mod ageing;
 pub mod around;
 pub mod asked;
 pub mod client;

@@ -30,6 +30,7 @@ use memcg_core::reporting::Reports;
 use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
 
+use super::ageing::{Ageing, Plan};
 use super::around::{Around, Window};
 use super::asked::Asked;
 use super::client::{Reply, Run};
@@ -77,6 +78,7 @@ pub struct Pages {
     pub(super) frames: FrameTable,
     pub(super) stock: Stock,
     pub(super) reclaim: Reclaim,
+    pub(super) ageing: Ageing,
     pub(super) gate: Arc<Gate>,
     around: Around,
     pub(super) counts: FaultCounts,
@@ -97,7 +99,7 @@ pub struct Pages {
     held_ns: u64,
     /// The gate was closed and the last vCPU has not come out yet.
     leaving: bool,
-    answer_times: Histogram,
+    pub(super) answer_times: Histogram,
     hold_times: Histogram,
     beat_ns: u64,
 }
@@ -112,6 +114,7 @@ impl Pages {
         cpus: u32,
         balloon: BalloonHandle,
         reclaim: Reclaim,
+        plan: Plan,
     ) -> Self {
         let reserve = reserve_target(cpus);
         let uffd = Arc::new(uffd);
@@ -130,6 +133,7 @@ impl Pages {
             now: seconds(monotonic_ns()),
             corrupt: None,
             reclaim,
+            ageing: Ageing::new(plan, cpus),
             device_taken: 0,
             device_blocked: false,
             balloon,

@@ -32,6 +32,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::activation::{self, Tools};
+use super::ageing::Plan;
 use super::client::{Desk, Reply, Request, Work};
 use super::cold::Reclaim;
 use super::pages::{Pages, reserve_target};
@@ -59,6 +60,8 @@ pub struct Parts {
     pub uffd: Option<Uffd>,
     /// Reclaim, for when there is something to reclaim.
     pub reclaim: Reclaim,
+    /// How the guest's pages are aged.
+    pub plan: Plan,
     /// For when accounting begins, or the sentence that says why it cannot.
     pub tools: Result<Tools, String>,
     /// The controller's socket.
@@ -116,6 +119,7 @@ pub struct FaultThread {
     reclaim: Option<Reclaim>,
     /// Where contents of evicted pages are.
     store: Area,
+    plan: Plan,
     tools: Result<Tools, String>,
     activation: Option<Activation>,
     /// An answer that the socket had no room for; nothing else is said before it.
@@ -159,6 +163,7 @@ impl FaultThread {
         let Parts {
             uffd,
             reclaim,
+            plan,
             tools,
             channel,
             desk,
@@ -174,7 +179,9 @@ impl FaultThread {
         } = parts;
         let store = reclaim.area();
         let (pages, reclaim) = match uffd {
-            Some(uffd) => (Some(Pages::new(ram.clone(), uffd, gate.clone(), cpus, balloon.clone(), reclaim)), None),
+            Some(uffd) => {
+                (Some(Pages::new(ram.clone(), uffd, gate.clone(), cpus, balloon.clone(), reclaim, plan)), None)
+            }
             None => (None, Some(reclaim)),
         };
         let told = Told::default();
@@ -182,6 +189,7 @@ impl FaultThread {
             pages,
             reclaim,
             store,
+            plan,
             tools,
             activation: None,
             unsent: None,
@@ -477,7 +485,7 @@ impl FaultThread {
         let resident = resident.map_err(failed("guest memory cannot be counted"))?;
         let Some(reclaim) = self.reclaim.take() else { return Err("it has begun already".to_owned()) };
         let (ram, gate, balloon) = (self.ram.clone(), self.gate.clone(), self.balloon.clone());
-        let mut pages = Pages::new(ram, uffd, gate, self.cpus, balloon, reclaim);
+        let mut pages = Pages::new(ram, uffd, gate, self.cpus, balloon, reclaim, self.plan);
         pages.adopt(epoch, &resident);
         Ok(pages)
     }

@@ -43,6 +43,10 @@ pub struct WorkerConfig {
     pub obstacle: Option<String>,
     /// The ports for freestanding payloads are offered.
     pub debug_port: bool,
+    /// Seconds of a generation, in which the guest's pages are aged once; 0 for never.
+    pub ageing_s: u32,
+    /// What has been idle for long is evicted before anybody needs the memory.
+    pub proactive: bool,
     /// Seconds between two readings of guest statistics; 0 for never.
     pub stats_interval_s: u32,
     /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` is offered.

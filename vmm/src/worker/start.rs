@@ -39,6 +39,7 @@ use crate::machine::boot::{BootError, BootPlan, BootRequest, Image};
 use crate::machine::kvm::NewVm;
 use crate::machine::{RamLayout, Vcpu, cpuid, layout};
 use crate::memory::activation::Tools;
+use crate::memory::ageing::Plan;
 use crate::memory::client::{Client, Desk, Reply, Request, clients};
 use crate::memory::cold::Reclaim;
 use crate::memory::give::BalloonPages;
@@ -305,6 +306,7 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
     let thread = FaultThread::new(Parts {
         uffd,
         reclaim: vm.reclaim,
+        plan: Plan { period: Duration::from_secs(config.ageing_s.into()), proactive: config.proactive },
         tools,
         channel,
         desk,

@@ -1,0 +1,279 @@
+//! Ageing: what a guest uses, found out while nobody needs its memory.
+//!
+//! Time is cut into periods, which are the generations of the frame table. At the begin of each, a sample of the resident
+//! pages is put aside ([`Sampler`]): which of them come back within two periods says how much memory is in use. Over the
+//! rest of the period, the coldest pages are put aside in steps, as many as the [`Governor`] allows: what comes back
+//! has proved to be in use, what stays has an age.
+//!
+//! ```text
+//!  period n                                                                    n + 1
+//!  ├─ turn: estimate, sample ─┬─ step ──┬─ step ──┬─ … ──┬─ rest ──────────────┤
+//!                             └ the coldest, an eighth of the budget each      └ or later, when nothing moves
+//! ```
+//!
+//! It costs the guest at most one per cent of its time, and the host two wakes a period and step. A guest that does
+//! nothing is looked at more and more rarely, up to every eighth period; its generations pass all the same. Nothing is
+//! aged without a limit: then nobody needs to know.
+//!
+//! With *proactive* reclaim, what has been idle for two generations is evicted although nobody needs the memory, as long
+//! as the guest asks for less than 0.2 % of its working set back a minute.
+
+use std::time::Duration;
+
+use memcg_core::frame::{BLOCK, FrameState, List, Walk};
+use memcg_core::governor::{Governor, Seen, Terms};
+use memcg_core::sample::{Arrivals, Estimate, Ranks, Sampler};
+use memcg_core::units::Pages as Count;
+
+use super::client::{Load, Run, Work};
+use super::cold::BATCH;
+use super::pages::Pages;
+use crate::worker::gate::monotonic_ns;
+
+/// Steps of a period in which cold pages are put aside.
+const STEPS: u32 = 8;
+
+/// A guest that does nothing is looked at once in so many periods, at least.
+const RAREST: u32 = 8;
+
+/// Largest sample, in pages.
+const SAMPLE: usize = 4096;
+
+/// What a fault for a page that was aside costs the guest beside the answer: two hand-offs between threads. Where they
+/// are cheaper, less is aged than could be.
+const HAND_OFF: Duration = Duration::from_micros(80);
+
+/// Proactive reclaim stops at so many refaults a minute, in thousandths of the working set.
+const PROMOTIONS: u64 = 2;
+
+/// Generations after which proactive reclaim evicts.
+const PROACTIVE_AGE: u16 = 2;
+
+/// How a VM is aged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Length of a period; zero for no ageing.
+    pub period: Duration,
+    /// Evict what is cold before anybody needs the memory.
+    pub proactive: bool,
+}
+
+/// Ageing of one VM.
+#[derive(Debug)]
+pub struct Ageing {
+    terms: Plan,
+    governor: Governor,
+    /// There once ageing has begun: its cohorts take memory.
+    sampler: Option<Sampler>,
+    /// Whom the sample of this period still has to take.
+    drawing: Option<(Ranks, Walk)>,
+    estimate: Option<Estimate>,
+    /// When the period began, in nanoseconds; 0 before the first.
+    began: u64,
+    /// When there is something to do next.
+    next: u64,
+    step: u32,
+    /// Pages that this period may still put aside.
+    left: u64,
+    /// Periods in a row in which nothing moved.
+    quiet: u32,
+    /// Totals at the begin of the period.
+    before: Totals,
+    /// Faults for pages that were aside, since the start.
+    refaults: u64,
+    /// Pages that proactive reclaim may still evict in this period.
+    proactive: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    aged: u64,
+    refaults: u64,
+    refaulted: u64,
+    events: u64,
+}
+
+impl Ageing {
+    /// Ageing that has not begun, of a guest with `cpus` vCPUs.
+    pub fn new(terms: Plan, cpus: u32) -> Self {
+        Self {
+            terms,
+            governor: Governor::new(Terms::new(cpus)),
+            sampler: None,
+            drawing: None,
+            estimate: None,
+            began: 0,
+            next: 0,
+            step: 0,
+            left: 0,
+            quiet: 0,
+            before: Totals::default(),
+            refaults: 0,
+            proactive: 0,
+        }
+    }
+
+    /// A page that was aside has been touched.
+    pub fn touched(&mut self, page: u64) {
+        self.refaults += 1;
+        if let Some(sampler) = &mut self.sampler {
+            sampler.touched(page as u32);
+        }
+    }
+
+    /// Length of a period in milliseconds, 0 before the first.
+    pub fn generation_ms(&self) -> u32 {
+        if self.began == 0 { 0 } else { self.terms.period.as_millis() as u32 }
+    }
+
+    /// What the last sample said.
+    pub fn estimate(&self) -> Option<Estimate> {
+        self.estimate
+    }
+
+    /// Pages that proactive reclaim would evict now.
+    pub fn proactive(&self) -> u64 {
+        self.proactive
+    }
+
+    /// So many pages were evicted; where none could be, proactive reclaim is over for this period.
+    pub fn evicted(&mut self, pages: u64) {
+        self.proactive = if pages == 0 { 0 } else { self.proactive.saturating_sub(pages) };
+    }
+}
+
+impl Pages {
+    /// Whether this VM is aged: somebody has set it a limit.
+    fn is_aged(&self) -> bool {
+        !self.ageing.terms.period.is_zero() && self.stock.room().is_some() && self.gate.open()
+    }
+
+    /// Whether there is something to age, and nobody has a timer for it.
+    pub(super) fn ageing_is_due(&self) -> bool {
+        self.ageing.began == 0 && self.is_aged()
+    }
+
+    /// What is to be aged now, or when there will be something.
+    pub(super) fn next_ageing(&mut self, load: &mut Load) -> Work {
+        if !self.is_aged() {
+            // Whoever stands still uses nothing: it begins anew.
+            (self.ageing.began, self.ageing.sampler, self.ageing.drawing) = (0, None, None);
+            return Work::Rest(None);
+        }
+        let now = monotonic_ns();
+        if now >= self.ageing.next {
+            if self.ageing.began == 0 || self.ageing.step == STEPS {
+                self.turn(now);
+            } else {
+                self.ageing.step += 1;
+                self.plan(now);
+            }
+        }
+        if self.draw(load) || self.put_aside(load) {
+            return Work::Age;
+        }
+        Work::Rest(Some(Duration::from_nanos(self.ageing.next.saturating_sub(now).max(1))))
+    }
+
+    /// A period ends and the next one begins.
+    fn turn(&mut self, now: u64) {
+        let counts = self.reclaim.counts;
+        let totals = Totals {
+            aged: counts.aged,
+            refaults: self.ageing.refaults,
+            refaulted: counts.refaulted,
+            events: self.counts.events,
+        };
+        let ageing = &mut self.ageing;
+        let period = ageing.terms.period.as_nanos() as u64;
+        let passed = if ageing.began == 0 { 1 } else { ((now - ageing.began) / period).max(1) };
+        (0..passed.min(u64::from(RAREST))).for_each(|_| self.frames.advance_generation());
+        let seen = Seen {
+            period: ageing.terms.period,
+            aside: totals.aged - ageing.before.aged,
+            refaults: (totals.refaults - ageing.before.refaults) / passed,
+            cost: HAND_OFF + Duration::from_micros(self.answer_times.quantiles().p50_us),
+        };
+        ageing.left = ageing.governor.next(&seen);
+        let arrivals = Arrivals {
+            touched: Count(self.counts.touched + counts.refaulted - counts.read_around),
+            around: Count(self.counts.around + counts.read_around),
+        };
+        let sampler = ageing.sampler.get_or_insert_with(|| Sampler::new(SAMPLE, now));
+        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, u64::MAX);
+        ageing.estimate = estimate.or(ageing.estimate);
+        ageing.drawing = Some((ranks, Walk::default()));
+        ageing.quiet = if totals.events == ageing.before.events { (2 * ageing.quiet).clamp(1, RAREST) } else { 0 };
+        ageing.proactive = 0;
+        if ageing.terms.proactive {
+            let set = ageing.estimate.map_or(0, |estimate| estimate.pages.0);
+            let bearable = set * PROMOTIONS * ageing.terms.period.as_millis() as u64 / 1000 / 60_000;
+            let cold: Count = self.frames.ages().pages[usize::from(PROACTIVE_AGE)..].iter().copied().sum();
+            if totals.refaulted - ageing.before.refaulted <= bearable && estimate.is_some() {
+                ageing.proactive = cold.0.min(self.frames.count(FrameState::Idle));
+            }
+        }
+        (ageing.before, ageing.began, ageing.step) = (totals, now, 0);
+        self.plan(now);
+    }
+
+    /// When the next step is due: an eighth of the period later; with nothing to do but to wait, at its end.
+    fn plan(&mut self, now: u64) {
+        let ageing = &mut self.ageing;
+        let period = ageing.terms.period.as_nanos() as u64;
+        if ageing.left == 0 || ageing.quiet > 0 || ageing.step == STEPS {
+            ageing.step = STEPS;
+            let periods = u64::from(ageing.quiet.max(1));
+            ageing.next = (ageing.began + periods * period).max(now + period / u64::from(STEPS));
+        } else {
+            ageing.next = now + period / u64::from(STEPS);
+        }
+    }
+
+    /// Claims the next pages of the sample; false when it is complete.
+    fn draw(&mut self, load: &mut Load) -> bool {
+        let Some((mut ranks, mut walk)) = self.ageing.drawing.take() else { return false };
+        let Some(mut sampler) = self.ageing.sampler.take() else { return false };
+        let mut claimed = 0;
+        while claimed < BATCH {
+            let Some(page) = ranks.next().and_then(|rank| self.frames.resident_at(&mut walk, rank)) else { break };
+            sampler.add(page as u32);
+            if self.frames.state(page) == FrameState::Active && !self.frames.pinned(page) && !self.frames.wanted(page) {
+                claimed += self.claim_drawn(page, load);
+            }
+        }
+        self.ageing.sampler = Some(sampler);
+        if claimed > 0 {
+            self.ageing.drawing = Some((ranks, walk));
+        }
+        claimed > 0
+    }
+
+    /// Claims a page to be moved aside: the whole block where that is one huge page, which a single one would split.
+    fn claim_drawn(&mut self, page: usize, load: &mut Load) -> u64 {
+        let block = self.frames.whole_block(page).filter(|_| self.ram.is_huge(page as u64));
+        let pages = block.unwrap_or(page..page + 1);
+        self.frames.set_range(pages.start, pages.end, FrameState::Moving);
+        let (first, pages) = (pages.start as u64, pages.len() as u64);
+        if let Some(present) = self.ram.present() {
+            present.clear(first..first + pages);
+        }
+        load.claimed.push(Run { first, pages });
+        pages
+    }
+
+    /// Claims the coldest active pages, as many as this step may; by blocks where they are alike.
+    fn put_aside(&mut self, load: &mut Load) -> bool {
+        let step = self.ageing.governor.budget().div_ceil(u64::from(STEPS));
+        let due = step * u64::from(self.ageing.step + 1);
+        let done = self.ageing.governor.budget().saturating_sub(self.ageing.left);
+        let want = due.saturating_sub(done).min(self.ageing.left).min(2 * BLOCK as u64);
+        if want == 0 || self.ageing.quiet > 0 || !self.claim(List::Active, want, false, &mut load.claimed) {
+            self.ageing.left = if want == 0 { self.ageing.left } else { 0 };
+            return false;
+        }
+        let claimed: u64 = load.claimed.iter().map(|run| run.pages).sum();
+        self.ageing.left = self.ageing.left.saturating_sub(claimed);
+        true
+    }
+}
