@@ -102,7 +102,7 @@ impl Story {
 /// When the guest does not do what it is told.
 pub fn play(mut look: impl FnMut(&Value)) -> Story {
     let mut vm = TestVm::builder("cold")
-        .memory(&format!("size={}M,max={}M", SIZE / MIB, HIGH_MAX / MIB))
+        .memory(&format!("size={}M,max={}M,swap=max", SIZE / MIB, HIGH_MAX / MIB))
         .option("--oom", "deadline=60s")
         .cmdline("shell")
         .start();

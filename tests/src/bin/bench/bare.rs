@@ -68,10 +68,20 @@ pub enum Place {
     Apart,
 }
 
+impl Place {
+    fn word(self) -> &'static str {
+        if self == Place::Ours { "ours" } else { "apart" }
+    }
+}
+
 /// The time between the payload's two marks, in nanoseconds.
 pub fn ns(handler: Handler, place: Place, cpus: u32, work: &str) -> u64 {
-    let place = if place == Place::Ours { "ours" } else { "apart" };
-    child(&["bare", &handler.word(), place, &cpus.to_string(), work])
+    child(&["bare", &handler.word(), place.word(), &cpus.to_string(), work])
+}
+
+/// What the payload answers to `work`, its only command.
+pub fn told(handler: Handler, place: Place, work: &str) -> String {
+    output(&["bare-answer", &handler.word(), place.word(), work])
 }
 
 /// What is done to memory at the payload's first mark; see [`task`].
@@ -93,10 +103,14 @@ pub fn task(task: Task, work: &str) -> u64 {
 }
 
 fn child(words: &[&str]) -> u64 {
+    let text = output(words);
+    text.parse().unwrap_or_else(|_| panic!("{words:?} said `{text}`"))
+}
+
+fn output(words: &[&str]) -> String {
     let me = std::env::current_exe().expect("a program has a path");
     let output = Command::new(me).args(words).stderr(Stdio::inherit()).output().expect("bench starts");
-    let text = String::from_utf8_lossy(&output.stdout);
-    text.trim().parse().unwrap_or_else(|_| panic!("{words:?} said `{}`", text.trim()))
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// The child's part: never returns when the words are for it.
@@ -107,6 +121,12 @@ pub fn serve(words: &[String]) {
             let machine = Machine::new(Handler::parse(handler), place == "ours", cpus, work);
             let marks = machine.run(2);
             println!("{}", marks[1] - marks[0]);
+        }
+        [what, handler, place, work] if what == "bare-answer" => {
+            let machine = Machine::new(Handler::parse(handler), place == "ours", 1, &format!("{work}; mark 1; park"));
+            let console = machine.console.clone();
+            machine.run(1);
+            print!("{}", String::from_utf8_lossy(&console.lock().expect("no panic").0));
         }
         [what, task, work] if what == "bare-task" => {
             // Dirty tracking is another userfaultfd's: there can be only one.
@@ -148,7 +168,24 @@ impl BusDevice for Marks {
     }
 }
 
+/// The serial port: keeps what is printed, and nobody types.
+struct Console(Vec<u8>);
+
+impl BusDevice for Console {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        if offset == 0 {
+            self.0.extend_from_slice(data);
+        }
+        Effect::None
+    }
+}
+
 struct Machine {
+    console: Arc<Mutex<Console>>,
     ram: Arc<Ram>,
     uffd: Option<Arc<Uffd>>,
     vcpus: Vec<Vcpu>,
@@ -180,6 +217,8 @@ impl Machine {
         let marks = Arc::new(Mutex::new(Marks(Vec::new())));
         let mut buses = Buses::default();
         buses.pio.insert(u64::from(layout::DEBUG_PORT), debug_port::PORTS, marks.clone()).expect("a free range");
+        let console = Arc::new(Mutex::new(Console(Vec::new())));
+        buses.pio.insert(u64::from(layout::COM1), 8, console.clone()).expect("a free range");
         let cpuid = supported_cpuid(open("/dev/kvm").as_fd()).expect("KVM");
         let mut vcpus = vm.create_vcpus(&cpuid).expect("vCPUs");
         vcpus.iter_mut().for_each(|vcpu| vcpu.setup(&plan.entry()).expect("registers"));
@@ -188,7 +227,7 @@ impl Machine {
             Handler::Small | Handler::Huge => None,
             _ => Some(answer(&ram, handler, cpus, ours.then(|| first.clone()))),
         };
-        Self { ram, uffd, vcpus, buses: Arc::new(buses), marks, first, apart: !ours }
+        Self { console, ram, uffd, vcpus, buses: Arc::new(buses), marks, first, apart: !ours }
     }
 
     /// Runs until that many marks were made: their times.

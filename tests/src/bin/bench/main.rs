@@ -12,9 +12,11 @@ mod bare;
 mod core;
 mod cost;
 mod discard;
+mod evict;
 mod fault;
 mod limit;
 mod many;
+mod memcg;
 mod neighbour;
 mod plot;
 mod report;
@@ -85,10 +87,11 @@ impl Outcome {
 type Family = (&'static [&'static str], fn(&str) -> Result<Outcome, String>);
 
 /// All but those of the core, which are measured together.
-const FAMILIES: [Family; 8] = [
+const FAMILIES: [Family; 9] = [
     (&fault::IDS, fault::measure),
     (&discard::IDS, discard::measure),
     (&limit::IDS, limit::measure),
+    (&evict::IDS, evict::measure),
     (&report::IDS, report::measure),
     (&age::IDS, age::measure),
     (&neighbour::IDS, neighbour::measure),
@@ -101,7 +104,7 @@ fn main() -> ExitCode {
     bare::serve(&arguments);
     if arguments.first().is_some_and(|a| a == "child") {
         let words = &arguments[1..];
-        return ExitCode::from(u8::from(!(cost::child(words) || many::child(words))));
+        return ExitCode::from(u8::from(!(cost::child(words) || many::child(words) || memcg::child(words))));
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
     // SAFETY: this prctl takes numbers only.
