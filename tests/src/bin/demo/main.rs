@@ -1,10 +1,12 @@
 //! The demonstration behind `scripts/demo`: a guest that meets its limit, gets a higher one while it runs, and loses
-//! nothing; and forty guests of one controller that lose nothing either when others, or it, are killed.
+//! nothing; one whose cold memory is taken without its help; and forty guests of one controller that lose nothing either
+//! when others, or it, are killed.
 //!
-//! `demo native` runs a freestanding guest; `demo fleet` forty of them; `demo linux KERNEL INITRD` a Debian kernel. Every
-//! step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`; a step that fails ends the scene, and the steps behind
+//! `demo native` and `demo cold` run a freestanding guest; `demo fleet` forty of them; `demo linux KERNEL INITRD` a Debian
+//! kernel. Every step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`; a step that fails ends the scene, and the steps behind
 //! it are skipped.
 
+mod cold;
 mod fleet;
 mod single;
 
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ok = match arguments[..] {
         ["native"] => scene(&["native-limit", "native-raise", "native-verify"], single::native),
+        ["cold"] => scene(&cold::STEPS, cold::native),
         ["fleet"] => scene(&fleet::STEPS, fleet::fleet),
         ["linux", kernel, initrd] => {
             scene(&["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"], |step| {
@@ -30,7 +33,7 @@ fn main() -> ExitCode {
             })
         }
         _ => {
-            eprintln!("usage: demo native | demo fleet | demo linux KERNEL INITRD");
+            eprintln!("usage: demo native | demo cold | demo fleet | demo linux KERNEL INITRD");
             return ExitCode::from(2);
         }
     };

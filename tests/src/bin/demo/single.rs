@@ -9,29 +9,34 @@ use serde_json::{Value, json};
 
 use super::{MIB, Step};
 
-/// One line of the live table, drawn over the last one; only on a terminal.
+/// Looks at the VM, and draws its line of the live table.
 fn live(vm: &TestVm, note: &str) -> Value {
     let now = vm.show();
+    draw(&vm.name, &now, note);
+    now
+}
+
+/// One line of the live table, drawn over the last one; only on a terminal.
+pub fn draw(name: &str, now: &Value, note: &str) {
     if std::io::stdout().is_terminal() {
         let mib =
             |path: &str| now.pointer(path).and_then(Value::as_u64).map_or("max".into(), |b| format!("{}M", b / MIB));
-        let usage = number(&now, "memory.current_bytes");
+        let usage = number(now, "memory.current_bytes");
         let max = now["memory"]["max_bytes"].as_u64().unwrap_or(u64::MAX);
-        let filled = (20.0 * usage as f64 / max.min(number(&now, "size_bytes")) as f64).min(20.0) as usize;
+        let filled = (20.0 * usage as f64 / max.min(number(now, "size_bytes")) as f64).min(20.0) as usize;
         print!(
-            "\r\x1b[K{:<8} {:<8} [{:<20}] usage {:>5} max {:>5} resident {:>5}M balloon {:>5} of {:>5}  {note}",
-            vm.name,
+            "\r\x1b[K{name:<8} {:<8} [{:<20}] usage {:>5} max {:>5} resident {:>5}M swapped {:>5} balloon {:>5} of {:>5}  {note}",
             now["state"].as_str().unwrap_or("?"),
             "#".repeat(filled),
             mib("/memory/current_bytes"),
             mib("/memory/max_bytes"),
-            resident_pages(&now) * 4096 / MIB,
+            resident_pages(now) * 4096 / MIB,
+            mib("/memory/stat/swapped_bytes"),
             mib("/balloon/actual_bytes"),
             mib("/balloon/target_bytes"),
         );
         let _ = std::io::stdout().flush();
     }
-    now
 }
 
 /// The freestanding guest.
