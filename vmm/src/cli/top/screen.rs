@@ -313,7 +313,9 @@ impl Screen {
         // A column in which nothing is said.
         columns.retain(|(column, ..)| match column {
             Column::Group => self.shown().any(|vm| group_of(vm) != "/"),
-            Column::Swap => self.shown().any(|vm| vm.swap.current_bytes > 0 || vm.swap.max_bytes.is_some()),
+            Column::Swap => {
+                self.shown().any(|vm| vm.swap.current_bytes > 0 || vm.swap.max_bytes.is_some_and(|max| max > 0))
+            }
             _ => true,
         });
         let needs = |columns: &[(Column, &str, usize, u8)]| {
