@@ -11,6 +11,7 @@ mod limits;
 mod memory;
 mod metrics;
 mod observe;
+mod reclaim;
 pub mod reference;
 pub mod server;
 mod stop;
@@ -156,6 +157,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(resume))
         .routes(routes!(kill))
         .routes(routes!(stop::stop))
+        .routes(routes!(reclaim::reclaim))
         .routes(routes!(stop::start))
         .routes(routes!(events::events))
         .routes(routes!(observe::overview))

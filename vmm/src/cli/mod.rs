@@ -22,6 +22,7 @@ mod notify;
 mod observe;
 mod options;
 mod output;
+mod reclaim;
 #[cfg(test)]
 mod reference;
 mod run;
@@ -46,6 +47,7 @@ pub use fleet::{CreateArgs, MoveArgs, PsArgs};
 pub use group::GroupArgs;
 pub use manual::{CompletionsArgs, ManArgs};
 pub use options::{BalloonArg, MemoryArg, OomArg};
+pub use reclaim::ReclaimArgs;
 pub use run::RunArgs;
 pub use serve::ServeArgs;
 pub use top::TopArgs;
@@ -113,6 +115,8 @@ pub enum Verb {
     },
     /// Change limits of running VMs and of groups
     Set(SetArgs),
+    /// Take memory back from a VM, whatever its limits: stock, balloon, cold pages
+    Reclaim(ReclaimArgs),
     /// Move a VM to another group
     Move(MoveArgs),
     /// Make, change, list and remove groups of VMs
@@ -235,6 +239,7 @@ pub fn main() -> ExitCode {
             Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
             Verb::Set(args) => verbs::set(args).await,
+            Verb::Reclaim(args) => reclaim::reclaim(args).await,
             Verb::Move(args) => fleet::move_to(args).await,
             Verb::Group(args) => group::group(args).await,
             Verb::Pause(args) => verbs::act(args, "pause").await,

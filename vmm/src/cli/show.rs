@@ -7,8 +7,9 @@ use memcg_core::units::{Pages, human};
 use serde_json::Value;
 
 use super::options::name;
+use super::reclaim::doing;
 use super::{Failure, SocketArg, client, output, socket};
-use crate::controller::view::{BalloonProgress, OverheadView, PressureLine, VmState, VmView};
+use crate::controller::view::{BalloonProgress, OverheadView, PressureLine, ReclaimRung, VmState, VmView};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -91,6 +92,30 @@ fn overhead(overhead: &OverheadView) -> String {
     )
 }
 
+/// What is known of its cold pages, and what was evicted of them; nothing as long as nothing is.
+fn cold(vm: &VmView) -> Option<String> {
+    let cold = &vm.cold;
+    if cold.generation_ms == 0 && cold.evicted_bytes == 0 {
+        return None;
+    }
+    let mut text = match (cold.working_set_bytes, cold.working_set_error_bytes) {
+        (Some(set), Some(error)) => format!(" working set {} ± {}", human(set), human(error)),
+        _ => " working set not known yet".to_owned(),
+    };
+    let older = |than: u16| cold.ages.iter().filter(|age| age.generations >= than).map(|age| age.resident_bytes).sum();
+    for than in [4, 16, 64].into_iter().filter(|_| cold.generation_ms > 0) {
+        let seconds = u64::from(than) * u64::from(cold.generation_ms) / 1000;
+        let bytes: u64 = older(than);
+        // Writing to a string cannot fail.
+        let _ = write!(text, ", {} unused for {seconds} s", human(bytes));
+    }
+    if cold.evicted_bytes > 0 {
+        let (evicted, again) = (human(cold.evicted_bytes), human(cold.refaulted_bytes));
+        let _ = write!(text, "; {evicted} evicted so far, {again} of it touched again");
+    }
+    Some(text)
+}
+
 /// The table.
 fn table(vm: &VmView) -> String {
     let mut out = String::new();
@@ -139,6 +164,15 @@ fn table(vm: &VmView) -> String {
             human(stat.ballooned_bytes)
         ),
     );
+    let moved = [stat.idle_bytes, stat.store_bytes, stat.swapped_bytes];
+    if moved.iter().any(|bytes| *bytes > 0) {
+        let [idle, store, swapped] = moved.map(human);
+        line("", format!(" idle {idle} of guest, store {store} for {swapped} in swap"));
+    }
+    if vm.reclaim.rung != ReclaimRung::Rest {
+        let goal = vm.reclaim.goal_bytes.map_or(String::new(), |goal| format!(", down to {}", human(goal)));
+        line("  reclaim", format!(" {}{goal}", doing(vm.reclaim.rung)));
+    }
     line("  overhead", overhead(&vm.overhead));
     line(
         "  limits",
@@ -158,6 +192,9 @@ fn table(vm: &VmView) -> String {
         "  events",
         format!(" high {}, max {}, failcnt {}, oom {}", events.high, events.max, events.failcnt, events.oom),
     );
+    if let Some(cold) = cold(vm) {
+        line("  cold", cold);
+    }
     let answer = match vm.balloon.progress {
         None => ", the guest has no driver running",
         Some(BalloonProgress::Cooperating) => "",

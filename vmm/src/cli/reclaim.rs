@@ -1,0 +1,125 @@
+//! `ballast reclaim`: memory back from a VM, now.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use hyper::Method;
+use memcg_core::units::{SizeArg, human, parse_size};
+
+use super::options::{duration, name};
+use super::{DONE, Failure, NOT_REACHED, SocketArg, client, output, socket};
+use crate::controller::reclaim::ReclaimedView;
+use crate::controller::view::{ReclaimRung, VmView};
+
+/// Time between two looks at how far it has got.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// `ballast reclaim`.
+#[derive(Debug, clap::Args)]
+pub struct ReclaimArgs {
+    /// Name of the VM
+    pub name: String,
+    /// By how much its usage is to fall, such as 64M
+    #[arg(value_name = "SIZE")]
+    pub size: String,
+    /// How long to try
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s")]
+    pub wait: Duration,
+    /// Print what came of it as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    socket: SocketArg,
+}
+
+/// Takes memory back, and says how much. On a terminal what is being done is shown meanwhile.
+pub async fn reclaim(args: ReclaimArgs) -> Result<u8, Failure> {
+    let vm = name(&args.name).map_err(Failure::usage)?;
+    let bytes = size(&args.size).map_err(Failure::usage)?;
+    let socket = socket::to_reach(&args.socket, &vm)?;
+    let wait = crate::controller::host::scaled(args.wait);
+    let target = format!("/vms/{vm}/reclaim?bytes={bytes}&wait_ms={}", wait.as_millis());
+    let asked = client::request(&socket, Method::POST, &target, String::new());
+    let (status, body) = if std::io::stderr().is_terminal() {
+        let answer = tokio::select! {
+            answer = asked => answer,
+            never = progress(&socket, &vm) => never,
+        };
+        show("");
+        answer
+    } else {
+        asked.await
+    }?;
+    let reclaimed: ReclaimedView = client::decode(&body)?;
+    if args.json {
+        output::json(&reclaimed)?;
+    }
+    let usage = human(reclaimed.vm.memory.current_bytes);
+    if status == hyper::StatusCode::ACCEPTED {
+        let (got, wanted) = (human(reclaimed.reclaimed_bytes), human(reclaimed.requested_bytes));
+        eprintln!("ballast: {got} of {wanted} came back, {usage} is in use: nothing more could be had in this time");
+        return Ok(NOT_REACHED);
+    }
+    Ok(DONE)
+}
+
+/// A size in bytes.
+fn size(word: &str) -> Result<u64, String> {
+    match parse_size(word) {
+        Ok(SizeArg::Bytes(bytes)) => Ok(bytes),
+        Ok(SizeArg::Max) => Err("max is no amount: write for example 64M".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Shows on stderr what is being done, until somebody stops it.
+async fn progress<T>(socket: &Path, vm: &str) -> Result<T, Failure> {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let (_, body) = client::request(socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
+        let view: VmView = client::decode(&body)?;
+        show(&format!("{}, {} in use", doing(view.reclaim.rung), human(view.memory.current_bytes)));
+    }
+}
+
+/// Shows a line on stderr, in the place of the last one.
+fn show(line: &str) {
+    // A terminal that is gone has seen enough.
+    let _ = write!(std::io::stderr(), "\r\x1b[K{line}\r").and_then(|()| std::io::stderr().flush());
+}
+
+/// What is being done, in words.
+pub fn doing(rung: ReclaimRung) -> &'static str {
+    match rung {
+        ReclaimRung::Rest => "nothing to do",
+        ReclaimRung::Recall => "calling the stock back",
+        ReclaimRung::Reports => "the guest gives free memory back",
+        ReclaimRung::Balloon => "asking the balloon",
+        ReclaimRung::Evict => "evicting cold pages",
+        ReclaimRung::Stuck => "stuck: nothing more can be had",
+        ReclaimRung::Hold => "held: nothing more can be had",
+        ReclaimRung::Oom => "out of memory",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_amount_is_a_size_and_has_an_end() {
+        assert_eq!(size("64M"), Ok(64 << 20));
+        for (word, says) in [("max", "max is no amount"), ("", "size"), ("-1", "-1"), ("4x", "4x")] {
+            let message = size(word).expect_err(word);
+            assert!(message.contains(says), "{word:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn every_rung_has_words_of_its_own() {
+        let rungs = memcg_core::ladder::Rung::ALL.map(|rung| doing(rung.into()));
+        let distinct: std::collections::BTreeSet<_> = rungs.iter().collect();
+        assert_eq!(distinct.len(), rungs.len());
+    }
+}
