@@ -93,7 +93,7 @@ fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
 
 /// A VM costs what it is charged, in user space and, where that can be measured, in the kernel: when it idles (with four vCPUs too), when its
 /// guest has touched half of its RAM, and when it uses nearly all of it and has given a page of each block to its balloon, so
-/// that every page has a record of its own.
+/// that every page has a record of its own; and when it uses more than its limit.
 /// Semantics: 11.
 #[test]
 fn what_a_vm_costs_is_what_it_is_charged() {
@@ -106,12 +106,18 @@ fn what_a_vm_costs_is_what_it_is_charged() {
     let given: Vec<_> = (4..158).step_by(2).collect();
     let gifts: Vec<_> = given.iter().map(|mib| format!("balloon inflate {mib}M 4096")).collect();
     let full = format!("touch 4M 154M seed=1; balloon init; {}; shell", gifts.join("; "));
+    let evicted = "touch 4M 120M seed=1; verify 4M 120M seed=1; shell";
     for (name, cpus, cmdline, guest_mib, gifts) in [
         ("idle", 1, "shell", 0, 0),
         ("wide", 4, "shell", 0, 0),
         ("half", 1, "touch 4M 80M seed=1; shell", 80, 0),
         ("full", 1, &full, 150, given.len() as u64),
+        ("evicted", 1, evicted, 60, 0),
     ] {
+        if name == "evicted" {
+            // A third of what it uses is in the store, which is no overhead.
+            (config["memory"]["max_bytes"], config["memory"]["swap_max_bytes"]) = ((80 << 20).into(), json!(null));
+        }
         (config["cpus"], config["cmdline"]) = (cpus.into(), cmdline.into());
         serve.create_with(name, &config);
         wait_until("the guest has done its work", 60, || {

@@ -1,8 +1,9 @@
 //! What a guest's use of its memory costs beside its pages.
 //!
-//! A block of 512 pages costs something when the first of its pages is filled (page tables, states), and again when its
-//! pages are told apart for the first time (links and generations). None of it comes back before the VM ends: a discard
-//! leaves page tables empty and in place. So the cost follows from two numbers that only grow.
+//! A block of 512 pages costs something when the first of its pages is filled (page tables, states), when its pages are
+//! told apart for the first time (links and generations), and when one is moved aside for the first time (the stage's page
+//! table). None of it comes back before the VM ends: a discard leaves page tables empty and in place. Reclaim itself has
+//! buffers from its first page on. So the cost follows from numbers that only grow.
 
 use super::table::{BLOCK, FrameTable};
 use crate::units::Pages;
@@ -16,12 +17,18 @@ const STATES: u64 = (BLOCK + BLOCK / 8) as u64;
 /// Bytes of links and generations for a block.
 const LINKS: u64 = ((size_of::<[u32; 2]>() + size_of::<u16>()) * BLOCK) as u64;
 
+/// Pages that ageing takes once it has begun: the cohorts of its samples, the stack of its thread.
+const AGEING: Pages = Pages(12);
+
+/// Pages that eviction takes once it has begun: a batch of contents, the tables of the compressor.
+const EVICTION: Pages = Pages(52);
+
 /// Pages that are used beside the guest's because of its own use of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     /// The kernel's page tables.
     pub tables: Pages,
-    /// Frame records that were written.
+    /// Frame records that were written, and the buffers of reclaim.
     pub records: Pages,
 }
 
@@ -34,10 +41,22 @@ impl Cost {
         Cost { tables: Pages(tables), records: Pages::from_bytes_ceil(records) }
     }
 
+    /// The same, when pages of `aside` blocks have been moved aside, and some of them evicted.
+    pub fn with_reclaim(mut self, aside: u64, evicted: bool) -> Cost {
+        if aside > 0 {
+            self.tables += Pages(aside.saturating_add(aside.div_ceil(BLOCK as u64)));
+            self.records += AGEING;
+        }
+        if evicted {
+            self.records += EVICTION;
+        }
+        self
+    }
+
     /// When a guest of `size` has used all there is.
     pub fn most(size: Pages) -> Cost {
         let blocks = size.0.div_ceil(BLOCK as u64);
-        Cost::of(blocks, blocks)
+        Cost::of(blocks, blocks).with_reclaim(blocks, blocks > 0)
     }
 
     /// Both.
@@ -49,6 +68,6 @@ impl Cost {
 impl FrameTable {
     /// What the use of these pages has cost so far. Only grows.
     pub fn cost(&self) -> Cost {
-        Cost::of(self.touched, self.opened)
+        Cost::of(self.touched, self.opened).with_reclaim(self.aside, self.evicted)
     }
 }

@@ -33,6 +33,8 @@ pub(super) struct Block {
     pub key: u8,
     /// A page of it has had an age.
     pub touched: bool,
+    /// A page of it was moved aside.
+    pub aside: bool,
     /// It has been split.
     pub opened: bool,
 }
@@ -67,6 +69,10 @@ pub struct FrameTable {
     pub(super) ages: Ages,
     /// Blocks that were ever touched, and ever split.
     pub(super) touched: u64,
+    /// Blocks of which a page was ever moved aside.
+    pub(super) aside: u64,
+    /// A page was ever evicted.
+    pub(super) evicted: bool,
     pub(super) opened: u64,
 }
 
@@ -83,7 +89,16 @@ impl FrameTable {
             let pages = BLOCK.min(pages - first);
             let mut counts = [0; STATES];
             counts[FrameState::Absent as usize] = pages as u16;
-            Block { counts, generation: 0, whole: true, referenced: false, key: 0, touched: false, opened: false }
+            Block {
+                counts,
+                generation: 0,
+                whole: true,
+                referenced: false,
+                key: 0,
+                touched: false,
+                aside: false,
+                opened: false,
+            }
         };
         FrameTable {
             bytes: vec![0; pages],
@@ -94,6 +109,8 @@ impl FrameTable {
             entries: [0; List::ALL.len()],
             ages: Ages::new(0),
             touched: 0,
+            aside: 0,
+            evicted: false,
             opened: 0,
         }
     }
@@ -299,6 +316,10 @@ impl FrameTable {
         let bits = self.bytes[pages.start];
         let from = FrameState::from_bits(bits);
         debug_assert!(from.can_become(to), "page {} is {from:?} and cannot become {to:?}", pages.start);
+        if to == FrameState::Moving && !std::mem::replace(&mut self.blocks[block].aside, true) {
+            self.aside += 1;
+        }
+        self.evicted |= to == FrameState::Swapped;
         if has_age(to) && !std::mem::replace(&mut self.blocks[block].touched, true) {
             self.touched += 1;
         }

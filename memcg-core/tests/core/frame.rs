@@ -88,7 +88,7 @@ fn a_record_costs_at_most_twelve_bytes_everything_included() {
 }
 
 /// What a table has cost follows its use and only grows: page tables and states with the first page of a block, links and
-/// generations once its pages are told apart.
+/// generations once its pages are told apart, the stage's tables once they are moved aside.
 /// Semantics: 11.
 #[test]
 fn the_cost_of_a_table_follows_its_use() {
@@ -112,7 +112,14 @@ fn the_cost_of_a_table_follows_its_use() {
         }
         table.split(block * BLOCK);
     }
-    assert_eq!(table.cost(), Cost::most(Pages(4 * BLOCK as u64)));
+    assert_eq!(table.cost(), Cost::of(4, 4));
+    for block in [3, 0, 1, 2, 3] {
+        [Moving, Idle, Moving, Active].into_iter().for_each(|state| table.set(block * BLOCK, state));
+    }
+    assert_eq!(table.cost(), Cost::of(4, 4).with_reclaim(4, false));
+    assert_eq!(table.cost().tables, Cost::of(4, 4).tables + Pages(5), "the stage's tables, and what is above them");
+    [Moving, Idle, Evicting, Swapped].into_iter().for_each(|state| table.set(0, state));
+    assert_eq!(table.cost(), Cost::most(Pages(4 * BLOCK as u64)), "once evicted, reclaim has all its buffers");
     assert!(Cost::most(Pages(u64::MAX)).total() > Pages(u64::MAX / 512));
 }
 

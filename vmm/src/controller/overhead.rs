@@ -57,7 +57,7 @@ struct Rates {
 }
 
 /// Private memory of a worker beside its program: heap, stacks, thread-local memory.
-const HEAP_AND_STACKS: u64 = 252 << 10;
+const HEAP_AND_STACKS: u64 = 276 << 10;
 
 /// Private memory of a vCPU's thread.
 const VCPU_STACK: u64 = 24 << 10;
@@ -153,8 +153,8 @@ mod tests {
     #[test]
     fn overhead_grows_with_vcpus_and_with_ram() {
         let nested = Rates::new(true, 172 << 10);
-        // Worker 424 + 324 KiB, vCPU 24 + 248 KiB, queues, summaries of 32 blocks.
-        assert_eq!(total(64, 1, &nested), Pages((106 + 81) + (6 + 62) + 3 + 1));
+        // Worker 448 + 324 KiB, vCPU 24 + 248 KiB, queues, summaries of 32 blocks.
+        assert_eq!(total(64, 1, &nested), Pages((112 + 81) + (6 + 62) + 3 + 1));
         assert_eq!(total(64, 2, &nested), Pages(total(64, 1, &nested).0 + 68));
         let shadow = Rates::new(false, 172 << 10);
         assert_eq!(total(64, 1, &shadow), Pages(total(64, 1, &nested).0 - 6 + 56 + 40));

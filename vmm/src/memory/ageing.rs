@@ -6,7 +6,7 @@
 //! has proved to be in use, what stays has an age.
 //!
 //! ```text
-//!  period n                                                                    n + 1
+//!  period n ≥ 1                                                                n + 1
 //!  ├─ turn: estimate, sample ─┬─ step ──┬─ step ──┬─ … ──┬─ rest ──────────────┤
 //!                             └ the coldest, an eighth of the budget each      └ or later, when nothing moves
 //! ```
@@ -161,8 +161,13 @@ impl Pages {
             return Work::Rest(None);
         }
         let now = monotonic_ns();
+        if self.ageing.began == 0 {
+            // A guest that has just begun is not what it will be.
+            let period = self.ageing.terms.period.as_nanos() as u64;
+            (self.ageing.began, self.ageing.step, self.ageing.next) = (now, STEPS, now + period);
+        }
         if now >= self.ageing.next {
-            if self.ageing.began == 0 || self.ageing.step == STEPS {
+            if self.ageing.step == STEPS {
                 self.turn(now);
             } else {
                 self.ageing.step += 1;
@@ -186,7 +191,7 @@ impl Pages {
         };
         let ageing = &mut self.ageing;
         let period = ageing.terms.period.as_nanos() as u64;
-        let passed = if ageing.began == 0 { 1 } else { ((now - ageing.began) / period).max(1) };
+        let passed = ((now - ageing.began) / period).max(1);
         (0..passed.min(u64::from(RAREST))).for_each(|_| self.frames.advance_generation());
         let seen = Seen {
             period: ageing.terms.period,

@@ -53,6 +53,11 @@ fn growth() -> u64 {
     memcg_core::frame::Cost::most(Pages(SIZE)).total().0
 }
 
+/// Page tables that a VM of [`SIZE`] pays for at most.
+fn most_tables() -> u64 {
+    memcg_core::frame::Cost::most(Pages(SIZE)).tables.0
+}
+
 /// A process that is a flag.
 struct Puppet(Arc<AtomicBool>);
 
