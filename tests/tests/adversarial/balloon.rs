@@ -158,7 +158,10 @@ fn touching_all_that_is_ballooned_at_once_is_charged_up_to_the_limit() {
     pair.attack(&["verify 16M 64M seed=2"]);
     let vm = pair.rest();
     assert!(number(&vm, "faults.implicit_deflates") >= 64 * MIB / PAGE, "{vm}");
-    // And once more than the limit has room for: the guest is held, its memory is not taken from others.
+    // And once more than the limit has room for, where nothing can be evicted: the guest is held, its memory is not taken
+    // from others.
+    let none = json!({ "swap_max_bytes": 0 });
+    assert_eq!(pair.serve.ask("PATCH", "/vms/evil/memory", Some(&none)).0, 200);
     pair.attack(&["balloon inflate 16M 64M"]);
     pair.send("touch 8M 119M seed=3 cpus=all");
     wait_until("the guest is held", 20, || (pair.serve.show("evil")["held"]["now"] == true).then_some(()));

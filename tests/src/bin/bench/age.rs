@@ -5,18 +5,24 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use ballast::memory::Ram;
 use ballast::memory::uffd::{Move, USERFAULTFD_IOC_NEW, Uffd};
 use ballast::worker::gate::monotonic_ns;
+use ballast_tests::{TestVm, number};
 use linux_raw_sys::{general as sys, ioctl as nr};
 use memcg_core::frame::{FrameState, FrameTable, List, Scan};
 
 use crate::bare::{self, Task};
+use crate::vm::{field, service_ns};
 use crate::{Goal, MIB, Outcome, full, median, pairs};
 
 /// The benchmarks of this file.
-pub const IDS: [&str; 1] = ["R21"];
+pub const IDS: [&str; 3] = ["R21", "R22", "R24"];
 
 /// Measures one of [`IDS`].
-pub fn measure(_id: &str) -> Result<Outcome, String> {
-    Ok(scan())
+pub fn measure(id: &str) -> Result<Outcome, String> {
+    Ok(match id {
+        "R21" => scan(),
+        "R22" => overhead(),
+        _ => proactive(),
+    })
 }
 
 /// What the guest has touched, all of it resident.
@@ -147,4 +153,76 @@ fn scan() -> Outcome {
     let values = runs.iter().map(|(raw, ours)| ours / raw).collect();
     let goal = Goal::AtMost { floor: 2.0, target: 1.2 };
     Outcome { id: "R21", name: "ageing_scan", unit: "x", goal, values, notes }
+}
+
+/// A guest that goes by a pattern for some seconds, and the last of them.
+struct Watched {
+    /// Median cycles of 1000 accesses.
+    cycles: f64,
+    /// What is charged at the end, and what was moved aside in all.
+    usage: f64,
+    aged: u64,
+    /// CPU time of the worker's own threads in a second.
+    cpu_s: f64,
+}
+
+/// Lets a guest touch 320 MiB and use a fifth of it, with `words` about its memory; looks at its last `last` of `seconds`.
+fn watch(words: &str, pattern: &str, seconds: usize, last: usize) -> Watched {
+    let memory = format!("size=384M,max=384M,swap=max,{words}");
+    let mut vm = TestVm::builder("bench").memory(&memory).cmdline("shell").start();
+    vm.expect("READY", 20);
+    let answer = vm.command("touch 16M 320M seed=1 fill=half", 60);
+    assert!(answer.starts_with("OK"), "{answer}");
+    let pid = number(&vm.show(), "pid");
+    let before = service_ns(pid);
+    vm.send(&format!("access {pattern} 16M 320M hot=64M period=1000 periods={seconds}"));
+    let lines = (0..seconds).map(|_| vm.expect("ACCESS ", 60));
+    let cycles: Vec<f64> = lines.map(|line| field(&line, "cycles_per_1000")).collect();
+    let now = vm.show();
+    Watched {
+        cycles: median(cycles[seconds - last..].iter().copied()),
+        usage: number(&now, "memory.current_bytes") as f64,
+        aged: number(&now, "cold.aged_bytes"),
+        cpu_s: (service_ns(pid) - before) as f64 / 1e9 / seconds as f64,
+    }
+}
+
+/// R22: speed of a guest that is aged, over that of one that is not. A generation is shorter than by default, unless there is
+/// time.
+fn overhead() -> Outcome {
+    let (ageing, seconds) = if full(0, 1) == 1 { ("ageing=30s", 150) } else { ("ageing=5s", 25) };
+    let last = seconds * 4 / 5;
+    let runs =
+        pairs(full(3, 5), || watch("ageing=off", "zipf", seconds, last), || watch(ageing, "zipf", seconds, last));
+    let notes = format!(
+        "{ageing} aged_mib={} cpu_s_per_s={:.4} off_cpu_s_per_s={:.4} ",
+        runs[runs.len() / 2].1.aged / MIB,
+        median(runs.iter().map(|run| run.1.cpu_s)),
+        median(runs.iter().map(|run| run.0.cpu_s)),
+    );
+    let values = runs.iter().map(|(off, on)| off.cycles / on.cycles).collect();
+    let goal = Goal::AtLeast { floor: 0.97, target: 0.99 };
+    Outcome { id: "R22", name: "ageing_overhead", unit: "x", goal, values, notes }
+}
+
+/// R24: the share of a guest's memory that proactive eviction gives back, its store counted, of a guest that uses a fifth of
+/// it. Nothing where the guest becomes slower by more than 1 %.
+fn proactive() -> Outcome {
+    const SECONDS: usize = 60;
+    let runs: Vec<(Watched, Watched)> = (0..full(2, 5))
+        .map(|_| {
+            let off = watch("ageing=off", "zipf", SECONDS / 2, 15);
+            (off, watch("ageing=2s,proactive=on", "zipf", SECONDS, 15))
+        })
+        .collect();
+    let slowdown = median(runs.iter().map(|(off, on)| on.cycles / off.cycles)) - 1.0;
+    let saving = |(off, on): &(Watched, Watched)| 1.0 - on.usage / off.usage;
+    let notes = format!(
+        "saved={:.3} slowdown={slowdown:.4} cpu_s_per_s={:.4} ",
+        median(runs.iter().map(saving)),
+        median(runs.iter().map(|run| run.1.cpu_s)),
+    );
+    let values = runs.iter().map(|run| if slowdown <= 0.01 { saving(run) } else { 0.0 }).collect();
+    let goal = Goal::AtLeast { floor: 0.10, target: 0.20 };
+    Outcome { id: "R24", name: "proactive_saving", unit: "fraction", goal, values, notes }
 }
