@@ -48,6 +48,8 @@ fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
     let full = exact(&vm);
     assert!(number(&full, "swap.current_bytes") >= 60 * MIB, "{full}");
     assert!(number(&full, "memory.stat.store_bytes") > 0, "{full}");
+    let (status, report) = vm.http("GET", "/check", None);
+    assert!(status == 200 && report.contains(r#""ok":true"#) && !report.contains(r#""ok":false"#), "{report}");
     ok(&mut vm, "verify 16M 128M seed=7");
     ok(&mut vm, "hot 16M 128M passes=2");
     let end = exact(&vm);

@@ -104,7 +104,7 @@ impl Actor {
                 charged: node.memory.usage,
                 vmm: node.vmm.usage,
                 store: node.store.usage,
-                outstanding: vm.outstanding().saturating_sub(vm.grown()),
+                outstanding: vm.outstanding().saturating_sub(vm.grown() + node.store.usage),
                 in_flight: Pages(vm.in_flight()),
                 guest: Pages(vm.report.guest),
                 stock: Pages(vm.report.stock),

@@ -206,7 +206,7 @@ fn create(serve: &Serve, plan: &[Member]) {
                     let config = json!({
                         "kernel": payload(), "group": format!("/{}", member.group), "debug_port": true,
                         "cmdline": format!("touch 4M {}M seed=7; park", member.writes),
-                        "memory": { "size_bytes": 32 * MIB, "max_bytes": member.max },
+                        "memory": { "size_bytes": 32 * MIB, "max_bytes": member.max, "swap_max_bytes": 0 },
                         // They stay held: what is done to one that is held for too long is not shown here.
                         "oom": { "deadline_ms": 600_000 },
                     });

@@ -146,8 +146,8 @@ pub fn problems(world: &World, controller: u32) -> Vec<String> {
         if vm["accounting"] != true {
             continue;
         }
-        let parts: u64 =
-            ["guest", "stock", "reserve", "vmm"].map(|part| at(&format!("memory.stat.{part}_bytes"))).iter().sum();
+        let parts = ["guest", "store", "stock", "reserve", "vmm"];
+        let parts: u64 = parts.map(|part| at(&format!("memory.stat.{part}_bytes"))).iter().sum();
         if parts != at("memory.current_bytes") {
             complain(format!("{name}: {} bytes are charged, its parts are {parts}", at("memory.current_bytes")));
         }
