@@ -512,6 +512,8 @@ impl Actor {
     fn settle(&mut self) {
         self.advance_changes();
         self.serve_refused();
+        // What a worker may evict comes before what it is to evict.
+        self.send_due();
         self.look_at_all();
         self.send_due();
         self.feel_pressure();

@@ -251,6 +251,24 @@ async fn a_limit_that_is_lowered_begins_to_evict_in_time() {
     assert!(answer.await.expect("no panic").expect("reached").in_force);
 }
 
+/// A limit that comes with a ban on swap evicts nothing: the worker hears of the ban before it hears what to come down to.
+/// Semantics: T1.
+#[tokio::test(start_paused = true)]
+async fn a_ban_on_swap_comes_before_the_need_to_evict() {
+    let mut worker = alone(2500).await;
+    worker.obey().await;
+    let patch = LimitPatch { max: Some(pages(2000)), swap_max: Some(pages(0)), ..LimitPatch::default() };
+    let force = MemoryChange { patch, mode: memcg_core::limit_change::Mode::Force, ..change(Limit::Max) };
+    let answer = ask(&worker, force);
+    worker.answer_recall().await;
+    answer.await.expect("no panic").expect("by force");
+    while worker.aim == u64::MAX {
+        worker.next().await;
+    }
+    assert_eq!(worker.leases.0, 0);
+    assert_eq!(worker.rung().await, Stuck);
+}
+
 type Reclaimed = JoinHandle<Result<ReclaimedView, Refusal>>;
 
 fn reclaim(worker: &FakeWorker, wanted: u64, wait: u64) -> Reclaimed {
