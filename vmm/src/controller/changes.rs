@@ -493,7 +493,8 @@ impl Actor {
     }
 
     /// How far below a new `max` usage must be before that is in force early: as far as the balloons aim, unless they
-    /// are there already. A guest without a balloon driver gives nothing, so there is nothing to wait for.
+    /// are there already. A guest without a balloon driver gives nothing, so there is nothing to wait for; nor is there
+    /// where its worker can make room by itself, because then the driver need not find any below `max`.
     fn margin(&self, target: Target, max: Limit) -> Pages {
         let (Limit::Pages(new), Limit::Pages(high)) = (max, reclaim::effective_high(Limit::Max, max)) else {
             return Pages::ZERO;
@@ -504,7 +505,8 @@ impl Actor {
                 Target::Vm(_) => self.balloon_within(*id, Limit::Pages(high)),
                 Target::Group(_) => self.balloon_target(*id),
             };
-            vm.report.balloon_ready && u64::from(vm.report.balloon_actual) < aim.0
+            let evicts = self.leases(*id).swap > 0 && !vm.report.cold.stuck;
+            vm.report.balloon_ready && !evicts && u64::from(vm.report.balloon_actual) < aim.0
         };
         if self.vms_of(target).iter().any(giving) { new.saturating_sub(high) } else { Pages::ZERO }
     }
