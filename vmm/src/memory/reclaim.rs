@@ -32,6 +32,13 @@ const TRIES: u32 = 3;
 /// The store is cleaned when more than one part in so many of what lives in it is dead: a quarter of the whole.
 const DEAD_SHARE: u64 = 3;
 
+/// The same where the store is nearly full. At its limit nothing is evicted, whatever of it is dead, and nothing can be
+/// cleaned either: that takes pages, and those come from evictions.
+const DEAD_SHARE_FULL: u64 = 16;
+
+/// A store is nearly full when less than one part in so many of its limit is left.
+const FULL_SHARE: u64 = 4;
+
 /// Empty segments of the store that are kept for the next pages.
 const KEEP: usize = 1;
 
@@ -120,16 +127,18 @@ impl ReclaimThread {
             }
         }
         self.put(store_max, discarder, &mut load.stored);
-        self.clean(before, load);
+        self.clean(before, store_max, load);
         Done::Evicted { incompressible, store: self.store.resident_pages() }
     }
 
     /// Gives back what has died in the store, which had `before` pages; where it is too much, what lives is copied
     /// together first, into no more memory than the evicted pages had.
-    fn clean(&mut self, before: u64, load: &mut Load) {
+    fn clean(&mut self, before: u64, store_max: u64, load: &mut Load) {
         load.copied.clear();
         let collected = self.store.collect(KEEP);
-        if self.store.dead_bytes() > self.store.live_bytes() / DEAD_SHARE {
+        let left = store_max.saturating_sub(self.store.resident_pages());
+        let share = if left < store_max / FULL_SHARE { DEAD_SHARE_FULL } else { DEAD_SHARE };
+        if self.store.dead_bytes() > self.store.live_bytes() / share {
             let room = (before + load.stored.len() as u64).saturating_sub(self.store.resident_pages());
             if let Err(corrupt) = self.store.clean(room, &mut load.copied) {
                 // The guest is ended when it asks for that page, if it ever does.
