@@ -25,15 +25,18 @@ pub const fn pattern(seed: u64, page: u64, word: usize) -> u64 {
     (x ^ (x >> 31)) | 1
 }
 
-/// How much of each page is written: its first and last word (the rest stays zero, so the page compresses well), half of
-/// it (so that it compresses as much data does), or all of it (so that it does not compress at all).
+/// What of each page is written, and so how well it compresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// Words 0 and 511.
+    /// Words 0 and 511; the rest stays what it was, mostly zeroes, so the page compresses well.
     Ends,
-    /// Words 0 to 255.
+    /// Words 0 to 255; the rest stays what it was, so the page compresses as much data does.
     Half,
-    /// All words.
+    /// All words, of which the second half hold the same value: compresses like [`Fill::Half`].
+    Mixed,
+    /// All words with the same value: one word says what is in the page.
+    Same,
+    /// All words, each with another value: does not compress at all.
     Full,
 }
 
@@ -43,7 +46,17 @@ impl Fill {
         match self {
             Fill::Ends => (0..PAGE_WORDS).step_by(PAGE_WORDS - 1),
             Fill::Half => (0..PAGE_WORDS / 2).step_by(1),
-            Fill::Full => (0..PAGE_WORDS).step_by(1),
+            Fill::Mixed | Fill::Same | Fill::Full => (0..PAGE_WORDS).step_by(1),
+        }
+    }
+
+    /// The value that word `word` of page number `page` holds under `seed`, if it is one of [`Fill::words`].
+    #[must_use]
+    pub const fn value(self, seed: u64, page: u64, word: usize) -> u64 {
+        match self {
+            Fill::Mixed if word >= PAGE_WORDS / 2 => pattern(seed, page, 0),
+            Fill::Same => pattern(seed, page, 0),
+            Fill::Ends | Fill::Half | Fill::Mixed | Fill::Full => pattern(seed, page, word),
         }
     }
 }
@@ -101,15 +114,19 @@ impl<'a> Arguments<'a> {
         self.option(name).map_or(Ok(default), |v| parse_number(v).ok_or(BadArgument(name)))
     }
 
-    /// How much of each page to write: option `full=1`, or `fill=half`.
+    /// What of each page to write: option `full=1`, or `fill=` with the name of a [`Fill`].
     ///
     /// # Errors
-    /// The option's value is not a number, or another word.
+    /// The option's value is not a number, or not a name.
     pub fn fill(&self) -> Result<Fill, BadArgument> {
         match self.option("fill") {
+            None if self.number_or("full", 0)? == 0 => Ok(Fill::Ends),
+            None | Some("full") => Ok(Fill::Full),
+            Some("ends") => Ok(Fill::Ends),
             Some("half") => Ok(Fill::Half),
+            Some("mixed") => Ok(Fill::Mixed),
+            Some("same") => Ok(Fill::Same),
             Some(_) => Err(BadArgument("fill")),
-            None => Ok(if self.number_or("full", 0)? == 0 { Fill::Ends } else { Fill::Full }),
         }
     }
 }
@@ -164,5 +181,21 @@ mod tests {
         assert_eq!(Fill::Ends.words().collect::<Vec<_>>(), [0, 511]);
         assert_eq!(Fill::Half.words().collect::<Vec<_>>(), (0..256).collect::<Vec<_>>());
         assert_eq!(Fill::Full.words().count(), 512);
+    }
+
+    #[test]
+    fn a_fill_has_as_many_values_as_its_name_says() {
+        let values = |fill: Fill| {
+            let mut values: Vec<u64> = fill.words().map(|word| fill.value(3, 7, word)).collect();
+            values.sort_unstable();
+            values.dedup();
+            values.len()
+        };
+        let fills = [Fill::Ends, Fill::Half, Fill::Mixed, Fill::Same, Fill::Full];
+        assert_eq!(fills.map(values), [2, 256, 256, 1, 512]);
+        for (text, fill) in [("fill=mixed", Fill::Mixed), ("fill=same", Fill::Same), ("fill=ends full=1", Fill::Ends)] {
+            assert_eq!(Arguments(text).fill(), Ok(fill), "{text}");
+        }
+        assert_eq!(Arguments("fill=none").fill(), Err(BadArgument("fill")));
     }
 }

@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use guest_common::{Arguments, Fill, PAGE_SIZE, PAGE_WORDS, pattern};
+use guest_common::{Arguments, Fill, PAGE_SIZE, PAGE_WORDS};
 
 use crate::sys;
 
@@ -73,7 +73,7 @@ pub fn serve() {
     }
 }
 
-/// `touch SIZE [seed=N] [full=1]`; a second plain word is a seed as well.
+/// `touch SIZE [seed=N] [fill=ends|half|mixed|same|full]`; a second plain word is a seed as well.
 fn touch(arguments: Arguments<'_>) -> Result<Region, String> {
     let size = arguments.number(0, "SIZE").map_err(|e| e.to_string())?;
     let word_seed = arguments.number(1, "seed").unwrap_or(1);
@@ -84,7 +84,7 @@ fn touch(arguments: Arguments<'_>) -> Result<Region, String> {
     let words = sys::map(bytes).map_err(|e| format!("cannot map {bytes} bytes: {e}"))?;
     for (page, words) in words.chunks_exact_mut(PAGE_WORDS).enumerate() {
         for word in fill.words() {
-            words[word] = pattern(seed, page as u64, word);
+            words[word] = fill.value(seed, page as u64, word);
         }
     }
     Ok(Region { words, seed, fill })
@@ -95,7 +95,8 @@ fn verify(regions: &[Region]) -> String {
     let (mut pages, mut bad, mut first) = (0, 0, None);
     for region in regions {
         for (page, words) in region.words.chunks_exact(PAGE_WORDS).enumerate() {
-            let good = region.fill.words().all(|word| words[word] == pattern(region.seed, page as u64, word));
+            let Region { seed, fill, .. } = *region;
+            let good = fill.words().all(|word| words[word] == fill.value(seed, page as u64, word));
             if !good {
                 bad += 1;
                 first.get_or_insert(pages);

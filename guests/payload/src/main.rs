@@ -9,8 +9,9 @@
 //! where an error ends nothing, and ends with 0 when the power button is pressed. Numbers are decimal or `0x`, with K, M, G, T.
 //!
 //! ```text
-//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1 | fill=half] [cpus=all]
-//! verify START SIZE [stride=4K] [seed=1] [full=1 | fill=half] [zero=ok|only]     every page has its pattern (or zeroes)
+//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1] [cpus=all]
+//! verify START SIZE [stride=4K] [seed=1] [full=1] [zero=ok|only]     every page holds its pattern (or zeroes)
+//!                    fill=ends|half|mixed|same|full: what of a page is written, and how much of that differs
 //! random START SIZE count=N [seed=1]                                 like touch, N pages drawn at random
 //! hot START SIZE [passes=1] [stride=4K]                              increments a counter in each page; none is lost
 //! storm [START SIZE] [passes=N]                                      all vCPUs touch their shares as fast as they can
@@ -19,6 +20,7 @@
 //!                    of so many ms or accesses, a mark and `ACCESS n= touches= cycles_per_1000= distinct= two= bad=`:
 //!                    pages used in it, and in it and the one before. `check`s for the pattern of `touch`
 //! rewrite START SIZE [seconds=N] [seed=1]                            all vCPUs: new contents, if the last ones are there
+//! rewrite START SIZE background=1 [seed=1] | stop                    the same by all but vCPU 0, which obeys meanwhile
 //! latency START SIZE [stride=4K]                                     writes to each page: p50_ns= p99_ns= max_ns=
 //! balloon init [features=MASK] [device=N] [size=16]                  finds the device and switches it on
 //! balloon inflate START SIZE [touch=1] | deflate START SIZE | report START SIZE

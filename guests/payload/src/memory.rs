@@ -44,7 +44,7 @@ struct Work {
 }
 
 impl Work {
-    /// `START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1]`
+    /// `START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1 | fill=ends|half|mixed|same|full]`
     fn parse(arguments: Arguments<'_>) -> Result<Self, Error> {
         let start = arguments.number(0, "START")?;
         let size = arguments.number(1, "SIZE")?;
@@ -93,7 +93,7 @@ impl Work {
 
 fn fill(page: u64, seed: u64, fill: Fill) {
     for word in fill.words() {
-        poke(page + word as u64 * 8, pattern(seed, page / PAGE_SIZE, word));
+        poke(page + word as u64 * 8, fill.value(seed, page / PAGE_SIZE, word));
     }
 }
 
@@ -102,7 +102,7 @@ pub fn touch(arguments: Arguments<'_>, cpus: u64, answer: &mut Line) -> Result<(
     let work = Work::parse(arguments)?;
     let cpus = if arguments.option("cpus") == Some("all") { cpus } else { 1 };
     let before = io::cycles();
-    team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
+    let cpus = team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
     let spent = io::cycles().wrapping_sub(before);
     let _ = write!(answer, " pages={} passes={} cpus={cpus} cycles={spent}", work.pages(), work.passes);
     Ok(())
@@ -120,7 +120,7 @@ pub fn storm(arguments: Arguments<'_>, ram: u64, cpus: u64, answer: &mut Line) -
     if work.passes == u64::MAX {
         io::answer("OK ", "storm", " started");
     }
-    team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
+    let cpus = team::together(cpus, &|cpu, cpus| work.share(cpu, cpus).run());
     let _ = write!(answer, " pages={} passes={} cpus={cpus}", work.pages(), work.passes);
     Ok(())
 }
@@ -171,7 +171,7 @@ pub fn verify(arguments: Arguments<'_>, answer: &mut Line) -> Result<(), Error> 
         for word in work.fill.words() {
             let value = peek(page + word as u64 * 8);
             all_zero &= value == 0;
-            all_pattern &= value == pattern(work.seed, page / PAGE_SIZE, word);
+            all_pattern &= value == work.fill.value(work.seed, page / PAGE_SIZE, word);
         }
         zero += u64::from(all_zero);
         if !(all_zero && may_be_zero || all_pattern && may_be_pattern) {

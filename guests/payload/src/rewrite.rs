@@ -7,7 +7,7 @@
 use core::fmt::Write;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use guest_common::{Arguments, PAGE_SIZE, PAGE_WORDS, pattern, scramble};
+use guest_common::{Arguments, Fill, PAGE_SIZE, PAGE_WORDS, scramble};
 
 use crate::Error;
 use crate::io::{self, Line};
@@ -19,27 +19,44 @@ static REWRITES: AtomicU64 = AtomicU64::new(0);
 static BAD: AtomicU64 = AtomicU64::new(0);
 /// Of the bad pages, one.
 static BAD_PAGE: AtomicU64 = AtomicU64::new(0);
+/// What is rewritten: from which page, how many, from which seed.
+static RANGE: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+/// In the background vCPU 0 has no share.
+static BACKGROUND: team::Job<'static> = &|cpu, cpus| Share::of(cpu - 1, cpus - 1).run(None);
 
 /// `rewrite`: see the list of commands. Without `seconds` until somebody types.
 pub fn rewrite(arguments: Arguments<'_>, cpus: u64, answer: &mut Line) -> Result<(), Error> {
+    if arguments.word(0) == Some("stop") {
+        STOP.store(true, Relaxed);
+        let stopped = team::finish();
+        return if stopped { result(answer) } else { Err(Error::Other("nothing is being rewritten")) };
+    }
     let (start, size) = (arguments.number(0, "START")?, arguments.number(1, "SIZE")?);
     let (seconds, seed) = (arguments.number_or("seconds", 0)?, arguments.number_or("seed", 1)?);
+    let background = arguments.number_or("background", 0)? != 0;
     let pages = size / PAGE_SIZE;
     if start % PAGE_SIZE != 0 || pages < cpus || start.checked_add(size).is_none() {
         return Err(Error::Other("START must be a multiple of 4K, and SIZE a page for each vCPU"));
     }
+    if team::is_busy() {
+        return Err(Error::Other("the other vCPUs are busy: rewrite stop"));
+    }
     STOP.store(false, Relaxed);
-    REWRITES.store(0, Relaxed);
-    BAD.store(0, Relaxed);
+    [&REWRITES, &BAD].into_iter().for_each(|count| count.store(0, Relaxed));
+    RANGE.iter().zip([start / PAGE_SIZE, pages, seed]).for_each(|(shared, value)| shared.store(value, Relaxed));
+    if background {
+        return if team::begin(cpus, &BACKGROUND) { Ok(()) } else { Err(Error::Other("there is no other vCPU")) };
+    }
     let per_ms = io::cycles_per_ms();
     io::answer("", "rewriting", "");
-    team::together(cpus, &|cpu, cpus| {
-        let first = start / PAGE_SIZE + pages * cpu / cpus;
-        let share = Share { first, pages: start / PAGE_SIZE + pages * (cpu + 1) / cpus - first, seed };
-        share.run((cpu == 0).then(|| Watch::new(seconds, per_ms)));
-    });
+    team::together(cpus, &|cpu, cpus| Share::of(cpu, cpus).run((cpu == 0).then(|| Watch::new(seconds, per_ms))));
+    result(answer)
+}
+
+/// What all of them have found.
+fn result(answer: &mut Line) -> Result<(), Error> {
     let (rewrites, bad) = (REWRITES.load(Relaxed), BAD.load(Relaxed));
-    let _ = write!(answer, " pages={pages} rewrites={rewrites} cpus={cpus} bad={bad}");
+    let _ = write!(answer, " pages={} rewrites={rewrites} bad={bad}", RANGE[1].load(Relaxed));
     if bad == 0 {
         return Ok(());
     }
@@ -83,6 +100,13 @@ struct Share {
 }
 
 impl Share {
+    /// The share of vCPU `cpu`: stretches of equal length.
+    fn of(cpu: u64, cpus: u64) -> Self {
+        let [first, pages, seed] = [0, 1, 2].map(|i: usize| RANGE[i].load(Relaxed));
+        let at = |n: u64| pages * n / cpus;
+        Self { first: first + at(cpu), pages: at(cpu + 1) - at(cpu), seed }
+    }
+
     /// Rewrites until it is enough, which the vCPU with a watch says, and then looks at all of them once more.
     fn run(&self, mut watch: Option<Watch>) {
         let factor = scramble(self.pages);
@@ -131,6 +155,6 @@ impl Share {
     /// A word of a version. The first half of a page differs in each word of each version; the second repeats one word of
     /// it, so that the page is worth compressing.
     fn contents(&self, version: u64, page: u64, word: usize) -> u64 {
-        pattern(self.seed + version, page, if word < PAGE_WORDS / 2 { word } else { 0 })
+        Fill::Mixed.value(self.seed + version, page, word)
     }
 }
