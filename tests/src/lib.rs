@@ -1,7 +1,8 @@
 //! Helpers of the integration tests: a VM of the real program, its console, its control socket, and what the host says
 //! about its memory.
 //!
-//! Beside it, [`semantics`] finds out which test proves which rule.
+//! Beside it, [`walk`] has random steps of a guest with a model of its contents, and [`semantics`] finds out which test
+//! proves which rule.
 //!
 //! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
@@ -11,6 +12,7 @@ pub mod openmetrics;
 pub mod random;
 pub mod semantics;
 pub mod serve;
+pub mod walk;
 
 use std::ffi::{CStr, CString};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -479,14 +481,16 @@ fn dechunk(mut raw: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// In a page's entry of pagemap: it is in memory, or swapped.
+const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+
 /// Resident pages of a VM's RAM as the host's page tables have them: `PRESENT` or swapped, over every page of every slot
 /// and of its stage.
 ///
 /// # Panics
 /// When the VM's worker cannot be looked into (another user's, or gone).
 pub fn resident_pages(vm: &Value) -> u64 {
-    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
-    pages_with(vm, PRESENT_OR_SWAPPED)
+    ram_with(vm, PRESENT_OR_SWAPPED)
 }
 
 /// Pages of a VM's RAM that have memory of their own: not those that were only read, which are all the kernel's one page
@@ -496,24 +500,32 @@ pub fn resident_pages(vm: &Value) -> u64 {
 /// As [`resident_pages`].
 pub fn written_pages(vm: &Value) -> u64 {
     const MAPPED_EXCLUSIVELY: u64 = 1 << 56;
-    pages_with(vm, MAPPED_EXCLUSIVELY)
+    ram_with(vm, MAPPED_EXCLUSIVELY)
 }
 
-/// Pages of RAM whose entry in the worker's pagemap has any of these bits.
-fn pages_with(vm: &Value, bits: u64) -> u64 {
+/// Resident pages of the store of a VM's evicted pages, as [`resident_pages`] counts those of its RAM.
+///
+/// # Panics
+/// As [`resident_pages`].
+pub fn store_pages(vm: &Value) -> u64 {
+    pages_with(vm, number(vm, "store.hva"), number(vm, "store.bytes"), PRESENT_OR_SWAPPED)
+}
+
+/// Pages of RAM, in the guest's sight or in the stage, whose entry in the worker's pagemap has any of these bits.
+fn ram_with(vm: &Value, bits: u64) -> u64 {
+    let slots = vm["ram"].as_array().expect("RAM slots").iter();
+    let areas = slots.flat_map(|slot| ["hva", "stage_hva"].map(|key| (number(slot, key), number(slot, "bytes"))));
+    areas.map(|(start, bytes)| pages_with(vm, start, bytes, bits)).sum()
+}
+
+/// Of the pages of `bytes` bytes at `start` in the worker, those whose entry in its pagemap has any of these bits.
+fn pages_with(vm: &Value, start: u64, bytes: u64, bits: u64) -> u64 {
     let pid = vm["pid"].as_u64().expect("the VM has a worker");
     let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).expect("pagemap of the worker");
-    let mut pages = 0;
-    for slot in vm["ram"].as_array().expect("RAM slots") {
-        let bytes = slot["bytes"].as_u64().expect("bytes");
-        for hva in ["hva", "stage_hva"].map(|key| slot[key].as_u64().expect("an address")) {
-            let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
-            pagemap.read_exact_at(&mut entries, hva / PAGE * 8).expect("pagemap covers RAM");
-            let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
-            pages += entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64;
-        }
-    }
-    pages
+    let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
+    pagemap.read_exact_at(&mut entries, start / PAGE * 8).expect("pagemap covers what is mapped");
+    let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
+    entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64
 }
 
 /// A number out of nested JSON, by path.

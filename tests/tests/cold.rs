@@ -2,26 +2,14 @@
 //!
 //! The payload has no balloon here, so nothing but eviction can make room for it.
 
-use ballast_tests::{PAGE, TestVm, missing_on_host, number, resident_pages, wait_until};
-use serde_json::{Value, json};
+use ballast_tests::walk::exact;
+use ballast_tests::{PAGE, TestVm, missing_on_host, number, wait_until};
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 
 fn skipped(test: &str) -> bool {
     missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
-
-/// What is charged is what is there: guest pages in RAM and in the stage by pagemap, the store, and the rest by its parts.
-fn exact(vm: &TestVm) -> Value {
-    wait_until("charges are what is resident", 20, || {
-        let now = vm.show();
-        let resident = resident_pages(&now) * PAGE;
-        let parts = ["guest", "store", "stock", "reserve", "vmm"];
-        let sum: u64 = parts.iter().map(|part| number(&now, &format!("memory.stat.{part}_bytes"))).sum();
-        let whole = number(&now, "memory.current_bytes");
-        assert!(whole <= number(&now, "memory.max_bytes"), "{now}");
-        (number(&now, "memory.stat.guest_bytes") == resident && sum == whole).then_some(now)
-    })
 }
 
 /// Types a command that must succeed.
@@ -54,18 +42,6 @@ fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
     ok(&mut vm, "hot 16M 128M passes=2");
     let end = exact(&vm);
     assert_eq!((&end["state"], number(&end, "memory.events.oom")), (&json!("running"), 0), "{end}");
-}
-
-/// Two vCPUs rewrite everything while it is evicted under them; each page knows what it must hold.
-#[test]
-fn nothing_is_lost_while_two_vcpus_rewrite_what_is_evicted() {
-    if skipped("cold-rewrite") {
-        return;
-    }
-    let mut vm = shell("rewrite", "size=128M,max=44M,swap=max", "2");
-    ok(&mut vm, "rewrite 16M 48M seconds=5");
-    let end = exact(&vm);
-    assert!(number(&end, "cold.evicted_bytes") > 16 * MIB, "{end}");
 }
 
 /// The truth in the last line that a payload has printed about a period: pages used in it and in the one before.

@@ -1,13 +1,13 @@
 //! Charges are resident pages: after every step, whatever it is, the pages that are charged to a guest are the pages that
 //! the host's page tables hold for it (invariant 4).
 
-use ballast_tests::random::Random;
+use ballast_tests::walk::{Walk, seed_or};
 use ballast_tests::{TestVm, missing_on_host, number, resident_pages};
-use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 
+/// Without swap, so that nothing but the guest's own steps moves a page.
 /// Semantics: 11, 14, 21.
 #[test]
 fn charges_equal_resident_pages_after_each_of_500_random_steps() {
@@ -15,56 +15,12 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
         println!("SKIP exactness reason={reason}");
         return;
     }
-    let seed = std::env::var("BALLAST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_1234_9876);
-    let mut random = Random::new(seed);
-    let mut vm = TestVm::builder("exact").memory("size=64M,max=64M").cmdline("shell").start();
-    vm.expect("READY", 10);
-    assert!(vm.command("balloon init", 10).starts_with("OK"));
-    let mut paused = false;
-    for step in 0..500 {
-        let what = match random.below(if paused { 3 } else { 10 }) {
-            0 => {
-                // A limit above, at or below what is used; refused or not, nothing may become inexact.
-                let usage = number(&vm.show(), "memory.current_bytes");
-                let max = usage.saturating_sub(MIB) / PAGE * PAGE + random.below(64) * MIB / 2;
-                let (status, _) = vm.patch("?mode=refuse", &json!({ "max_bytes": max }));
-                assert!(status == 200 || status == 409, "step {step}, seed {seed}: status {status}");
-                // Later steps need room again.
-                let (status, _) = vm.patch("", &json!({ "max_bytes": 96 * MIB }));
-                assert_eq!(status, 200);
-                format!("max {max}: {status}")
-            }
-            1 | 2 => {
-                let verb = if paused { "resume" } else { "pause" };
-                let (status, body) = vm.post(verb);
-                assert!((200..300).contains(&status), "step {step}, seed {seed}: {verb} {status} {body}");
-                paused = !paused;
-                verb.to_owned()
-            }
-            kind => {
-                let start = (8 + random.below(40)) * MIB + random.below(256) * PAGE;
-                let pages = 1 + random.below(if kind == 3 { 600 } else { 60 });
-                let command = match kind {
-                    3 | 4 => format!("touch {start} {} seed=3", pages * PAGE),
-                    5 => format!("touch {start} {} stride=12K seed=3", pages * PAGE),
-                    6 => format!("random {start} {} count={} seed={step}", pages * PAGE, pages / 2 + 1),
-                    7 | 8 => format!("balloon inflate {start} {}", pages * PAGE),
-                    _ => format!("balloon deflate {start} {}", pages * PAGE),
-                };
-                let answer = vm.command(&command, 20);
-                assert!(answer.starts_with("OK"), "step {step}, seed {seed}: `{command}`: {answer}");
-                command
-            }
-        };
-        let now = vm.show();
-        assert_eq!(
-            number(&now, "memory.stat.guest_bytes"),
-            resident_pages(&now) * PAGE,
-            "step {step} ({what}), seed {seed}: charged and resident differ in {now}"
-        );
-        let parts = ["guest", "stock", "reserve", "vmm"].map(|k| number(&now, &format!("memory.stat.{k}_bytes")));
-        assert_eq!(parts.iter().sum::<u64>(), number(&now, "memory.current_bytes"), "step {step} ({what}): {now}");
+    let mut walk = Walk::start("exact", seed_or(0x5eed_1234_9876), 1, false);
+    for _ in 0..500 {
+        walk.step();
+        walk.rest();
     }
+    walk.verify_all();
 }
 
 /// The guest's pages that are charged: exactly those that are resident.
