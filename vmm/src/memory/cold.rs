@@ -38,6 +38,7 @@ use super::client::{Done, Load, Reply, Run, Work};
 use super::pages::Pages;
 use super::store::{Corrupt, Moved, Place, Reader};
 use super::uffd::{Fill, Move};
+use crate::worker::broken;
 use crate::worker::gate::monotonic_ns;
 use crate::worker::protocol::{Area, Cold};
 
@@ -373,7 +374,7 @@ impl Pages {
                 Move::Moved(done) => at += done,
                 Move::Busy => {}
                 // The page is neither here nor there: what the guest wrote is lost, and nothing may go on.
-                Move::Absent | Move::Occupied | Move::Gone => std::process::abort(),
+                other => broken(format_args!("idle page {at} cannot be moved back: {other:?}")),
             }
         }
     }
@@ -399,8 +400,14 @@ impl Pages {
         Ok(next - page)
     }
 
+    /// Where the content of an evicted page is.
+    fn place(&self, page: u64) -> Place {
+        Place::from_raw(self.frames.place(page as usize))
+            .unwrap_or_else(|| broken(format_args!("evicted page {page} is nowhere")))
+    }
+
     fn refault_one(&mut self, page: u64, reserve: bool) -> Result<bool, Corrupt> {
-        let Some(place) = Place::from_raw(self.frames.place(page as usize)) else { std::process::abort() };
+        let place = self.place(page);
         let content = &mut self.reclaim.content;
         self.reclaim.store.read(page as u32, place, content)?;
         let from_reserve = self.stock.stock() == Count(0);
@@ -415,7 +422,7 @@ impl Pages {
                 Fill::Filled(_) => break,
                 Fill::RetryLater => {}
                 // Only this thread fills a page that is not there.
-                Fill::AlreadyPresent | Fill::Gone => std::process::abort(),
+                other => broken(format_args!("evicted page {page} cannot be filled: {other:?}")),
             }
         }
         reservation.commit(Count(1));
@@ -432,7 +439,7 @@ impl Pages {
     /// The guest does not want these evicted pages any more.
     pub(super) fn forget(&mut self, pages: Range<u64>) {
         for page in pages {
-            let Some(place) = Place::from_raw(self.frames.place(page as usize)) else { std::process::abort() };
+            let place = self.place(page);
             // A damaged entry is as good as forgotten: nobody will ask for it.
             let _ = self.reclaim.store.release(page as u32, place);
         }

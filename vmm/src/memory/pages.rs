@@ -40,6 +40,7 @@ use super::ram::Ram;
 use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
 use crate::devices::balloon::BalloonHandle;
+use crate::worker::broken;
 use crate::worker::gate::{self, Gate, monotonic_ns};
 use crate::worker::protocol::{FaultCounts, Report};
 
@@ -183,8 +184,9 @@ impl Pages {
         });
         for &address in &batch[..n] {
             self.counts.events += 1;
-            // Only guest RAM is registered: another address means that our own books are wrong.
-            let page = self.ram.index_of_hva(address).unwrap_or_else(|| std::process::abort());
+            // Nobody but us knows of the stage, and there nothing that is missing is touched.
+            let page = self.ram.index_of_hva(address);
+            let page = page.unwrap_or_else(|| broken(format_args!("a fault at {address:#x}, which is no RAM")));
             self.serve(page);
             self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
         }
@@ -578,7 +580,7 @@ fn fill_all(uffd: &Uffd, ram: &Ram, pages: Range<u64>) {
             }
             Fill::RetryLater => {}
             // The range is ours and registered until the process ends: its end has begun.
-            Fill::Gone => std::process::abort(),
+            Fill::Gone => broken(format_args!("page {at} cannot be filled")),
         }
     }
 }

@@ -23,8 +23,8 @@ use super::ram::{HUGE, Ram};
 use super::store::{BATCH, Outcome, Stored, Writer};
 use super::thread::borrow;
 use super::uffd::{Move, Uffd};
-use crate::worker::complain;
 use crate::worker::sandbox::{self, Thread};
+use crate::worker::{broken, complain};
 
 /// Tries to move a page that the kernel is busy with, before it stays where it is.
 const TRIES: u32 = 3;
@@ -71,7 +71,9 @@ impl ReclaimThread {
         let mut load = Box::<Load>::default();
         let mut done = Done::Rested;
         loop {
-            let Reply::Job(work, pages) = self.client.ask(Request::Reclaim(done, load)) else { std::process::abort() };
+            let Reply::Job(work, pages) = self.client.ask(Request::Reclaim(done, load)) else {
+                broken(format_args!("no work for reclaim"))
+            };
             load = pages;
             done = match work {
                 Work::Rest(time) => self.rest(time),
@@ -92,7 +94,7 @@ impl ReclaimThread {
 
     /// Moves pages of RAM to the stage.
     fn age(&self, load: &mut Load) -> Done {
-        let Some(uffd) = self.ram.uffd() else { std::process::abort() };
+        let Some(uffd) = self.ram.uffd() else { broken(format_args!("pages are aged that are not registered")) };
         load.moved.clear();
         for run in &load.claimed {
             let (mut at, end) = (run.first, run.first + run.pages);
@@ -163,8 +165,7 @@ impl ReclaimThread {
         }
         if let Err(e) = discarder.discard(&self.ram, &self.runs) {
             // Claimed pages of unknown content: neither charging nor uncharging them would be true.
-            complain(format_args!("the host refuses to discard guest memory: {e}"));
-            std::process::abort();
+            broken(format_args!("the host refuses to discard guest memory: {e}"));
         }
         self.store.append(stored);
     }
@@ -193,7 +194,7 @@ fn move_aside(ram: &Ram, uffd: &Uffd, pages: Range<u64>, moved: &mut Vec<Run>) {
                 at += 1;
                 tries = 0;
             }
-            Move::Absent | Move::Occupied | Move::Gone => std::process::abort(),
+            other => broken(format_args!("active page {at} cannot be moved aside: {other:?}")),
         }
     }
 }

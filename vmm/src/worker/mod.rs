@@ -27,6 +27,12 @@ pub fn complain(what: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stderr(), "ballast: {what}");
 }
 
+/// Our own books are wrong: says how, and ends the process, since nothing that goes on could be trusted.
+pub fn broken(how: std::fmt::Arguments<'_>) -> ! {
+    complain(format_args!("worker failed: {how}"));
+    std::process::abort()
+}
+
 /// How a line of standard error begins that has words which no controller was there to hear.
 pub const LAST_WORDS: &str = "ballast: last words: ";
 
