@@ -11,6 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use memcg_core::units::PAGE_SIZE;
@@ -61,13 +62,15 @@ impl ReclaimThread {
         Self { client, bell, ram, store, batch: Vec::new(), runs: Vec::new() }
     }
 
-    /// Runs until the process ends.
+    /// Runs until the process ends; says on `ready` that it is in its sandbox.
     ///
     /// # Errors
-    /// When it cannot go into its sandbox.
-    pub fn run(mut self) -> io::Result<()> {
+    /// When it cannot go there.
+    pub fn run(mut self, ready: &SyncSender<()>) -> io::Result<()> {
         let discarder = Discarder::default();
         sandbox::enter(Thread::Reclaim).map_err(io::Error::other)?;
+        // Whoever waited for this may have gone.
+        let _ = ready.send(());
         let mut load = Box::<Load>::default();
         let mut done = Done::Rested;
         loop {

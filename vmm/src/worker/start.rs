@@ -332,13 +332,16 @@ fn run(vm: Built, channel: Channel) -> Result<std::convert::Infallible, StartErr
         super::exit(1);
     }
     let thread = vm.reclaim_thread;
+    let (ready, is_ready) = sync_channel(1);
     let spawned = std::thread::Builder::new().name("reclaim".into()).stack_size(256 << 10).spawn(move || {
-        if let Err(e) = thread.run() {
+        if let Err(e) = thread.run(&ready) {
             complain(format_args!("the reclaim thread cannot run: {e}"));
         }
         std::process::abort();
     });
     spawned.map_err(os("no thread for reclaim"))?;
+    // No instruction of the guest before all are shut in. A thread that cannot be has ended the process.
+    let _ = is_ready.recv();
 
     let kernel = File::from(handed(fd::KERNEL));
     let initrd = config.initrd.then(|| File::from(handed(fd::INITRD)));
