@@ -107,7 +107,9 @@ pub fn picture(world: &World) -> BTreeMap<String, Value> {
         for key in ["min_bytes", "low_bytes", "high_bytes", "max_bytes"] {
             seen[key] = vm["memory"][key].clone();
         }
-        seen["guest_bytes"] = vm["memory"]["stat"]["guest_bytes"].clone();
+        // Reclaim may still be at work: what it evicts, the guest still has.
+        let bytes = ["guest_bytes", "swapped_bytes"].map(|key| vm["memory"]["stat"][key].as_u64().unwrap_or_default());
+        seen["guest_bytes"] = (bytes[0] + bytes[1]).into();
         Some((name, seen))
     });
     seen.collect()
