@@ -25,7 +25,7 @@ fn shell(name: &str, memory: &str, cpus: &str) -> TestVm {
 }
 
 /// A guest with twice as much as its limit loses nothing and is never stopped by its policy.
-/// Semantics: 23, 24, 27.
+/// Semantics: 24, 27.
 #[test]
 fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
     if skipped("cold-twice") {

@@ -16,7 +16,7 @@ fn linux(group: &str, max: u64, more: &str) -> Value {
     json!({
         "kernel": guest_file("vmlinux"), "initrd": guest_file("initrd.img"), "group": group,
         "cmdline": format!("{CMDLINE} {more}"),
-        "memory": { "size_bytes": 176 * MIB, "max_bytes": max * MIB },
+        "memory": { "size_bytes": 176 * MIB, "max_bytes": max * MIB, "swap_max_bytes": 0 },
         "oom": { "action": "pause", "deadline_ms": 1000 },
     })
 }
