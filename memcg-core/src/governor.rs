@@ -10,11 +10,13 @@
 //!                                 below: what is owed is paid off                at most twice what it was
 //! ```
 //!
-//! So the budget grows twofold each period as long as what is put aside is cold, meets the allowance where it is not, and
-//! is nothing as long as more is owed than the next period allows. One that was not used up does not grow: it would say
-//! nothing about the pages that were left alone. In the long run refaults cost no more than the share; in a single period
-//! they may, when a guest turns to memory that it has left alone for long. As many pages as there may be refaults can
-//! be put aside whatever the guest does.
+//! So the budget grows twofold each period as long as what is put aside is cold, and meets the allowance where it is not.
+//! One that was not used up does not grow: it would say nothing about the pages that were left alone. In the long run
+//! refaults cost no more than the share; in a single period they may, when a guest turns to memory that it has left alone
+//! for long. As many pages as there may be refaults can be put aside whatever the guest does.
+//!
+//! Whatever is owed, half of the allowance is left, and with the other half it is paid: a guest that has just turned to
+//! other memory is one whose working set is worth knowing, and who must not be looked at does not tell.
 //!
 //! Memory that has to be found is another matter: whoever reclaims for a limit does not ask the governor.
 
@@ -88,7 +90,7 @@ impl Governor {
         // Twice as much at most, and only after the whole of it has shown what it costs.
         let most = if used { self.budget.saturating_mul(2) } else { self.budget };
         let bearable = u128::from(self.budget) * u128::from(free) / u128::from(seen.refaults.max(1));
-        self.budget = u64::try_from(bearable).unwrap_or(u64::MAX).min(most).max(free);
+        self.budget = u64::try_from(bearable).unwrap_or(u64::MAX).min(most).max(free).max(allowance / 2);
         self.budget
     }
 
