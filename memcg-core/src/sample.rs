@@ -27,7 +27,8 @@
 //! even, so a working set that lies in one piece is found to a stride or two. What chance remains is estimated from the
 //! neighbours in the cohort that differ: `Var(came back) ≈ ½ × changes`, at most what a draw without strides would have.
 //! A share of 0 or 1 is not taken for certain: of 3 pages in each `drawn`, none is seen one time in 20. Pages that
-//! fault-around filled count as touched, and are all of them part of the error.
+//! fault-around filled count as touched, and are all of them part of the error. A page that was drawn comes back by its
+//! own touch only ([`Sampler::between`]): one that came along with another would count as not used.
 //!
 //! # How many are drawn
 //!
@@ -36,6 +37,8 @@
 //! has large cohorts that cost nothing, one that uses everything small ones.
 //!
 //! Nothing is allocated after [`Sampler::new`]; a touch costs two binary searches.
+
+use std::ops::Range;
 
 use crate::units::Pages;
 
@@ -139,12 +142,31 @@ impl Cohort {
         (self.population, self.before) = (population.0, before);
     }
 
-    fn touched(&mut self, page: u32) -> bool {
-        let Ok(at) = self.pages.binary_search(&page) else { return false };
-        let (word, bit) = (&mut self.back[at / 64], 1 << (at % 64));
-        let first = *word & bit == 0;
-        *word |= bit;
-        first
+    /// Where its pages of `pages` are in it.
+    fn within(&self, pages: &Range<u32>) -> Range<usize> {
+        let place = |page: u32| self.pages.partition_point(|drawn| *drawn < page);
+        let first = place(pages.start);
+        // Mostly the next one is beyond.
+        if self.pages.get(first).is_none_or(|next| *next >= pages.end) { first..first } else { first..place(pages.end) }
+    }
+
+    fn touched(&mut self, pages: &Range<u32>) -> bool {
+        let mut news = false;
+        for at in self.within(pages) {
+            news |= !self.is_back(at);
+            self.back[at / 64] |= 1 << (at % 64);
+        }
+        news
+    }
+
+    /// The part of `pages` that lies around `page` and has no other page that is waited for.
+    fn between(&self, page: u32, pages: Range<u32>) -> Range<u32> {
+        let within = self.within(&pages);
+        let waited_for = |at: &usize| !self.is_back(*at);
+        let before = |at: &usize| self.pages[*at] < page;
+        let last = within.clone().take_while(before).filter(waited_for).last();
+        let next = within.skip_while(before).filter(waited_for).find(|at| self.pages[*at] > page);
+        last.map_or(pages.start, |at| self.pages[at] + 1)..next.map_or(pages.end, |at| self.pages[at])
     }
 
     fn is_back(&self, at: usize) -> bool {
@@ -225,11 +247,19 @@ impl Sampler {
         }
     }
 
-    /// A page that was aside has been touched. True when that is news of a page that was drawn.
-    pub fn touched(&mut self, page: u32) -> bool {
+    /// Pages that were aside have been touched. True when that is news of one that was drawn.
+    ///
+    /// Whoever brings others back with the one that was touched asks [`Self::between`] before: of those nothing would be
+    /// known any more.
+    pub fn touched(&mut self, pages: Range<u32>) -> bool {
         let [older, newer] = &mut self.cohorts;
         // One page may be in both.
-        older.touched(page) | newer.touched(page)
+        older.touched(&pages) | newer.touched(&pages)
+    }
+
+    /// The part of `pages` that may come back with `page`: up to the next ones whose own touch is waited for.
+    pub fn between(&self, page: u32, pages: Range<u32>) -> Range<u32> {
+        self.cohorts.iter().fold(pages, |pages, cohort| cohort.between(page, pages))
     }
 
     /// Pages that the next cohort should have, if nobody has less to give.

@@ -54,7 +54,7 @@ impl Guest {
         self.last[page] = self.period;
         if std::mem::take(&mut self.aside[page]) {
             self.faults += 1;
-            self.sampler.touched(page as u32);
+            self.sampler.touched(page as u32..page as u32 + 1);
         }
     }
 
@@ -206,11 +206,11 @@ fn a_small_population_is_counted() {
     };
     turn(&mut sampler);
     for page in [3, 99, 3] {
-        sampler.touched(page);
+        sampler.touched(page..page + 1);
     }
     turn(&mut sampler);
-    sampler.touched(3);
-    sampler.touched(50);
+    sampler.touched(3..4);
+    sampler.touched(50..51);
     let counted = Estimate { pages: Pages(3), error: Pages::ZERO, drawn: 100, returned: 3 };
     assert_eq!(turn(&mut sampler), Some(counted));
     // The second cohort was drawn after the page 99 was touched.
@@ -240,10 +240,27 @@ fn a_cohort_takes_what_fits_in_order() {
     for page in [5, 5, 4, 6, 7, 8] {
         sampler.add(page);
     }
-    let news: Vec<_> = (0..10).filter(|page| sampler.touched(*page)).collect();
+    let news: Vec<_> = (0..10).filter(|page| sampler.touched(*page..*page + 1)).collect();
     assert_eq!(news, [5, 6, 7]);
-    assert!(!sampler.touched(5), "told before");
+    assert!(!sampler.touched(5..6), "told before");
     sampler.turn(Pages(100), Arrivals::default(), u64::MAX);
     sampler.add(5);
-    assert!(sampler.touched(5), "drawn again");
+    assert!(sampler.touched(5..6), "drawn again");
+}
+
+/// What comes back with a page that was touched says nothing about those that were drawn: they are left aside.
+#[test]
+fn nobody_who_was_drawn_comes_back_with_another() {
+    let mut sampler = Sampler::new(8, 1);
+    sampler.turn(Pages(100), Arrivals::default(), u64::MAX);
+    [10, 20, 30].into_iter().for_each(|page| sampler.add(page));
+    sampler.turn(Pages(100), Arrivals::default(), u64::MAX);
+    [17, 20, 40].into_iter().for_each(|page| sampler.add(page));
+    assert_eq!(sampler.between(25, 0..64), 21..30);
+    assert_eq!(sampler.between(18, 0..64), 18..20, "of both cohorts");
+    assert_eq!(sampler.between(20, 0..64), 18..30, "the one that was touched comes back");
+    assert_eq!(sampler.between(35, 34..38), 34..38, "nobody was drawn there");
+    assert!(sampler.touched(16..22), "both of them");
+    assert_eq!(sampler.between(18, 0..64), 11..30, "those that are back stop nobody");
+    assert!(!sampler.touched(11..30));
 }

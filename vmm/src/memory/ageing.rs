@@ -2,8 +2,8 @@
 //!
 //! Time is cut into periods, which are the generations of the frame table. At the begin of each, a sample of the resident
 //! pages is put aside ([`Sampler`]): which of them come back within two periods says how much memory is in use. Over the
-//! rest of the period, the coldest pages are put aside in steps, as many as the [`Governor`] allows: what comes back
-//! has proved to be in use, what stays has an age.
+//! rest of the period, the coldest pages are put aside in steps: what comes back has proved to be in use, what stays has
+//! an age. The [`Governor`] says how many of both there may be.
 //!
 //! ```text
 //!  period n ≥ 1                                                                n + 1
@@ -18,6 +18,7 @@
 //! With *proactive* reclaim, what has been idle for two generations is evicted although nobody needs the memory, as long
 //! as the guest asks for less than 0.2 % of its working set back a minute.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use memcg_core::frame::{BLOCK, FrameState, List, Walk};
@@ -79,8 +80,9 @@ pub struct Ageing {
     quiet: u32,
     /// Totals at the begin of the period.
     before: Totals,
-    /// Faults for pages that were aside, since the start.
+    /// Faults for pages that were aside, since the start, and the time that the answers took, in nanoseconds.
     refaults: u64,
+    answers_ns: u64,
     /// Pages that proactive reclaim may still evict in this period.
     proactive: u64,
 }
@@ -89,8 +91,18 @@ pub struct Ageing {
 struct Totals {
     aged: u64,
     refaults: u64,
+    answers_ns: u64,
     refaulted: u64,
     events: u64,
+}
+
+impl Totals {
+    /// What a fault for a page that was aside has cost the guest since `before`.
+    fn cost(&self, before: &Totals) -> Duration {
+        let answers = Duration::from_nanos(self.answers_ns - before.answers_ns);
+        let faults = u32::try_from(self.refaults - before.refaults).unwrap_or(u32::MAX);
+        HAND_OFF + answers.checked_div(faults).unwrap_or_default()
+    }
 }
 
 impl Ageing {
@@ -109,16 +121,29 @@ impl Ageing {
             quiet: 0,
             before: Totals::default(),
             refaults: 0,
+            answers_ns: 0,
             proactive: 0,
         }
     }
 
-    /// A page that was aside has been touched.
-    pub fn touched(&mut self, page: u64) {
+    /// Pages that were aside have been touched, by one fault.
+    pub fn touched(&mut self, pages: Range<u64>) {
         self.refaults += 1;
         if let Some(sampler) = &mut self.sampler {
-            sampler.touched(page as u32);
+            sampler.touched(pages.start as u32..pages.end as u32);
         }
+    }
+
+    /// The answer to such a fault took so long, in nanoseconds.
+    pub fn answered(&mut self, ns: u64) {
+        self.answers_ns += ns;
+    }
+
+    /// The part of `pages` that may come back with `page`, which is touched: those of the sample wait for their own touch.
+    pub fn unwatched(&self, page: u64, pages: Range<u64>) -> Range<u64> {
+        let Some(sampler) = &self.sampler else { return pages };
+        let pages = sampler.between(page as u32, pages.start as u32..pages.end as u32);
+        pages.start.into()..pages.end.into()
     }
 
     /// Length of a period in milliseconds, 0 before the first.
@@ -186,6 +211,7 @@ impl Pages {
         let totals = Totals {
             aged: counts.aged,
             refaults: self.ageing.refaults,
+            answers_ns: self.ageing.answers_ns,
             refaulted: counts.refaulted,
             events: self.counts.events,
         };
@@ -197,7 +223,7 @@ impl Pages {
             period: ageing.terms.period,
             aside: totals.aged - ageing.before.aged,
             refaults: (totals.refaults - ageing.before.refaults) / passed,
-            cost: HAND_OFF + Duration::from_micros(self.answer_times.quantiles().p50_us),
+            cost: totals.cost(&ageing.before),
         };
         ageing.left = ageing.governor.next(&seen);
         let arrivals = Arrivals {
@@ -205,7 +231,7 @@ impl Pages {
             around: Count(self.counts.around + counts.read_around),
         };
         let sampler = ageing.sampler.get_or_insert_with(|| Sampler::new(SAMPLE, now));
-        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, u64::MAX);
+        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, ageing.left);
         ageing.estimate = estimate.or(ageing.estimate);
         ageing.drawing = Some((ranks, Walk::default()));
         ageing.quiet = if totals.events == ageing.before.events { (2 * ageing.quiet).clamp(1, RAREST) } else { 0 };
@@ -248,6 +274,7 @@ impl Pages {
             }
         }
         self.ageing.sampler = Some(sampler);
+        self.ageing.left = self.ageing.left.saturating_sub(claimed);
         if claimed > 0 {
             self.ageing.drawing = Some((ranks, walk));
         }

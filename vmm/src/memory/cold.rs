@@ -361,7 +361,7 @@ impl Pages {
             present.set(first..end);
         }
         self.reclaim.counts.returned += end - first;
-        self.ageing.touched(page);
+        self.ageing.touched(first..end);
     }
 
     /// Moves pages from the stage to RAM; they are ours, so there is no way for this to fail for good.

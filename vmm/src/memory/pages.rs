@@ -226,16 +226,23 @@ impl Pages {
         if state == FrameState::Swapped { self.refault(page, true) } else { self.fill_fault(page, state) }
     }
 
-    /// Brings an idle page back: its whole block, if that was moved aside as one, or as many as a walk is worth.
+    /// Brings an idle page back: its whole block, if that was moved aside as one, or as many as a walk is worth; but for a
+    /// huge page, which is touched as a whole, none that ageing has to see touched.
     fn return_fault(&mut self, page: u64) {
+        let begin = monotonic_ns();
         let slot = self.ram.contiguous(page);
         if let Some(block) = self.frames.whole_block(page as usize) {
-            self.bring_back(page, block.start as u64..(block.end as u64).min(slot.end));
+            let block = block.start as u64..(block.end as u64).min(slot.end);
+            let pages = if self.ram.is_huge(page) { block } else { self.ageing.unwatched(page, block) };
+            self.bring_back(page, pages);
         } else {
             let (window, stream) = self.around.window(page, slot, BLOCK as u64);
-            self.bring_back(page, window.first..window.first + window.pages);
+            let pages = self.ageing.unwatched(page, window.first..window.first + window.pages);
+            let window = Window { first: pages.start, pages: pages.end - pages.start };
+            self.bring_back(page, pages);
             self.around.filled(stream, window);
         }
+        self.ageing.answered(monotonic_ns().saturating_sub(begin));
     }
 
     /// Brings an evicted page back, and some behind it when the guest walks. False when there was nothing left to charge
