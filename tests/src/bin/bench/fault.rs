@@ -81,13 +81,22 @@ fn cpu_s_per_gib(run: &Run) -> f64 {
     run.cpu_ms as f64 / 1000.0 * (1024 * MIB / STRETCH) as f64
 }
 
+/// CPU time of the worker between the marks for each GiB in single faults; the median of some runs of `faults`.
+fn cpu_s_per_gib_of<'a>(runs: impl Iterator<Item = &'a Run>, faults: f64) -> f64 {
+    median(runs.map(|run| run.cpu_ns as f64)) / 1e9 / (faults * 4096.0 / (1024 * MIB) as f64)
+}
+
 /// R3: one page in each 2 MiB, our time over that of a minimal handler.
 fn random_touch() -> Outcome {
     let work = "touch 16M 2000M stride=2M seed=1";
     let bare = || bare::ns(Handler::Granule(1), Place::Ours, 1, work);
-    let runs = pairs(full(7, 15), bare, || run("size=2080M,track=on", 1, work).ns);
-    let values = runs.iter().map(|(bare, ours)| *ours as f64 / *bare as f64).collect();
-    let notes = format!("us_per_fault={:.1} ", runs[0].1 as f64 / 1e6);
+    let runs = pairs(full(7, 15), bare, || run("size=2080M,track=on", 1, work));
+    let values = runs.iter().map(|(bare, ours)| ours.ns as f64 / *bare as f64).collect();
+    let notes = format!(
+        "us_per_fault={:.1} cpu_s_per_gib={:.2} ",
+        median(runs.iter().map(|run| run.1.ns as f64)) / 1e6,
+        cpu_s_per_gib_of(runs.iter().map(|run| &run.1), 1000.0),
+    );
     let goal = Goal::AtMost { floor: 1.10, target: 1.03 };
     Outcome { id: "R3", name: "random_first_touch", unit: "x", goal, values, notes }
 }
@@ -129,13 +138,14 @@ fn charge_ns() -> f64 {
 fn placement() -> Outcome {
     let work = "touch 16M 2000M stride=2M seed=1; touch 16M 2000M stride=1M seed=1";
     let naive = || bare::ns(Handler::Granule(1), Place::Apart, 1, work);
-    let runs = pairs(full(7, 15), naive, || run("size=2080M,track=on", 1, work).ns);
-    let values = runs.iter().map(|(naive, ours)| *naive as f64 / *ours as f64).collect();
+    let runs = pairs(full(7, 15), naive, || run("size=2080M,track=on", 1, work));
+    let values = runs.iter().map(|(naive, ours)| *naive as f64 / ours.ns as f64).collect();
     let us = |ns: f64| ns / 1000.0 / 2000.0;
     let notes = format!(
-        "us_per_fault={:.1} naive_us_per_fault={:.1} ",
-        us(median(runs.iter().map(|run| run.1 as f64))),
+        "us_per_fault={:.1} naive_us_per_fault={:.1} cpu_s_per_gib={:.2} ",
+        us(median(runs.iter().map(|run| run.1.ns as f64))),
         us(median(runs.iter().map(|run| run.0 as f64))),
+        cpu_s_per_gib_of(runs.iter().map(|run| &run.1), 2000.0),
     );
     let goal = Goal::AtLeast { floor: 1.15, target: 1.3 };
     Outcome { id: "R5", name: "handler_placement", unit: "x", goal, values, notes }
@@ -145,18 +155,20 @@ fn placement() -> Outcome {
 /// us is printed too.
 fn scaling() -> Outcome {
     const WORK: [&str; 2] = ["touch 16M 80M seed=1 stride=8K", "touch 16M 80M seed=1 stride=8K cpus=all"];
-    let ours = |cpus: u32| run("size=128M,max=128M", cpus, WORK[cpus as usize - 1]).ns as f64;
+    let ours = |cpus: u32| run("size=128M,max=128M", cpus, WORK[cpus as usize - 1]);
     let plain = |cpus: u32| run("size=128M", cpus, WORK[cpus as usize - 1]).ns as f64;
     let runs = pairs(full(9, 21), || ours(1), || ours(2));
     let unmanaged = pairs(full(3, 7), || plain(1), || plain(2));
     let faults = (80 * MIB / 8192) as f64;
     let notes = format!(
-        "us_per_fault={:.1} us_per_fault_v2={:.1} unmanaged={:.2} ",
-        median(runs.iter().map(|run| run.0)) / 1000.0 / faults,
-        median(runs.iter().map(|run| run.1)) / 1000.0 / faults,
+        "us_per_fault={:.1} us_per_fault_v2={:.1} cpu_s_per_gib={:.2} v2_cpu_s_per_gib={:.2} unmanaged={:.2} ",
+        median(runs.iter().map(|run| run.0.ns as f64)) / 1000.0 / faults,
+        median(runs.iter().map(|run| run.1.ns as f64)) / 1000.0 / faults,
+        cpu_s_per_gib_of(runs.iter().map(|run| &run.0), faults),
+        cpu_s_per_gib_of(runs.iter().map(|run| &run.1), faults),
         median(unmanaged.iter().map(|(one, two)| one / two)),
     );
-    let values = runs.iter().map(|(one, two)| one / two).collect();
+    let values = runs.iter().map(|(one, two)| one.ns as f64 / two.ns as f64).collect();
     let goal = Goal::AtLeast { floor: 1.27, target: 1.5 };
     Outcome { id: "R6", name: "fault_scaling", unit: "x", goal, values, notes }
 }

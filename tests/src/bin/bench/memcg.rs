@@ -157,6 +157,11 @@ impl Process {
         (monotonic_ns() - begin, own_cpu_ns() - cpu)
     }
 
+    /// Its id.
+    pub fn pid(&self) -> u64 {
+        self.child.id().into()
+    }
+
     /// Bytes that it has swapped out now.
     pub fn swapped(&self) -> u64 {
         self.stat("swap")
