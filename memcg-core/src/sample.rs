@@ -30,6 +30,12 @@
 //! fault-around filled count as touched, and are all of them part of the error. A page that was drawn comes back by its
 //! own touch only ([`Sampler::between`]): one that came along with another would count as not used.
 //!
+//! # What lies between
+//!
+//! Memory that is used lies together, more or less, and so does memory that is not. Where two neighbours of a cohort have
+//! not come back, what lies between them is more likely to be cold than what has not been touched first for longest
+//! ([`Sampler::quiet_after`]): of pages that are resident and mapped nothing else is known.
+//!
 //! # How many are drawn
 //!
 //! What matters for the precision is how many come back, and that is what costs. So a cohort is as large as it takes for
@@ -260,6 +266,20 @@ impl Sampler {
     /// The part of `pages` that may come back with `page`: up to the next ones whose own touch is waited for.
     pub fn between(&self, page: u32, pages: Range<u32>) -> Range<u32> {
         self.cohorts.iter().fold(pages, |pages, cohort| cohort.between(page, pages))
+    }
+
+    /// The pages between two neighbours of the older cohort of which neither has come back, from the `at`th pair on, which
+    /// becomes the one after: in the middle of what is not used, for all that is known. `None` after the last.
+    pub fn quiet_after(&self, at: &mut usize) -> Option<Range<u32>> {
+        let older = &self.cohorts[0];
+        while *at + 1 < older.pages.len() {
+            let pair = *at;
+            *at += 1;
+            if !older.is_back(pair) && !older.is_back(pair + 1) {
+                return Some(older.pages[pair] + 1..older.pages[pair + 1]);
+            }
+        }
+        None
     }
 
     /// Pages that the next cohort should have, if nobody has less to give.

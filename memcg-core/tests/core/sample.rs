@@ -264,3 +264,17 @@ fn nobody_who_was_drawn_comes_back_with_another() {
     assert_eq!(sampler.between(18, 0..64), 11..30, "those that are back stop nobody");
     assert!(!sampler.touched(11..30));
 }
+
+/// Cold is what lies between two that have not come back for a period.
+#[test]
+fn what_lies_between_quiet_neighbours_is_quiet() {
+    let mut sampler = Sampler::new(8, 1);
+    sampler.turn(Pages(100), Arrivals::default(), u64::MAX);
+    [10, 20, 30, 40, 50].into_iter().for_each(|page| sampler.add(page));
+    assert_eq!(sampler.quiet_after(&mut 0), None, "the newest cohort has had no time");
+    sampler.turn(Pages(100), Arrivals::default(), u64::MAX);
+    sampler.touched(30..31);
+    let mut at = 0;
+    let quiet: Vec<_> = std::iter::from_fn(|| sampler.quiet_after(&mut at)).collect();
+    assert_eq!(quiet, [11..20, 41..50]);
+}

@@ -224,8 +224,9 @@ fn overhead() -> Outcome {
         .collect();
     let now = watched.vm.show();
     let notes = format!(
-        "{ageing} aged_mib={} estimate_off={:.3} cpu_s_per_s={:.4} off_cpu_s_per_s={:.4} ",
+        "{ageing} aged_mib={} returned_mib={} estimate_off={:.3} cpu_s_per_s={:.4} off_cpu_s_per_s={:.4} ",
         number(&now, "cold.aged_bytes") / MIB,
+        number(&now, "cold.returned_bytes") / MIB,
         median(runs.iter().map(|run| run.1.off)),
         median(runs.iter().map(|run| run.1.cpu_s)),
         median(runs.iter().map(|run| run.0.cpu_s)),
