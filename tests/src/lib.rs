@@ -84,6 +84,18 @@ pub fn payload() -> PathBuf {
     guest_file("payload.bin")
 }
 
+/// A directory in which a swap file can be made.
+///
+/// # Errors
+/// Why there is none, for `SKIP`.
+pub fn swap_directory() -> Result<tempfile::TempDir, String> {
+    let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
+    match ballast::memory::store::spill::create(directory.path(), 1) {
+        Ok(_) => Ok(directory),
+        Err(error) => Err(format!("no-swap-file-in-{} ({error})", directory.path().display())),
+    }
+}
+
 /// What stands in the way of guests on this host, if anything: no KVM, or no userfaultfd.
 pub fn missing_on_host() -> Option<String> {
     for device in ["/dev/kvm", "/dev/userfaultfd"] {

@@ -11,6 +11,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -72,19 +73,33 @@ pub struct Walk {
     swapped: u64,
 }
 
+/// Where a walk's evicted pages go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Swap<'a> {
+    /// Nothing is evicted.
+    None,
+    /// To the store.
+    Memory,
+    /// What does not shrink, to a file in this directory.
+    File(&'a Path),
+}
+
 /// The seed of `BALLAST_SEED`, or another.
 pub fn seed_or(seed: u64) -> u64 {
     std::env::var("BALLAST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(seed)
 }
 
 impl Walk {
-    /// A guest with `cpus` vCPUs at the beginning of its way. Without `swap` nothing can be evicted.
+    /// A guest with `cpus` vCPUs at the beginning of its way.
     ///
     /// # Panics
     /// When it does not start.
-    pub fn start(name: &str, seed: u64, cpus: u64, swap: bool) -> Self {
-        let max = if swap { "96M,swap=max,ageing=1s" } else { "160M,swap=0" };
-        let vm = TestVm::builder(name).memory(&format!("size={SIZE},max={max}")).option("--cpus", cpus.to_string());
+    pub fn start(name: &str, seed: u64, cpus: u64, swap: &Swap<'_>) -> Self {
+        let max = if *swap == Swap::None { "160M,swap=0" } else { "96M,swap=max,ageing=1s" };
+        let mut vm = TestVm::builder(name).memory(&format!("size={SIZE},max={max}")).option("--cpus", cpus.to_string());
+        if let Swap::File(directory) = swap {
+            vm = vm.option("--swap-dir", directory.to_string_lossy());
+        }
         let vm = vm.option("--balloon", "free_page_reporting=on").cmdline("shell").start();
         vm.expect("READY", 10);
         let mut walk = Self {
@@ -95,7 +110,7 @@ impl Walk {
             step: 0,
             last: VecDeque::new(),
             pages: vec![Content::Zeroes; pages(AREA) as usize],
-            swap,
+            swap: *swap != Swap::None,
             paused: false,
             rewriting: (cpus > 1).then_some(false),
             swapped: 0,

@@ -3,7 +3,7 @@
 //! The payload has no balloon here, so nothing but eviction can make room for it.
 
 use ballast_tests::walk::exact;
-use ballast_tests::{PAGE, TestVm, missing_on_host, number, wait_until};
+use ballast_tests::{PAGE, TestVm, missing_on_host, number, swap_directory, wait_until};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
@@ -42,6 +42,38 @@ fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
     ok(&mut vm, "hot 16M 128M passes=2");
     let end = exact(&vm);
     assert_eq!((&end["state"], number(&end, "memory.events.oom")), (&json!("running"), 0), "{end}");
+}
+
+/// What does not shrink is taken too, where there is a file for it: nothing of it is left in memory, and every byte comes
+/// back. The file has no name, and is gone with the VM.
+#[test]
+fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
+    if skipped("cold-file") {
+        return;
+    }
+    let directory = match swap_directory() {
+        Ok(directory) => directory,
+        Err(reason) => return println!("SKIP cold-file reason={reason}"),
+    };
+    let vm = TestVm::builder("file").memory("size=256M,max=64M,swap=max").option("--cpus", "2").cmdline("shell");
+    let mut vm = vm.option("--swap-dir", directory.path().to_string_lossy()).start();
+    vm.expect("READY", 10);
+    ok(&mut vm, "touch 16M 128M seed=7 fill=full");
+    let full = exact(&vm);
+    assert!(number(&full, "cold.file_bytes") >= 70 * MIB, "{full}");
+    // All but the payload's own few pages, which shrink.
+    assert!(number(&full, "swap.current_bytes") < number(&full, "cold.file_bytes") + MIB, "{full}");
+    assert!(number(&full, "memory.stat.store_bytes") < MIB / 4, "{full}");
+    ok(&mut vm, "verify 16M 128M seed=7 fill=full");
+    // What is written anew has another content, and perhaps an old slot.
+    ok(&mut vm, "touch 48M 32M seed=8 fill=full");
+    ok(&mut vm, "verify 48M 32M seed=8 fill=full");
+    ok(&mut vm, "verify 16M 32M seed=7 fill=full");
+    let end = exact(&vm);
+    assert!(number(&end, "cold.fetched_bytes") >= 64 * MIB, "{end}");
+    let still = (&end["state"], number(&end, "memory.events.oom"), number(&end, "cold.failed_writes"));
+    assert_eq!(still, (&json!("running"), 0, 0), "{end}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the file has a name");
 }
 
 /// Generations of the guests here, and the periods after which they say what they have used, in seconds.

@@ -1,7 +1,7 @@
 //! Charges are resident pages: after every step, whatever it is, the pages that are charged to a guest are the pages that
 //! the host's page tables hold for it (invariant 4).
 
-use ballast_tests::walk::{Walk, seed_or};
+use ballast_tests::walk::{Swap, Walk, seed_or};
 use ballast_tests::{TestVm, missing_on_host, number, resident_pages};
 
 const MIB: u64 = 1 << 20;
@@ -15,7 +15,7 @@ fn charges_equal_resident_pages_after_each_of_500_random_steps() {
         println!("SKIP exactness reason={reason}");
         return;
     }
-    let mut walk = Walk::start("exact", seed_or(0x5eed_1234_9876), 1, false);
+    let mut walk = Walk::start("exact", seed_or(0x5eed_1234_9876), 1, &Swap::None);
     for _ in 0..500 {
         walk.step();
         walk.rest();

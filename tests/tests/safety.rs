@@ -6,8 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-use ballast_tests::walk::{Walk, exact, seed_or};
-use ballast_tests::{TestVm, missing_on_host, number};
+use ballast_tests::walk::{Swap, Walk, exact, seed_or};
+use ballast_tests::{TestVm, missing_on_host, number, swap_directory};
+use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
@@ -28,9 +29,29 @@ fn no_byte_differs_after_random_steps_of_touching_evicting_giving_and_changing_l
     if skipped("safety") {
         return;
     }
+    walk("safe", seed_or(0x5afe_0001), &Swap::Memory, form(600, 10_000));
+}
+
+/// The same where what does not shrink goes to a file: by pages that no fault can be answered with before they are read.
+#[test]
+fn no_byte_differs_where_some_pages_are_in_a_file() {
+    if skipped("safety-file") {
+        return;
+    }
+    match swap_directory() {
+        Ok(directory) => {
+            let end = walk("filed", seed_or(0x5afe_0002), &Swap::File(directory.path()), form(400, 3_000));
+            assert!(number(&end, "cold.fetched_bytes") > MIB, "{end}");
+        }
+        Err(reason) => println!("SKIP safety-file reason={reason}"),
+    }
+}
+
+/// Takes `steps` steps, and returns the VM as it was at the end.
+fn walk(name: &str, seed: u64, swap: &Swap<'_>, steps: u64) -> Value {
     let (begin, longest) = (Instant::now(), Duration::from_secs(form(30, u64::MAX)));
-    let mut walk = Walk::start("safe", seed_or(0x5afe_0001), 3, true);
-    for step in 1..=form(600, 10_000) {
+    let mut walk = Walk::start(name, seed, 3, swap);
+    for step in 1..=steps {
         walk.step();
         if step % 7 == 0 {
             walk.rest();
@@ -48,6 +69,7 @@ fn no_byte_differs_after_random_steps_of_touching_evicting_giving_and_changing_l
     assert!(number(&end, "cold.evicted_bytes") > 16 * MIB, "{end}");
     assert!(number(&end, "cold.refaulted_bytes") > 4 * MIB, "{end}");
     walk.give_all();
+    end
 }
 
 /// Two vCPUs rewrite everything while it is evicted under them; each page knows what it must hold.

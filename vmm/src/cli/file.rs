@@ -49,6 +49,7 @@ pub struct VmFile {
     pub group: Option<String>,
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
+    pub swap_dir: Option<PathBuf>,
     pub cmdline: Option<String>,
     pub cpus: Option<u32>,
     pub debug_port: Option<bool>,
@@ -64,6 +65,7 @@ struct Contents {
     group: Option<Spanned<String>>,
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
+    swap_dir: Option<PathBuf>,
     cmdline: Option<String>,
     cpus: Option<Spanned<i64>>,
     debug_port: Option<bool>,
@@ -124,6 +126,7 @@ impl VmFile {
             group: checked(contents.group, group_path)?,
             kernel: contents.kernel.map(|path| place.join(path)),
             initrd: contents.initrd.map(|path| place.join(path)),
+            swap_dir: contents.swap_dir.map(|path| place.join(path)),
             cmdline: contents.cmdline,
             cpus: contents
                 .cpus

@@ -293,6 +293,8 @@ mod tests {
             "vmlinuz",
             "--initrd",
             "initrd",
+            "--swap-dir",
+            "swap",
             "--cmdline",
             "console=ttyS0",
             "--cpus",

@@ -113,6 +113,9 @@ fn cold(vm: &VmView) -> Option<String> {
         let (evicted, again) = (human(cold.evicted_bytes), human(cold.refaulted_bytes));
         let _ = write!(text, "; {evicted} evicted so far, {again} of it touched again");
     }
+    if cold.file_bytes > 0 {
+        let _ = write!(text, "; {} in its file", human(cold.file_bytes));
+    }
     Some(text)
 }
 

@@ -29,6 +29,9 @@ pub struct VmArgs {
     /// Initial ramdisk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
+    /// Directory for a file that takes evicted pages that do not shrink; without it they stay in memory
+    #[arg(long, value_name = "DIR")]
+    swap_dir: Option<PathBuf>,
     /// Kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
@@ -61,6 +64,7 @@ impl VmArgs {
         let config = VmConfig {
             kernel: self.kernel.clone().or(file.kernel).ok_or_else(|| missing("kernel"))?,
             initrd: self.initrd.clone().or(file.initrd),
+            swap_dir: self.swap_dir.clone().or(file.swap_dir),
             cmdline: self.cmdline.clone().or(file.cmdline).unwrap_or_default(),
             group: file.group.unwrap_or_else(|| "/".to_owned()),
             cpus: self.cpus.or(file.cpus).unwrap_or(1),
@@ -83,6 +87,7 @@ impl VmArgs {
         let (name, mut config) = self.config()?;
         config.kernel = absolute(&config.kernel)?;
         config.initrd = config.initrd.as_deref().map(absolute).transpose()?;
+        config.swap_dir = config.swap_dir.as_deref().map(absolute).transpose()?;
         Ok((name, config))
     }
 }

@@ -4,13 +4,14 @@ use std::fmt;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::QueueKind;
 use memcg_core::tree::{LimitPatch, Limits};
-use memcg_core::units::{Limit, Pages, SizeArg};
+use memcg_core::units::{Limit, Pages, SizeArg, human};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -20,6 +21,7 @@ use super::error::{Code, Refusal};
 use super::view::{OomAction, OomPreference};
 use super::{OomPolicy, VmSpec, host, overhead};
 use crate::machine::layout::RamLayout;
+use crate::memory::store::spill;
 use crate::worker::config::WorkerConfig;
 
 /// Most vCPUs that a VM can have.
@@ -105,6 +107,11 @@ pub struct VmConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub initrd: Option<PathBuf>,
+    /// Directory for a file that takes evicted pages that do not shrink; an absolute path. The file has no name, room for
+    /// what `swap_max_bytes` allows, at most for all RAM, and is gone with the VM. Without it such pages stay in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub swap_dir: Option<PathBuf>,
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
@@ -286,6 +293,8 @@ pub struct Plan {
     pub kernel: File,
     /// The initial ramdisk.
     pub initrd: Option<File>,
+    /// The swap file, if there is one.
+    pub swap_file: Option<OwnedFd>,
 }
 
 impl VmConfig {
@@ -297,6 +306,20 @@ impl VmConfig {
         let spec = self.spec(name)?;
         let kernel = open("kernel", &self.kernel)?;
         let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+        let swap_file_pages = self.swap_file_pages(&spec.limits, spec.size);
+        let make = |directory: &Path| {
+            spill::create(directory, swap_file_pages).map_err(|error| {
+                let (directory, size) = (directory.display(), human(Pages(swap_file_pages.into()).bytes()));
+                Refusal::new(
+                    Code::StartFailed,
+                    format!(
+                        "no swap file of {size} can be made in {directory} ({error}): give another directory with \
+                         --swap-dir, or less swap"
+                    ),
+                )
+            })
+        };
+        let swap_file = self.swap_dir.as_deref().filter(|_| swap_file_pages > 0).map(make).transpose()?;
         let worker = WorkerConfig {
             name: name.to_owned(),
             size_bytes: spec.size.bytes(),
@@ -308,6 +331,7 @@ impl VmConfig {
             debug_port: self.debug_port,
             ageing_s: self.memory.ageing_s.unwrap_or(AGEING_S),
             proactive: self.memory.proactive.unwrap_or(false),
+            swap_file_pages,
             stats_interval_s: self.balloon.stats_interval_s,
             deflate_on_oom: self.balloon.deflate_on_oom,
             free_page_reporting: self.balloon.free_page_reporting,
@@ -316,7 +340,17 @@ impl VmConfig {
             die_with_parent: true,
             instance: spec.instance,
         };
-        Ok(Plan { spec, worker, kernel, initrd })
+        Ok(Plan { spec, worker, kernel, initrd, swap_file })
+    }
+
+    /// Pages of the swap file: as many as may be evicted, as things are at the start. 0 without one.
+    fn swap_file_pages(&self, limits: &LimitPatch, size: Pages) -> u32 {
+        let most = match (&self.swap_dir, limits.swap_max) {
+            (None, _) => Pages(0),
+            (Some(_), Some(Limit::Pages(most))) => most.min(size),
+            (Some(_), _) => size,
+        };
+        u32::try_from(most.0).unwrap_or(u32::MAX)
     }
 
     /// What the actor needs to know, without the files. `instance` is drawn anew.
@@ -344,7 +378,7 @@ impl VmConfig {
             accounting,
             limits,
             oom,
-            overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32),
+            overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32, self.swap_file_pages(&limits, size)),
             instance: RandomState::new().hash_one(name),
             config: None,
             console: None,
@@ -397,6 +431,10 @@ mod tests {
             ),
             (r#"{"kernel": "/none/k", "memory": {"size_bytes": 67108864}}"#, "the kernel /none/k cannot be opened"),
             (r#"{"kernel": "/", "memory": {"size_bytes": 67108864}}"#, "is not a file: give one with --kernel"),
+            (
+                r#"{"kernel": "/proc/self/exe", "swap_dir": "/none", "memory": {"size_bytes": 67108864}}"#,
+                "no swap file of 64M can be made in /none (No such file or directory (os error 2)): give another",
+            ),
         ] {
             let refusal = config(json).plan("web").expect_err(json);
             assert!(refusal.message.contains(part), "{json}: {refusal}");

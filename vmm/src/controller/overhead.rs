@@ -11,6 +11,7 @@
 //! | vcpu | vCPU | stack of its thread | KVM's vCPU with the pages that it keeps ready, the thread |
 //! | queue | virtqueue | | eventfds and their bindings |
 //! | frame_records | page of RAM | the summary of its block | |
+//! | | page of swap file | where it is and what it has to be like | |
 //! | | block of 2 MiB used | states; links and generations once its pages were told apart | |
 //! | page_tables | page of RAM | | with shadow paging: KVM's reverse map |
 //! | | block of 2 MiB used | | the host's table and KVM's |
@@ -25,6 +26,7 @@ use memcg_core::frame::{Cost, FrameTable};
 use memcg_core::tree::Overhead;
 use memcg_core::units::Pages;
 
+use crate::memory::store::spill;
 use crate::worker::protocol::Report;
 
 /// A part of what a VM costs.
@@ -102,8 +104,16 @@ fn program() -> u64 {
 }
 
 /// What a VM with `size` of RAM costs from the start on this host, by type.
-pub fn of(size: Pages, cpus: u32, queues: u32) -> Vec<Part> {
-    estimate(size, cpus, queues, Rates::here())
+///
+/// `swap_file_pages` is the size of its swap file, 0 for none.
+pub fn of(size: Pages, cpus: u32, queues: u32, swap_file_pages: u32) -> Vec<Part> {
+    let mut parts = estimate(size, cpus, queues, Rates::here());
+    if swap_file_pages > 0
+        && let Some(records) = parts.iter_mut().find(|part| part.kind == Overhead::FrameRecords)
+    {
+        records.user += Pages::from_bytes_ceil(spill::memory(swap_file_pages));
+    }
+    parts
 }
 
 fn estimate(size: Pages, cpus: u32, queues: u32, rates: &Rates) -> Vec<Part> {

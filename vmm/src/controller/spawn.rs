@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
+use memcg_core::units::Pages;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -38,7 +39,7 @@ pub const MAX_SOCKET_PATH: usize = 107;
 const ABOVE_FIXED: RawFd = 32;
 
 /// One past the last fixed number.
-const FIXED_END: RawFd = fd::CONSOLE_RING + 1;
+const FIXED_END: RawFd = fd::SWAP_FILE + 1;
 
 /// Connections that may wait for a worker.
 const BACKLOG: libc::c_int = 8;
@@ -52,6 +53,8 @@ pub struct Launch {
     pub kernel: File,
     /// The initial ramdisk, if any; [`WorkerConfig::initrd`] says so too.
     pub initrd: Option<File>,
+    /// The swap file, if any; [`WorkerConfig::swap_file_pages`] says so too.
+    pub swap_file: Option<OwnedFd>,
     /// Where the last of what the guest prints is kept ([`crate::devices::console::create`]).
     pub console: File,
     /// Whether to go to the console before the guest can print.
@@ -170,7 +173,7 @@ pub fn log_tail(directory: &Path) -> String {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
-    let Launch { mut config, kernel, initrd, console, attach, directory, cgroup, log } = launch;
+    let Launch { mut config, kernel, initrd, swap_file, console, attach, directory, cgroup, log } = launch;
     check_socket_path(&console_socket(&directory))?;
     host::check_kernel()?;
     let kvm = host::open_kvm()?;
@@ -189,7 +192,7 @@ pub fn launch(launch: Launch) -> Result<Launched, SpawnError> {
     };
 
     make_directory(&directory)?;
-    let files = Files { kvm, uffd_device, kernel, initrd, console, attach, cgroup };
+    let files = Files { kvm, uffd_device, kernel, initrd, swap_file, console, attach, cgroup };
     launch_in(&directory, &config, &files, &log).inspect_err(|_| tidy(&directory))
 }
 
@@ -259,6 +262,7 @@ struct Files {
     uffd_device: Option<OwnedFd>,
     kernel: File,
     initrd: Option<File>,
+    swap_file: Option<OwnedFd>,
     console: File,
     attach: bool,
     cgroup: Option<Cgroup>,
@@ -274,7 +278,7 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
     let listener = listen(&path, SocketType::SEQPACKET)?;
     let console = listen(&console_socket(directory), SocketType::STREAM)?;
 
-    let mut plan = ChildPlan::new(config.die_with_parent);
+    let mut plan = ChildPlan::new(config.die_with_parent, Pages(config.swap_file_pages.into()).bytes());
     for (source, target) in [
         (Some(memfd.as_fd()), fd::CONFIG),
         (Some(listener.as_fd()), fd::LISTEN),
@@ -284,6 +288,7 @@ fn launch_in(directory: &Path, config: &WorkerConfig, files: &Files, log: &str) 
         (Some(files.kernel.as_fd()), fd::KERNEL),
         (files.initrd.as_ref().map(AsFd::as_fd), fd::INITRD),
         (Some(files.console.as_fd()), fd::CONSOLE_RING),
+        (files.swap_file.as_ref().map(AsFd::as_fd), fd::SWAP_FILE),
     ] {
         let Some(source) = source else { continue };
         let copy = rustix::io::fcntl_dupfd_cloexec(source, ABOVE_FIXED)
@@ -395,12 +400,15 @@ struct ChildPlan {
     entrance: Option<OwnedFd>,
     /// Process that the child must not outlive, 0 for none.
     parent: libc::pid_t,
+    /// Bytes of the longest file that it may write.
+    longest: u64,
 }
 
 impl ChildPlan {
-    fn new(die_with_parent: bool) -> Self {
+    fn new(die_with_parent: bool, swap_file: u64) -> Self {
         let parent = if die_with_parent { std::process::id().cast_signed() } else { 0 };
-        Self { sources: [-1; FIXED_END as usize], owned: Vec::new(), entrance: None, parent }
+        let longest = MAX_LOG.max(swap_file);
+        Self { sources: [-1; FIXED_END as usize], owned: Vec::new(), entrance: None, parent, longest }
     }
 
     fn give(&mut self, source: OwnedFd, target: RawFd) {
@@ -449,8 +457,9 @@ impl ChildPlan {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
         } else {
-            // The only file that a worker can write is its log: a guest that has broken in must not fill the disk.
-            let most = libc::rlimit { rlim_cur: MAX_LOG, rlim_max: MAX_LOG };
+            // The only files that a worker can write are its log and its swap file: a guest that has broken in must not fill
+            // the disk.
+            let most = libc::rlimit { rlim_cur: self.longest, rlim_max: self.longest };
             // SAFETY: this reads one `rlimit`, which lives until the call returns.
             check(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most) }.into())?;
         }

@@ -65,7 +65,7 @@ pub async fn start(
     attach: bool,
     cgroups: Option<&Cgroups>,
 ) -> Result<Started, StartError> {
-    let Plan { mut spec, mut worker, kernel, initrd } = plan;
+    let Plan { mut spec, mut worker, kernel, initrd, swap_file } = plan;
     let no_memory = |error: io::Error| Refusal::new(Code::StartFailed, format!("the console cannot be made: {error}"));
     let log_of_console = ConsoleLog::new().map_err(no_memory)?;
     let console = log_of_console.memory().map_err(no_memory)?;
@@ -79,6 +79,7 @@ pub async fn start(
         config: worker,
         kernel,
         initrd,
+        swap_file,
         console,
         attach,
         directory,
@@ -154,7 +155,7 @@ impl Service {
     }
 
     async fn make(&self, controller: &Controller, name: &str, config: VmConfig) -> Result<(bool, VmView), Refusal> {
-        for path in [Some(&config.kernel), config.initrd.as_ref()].into_iter().flatten() {
+        for path in [Some(&config.kernel), config.initrd.as_ref(), config.swap_dir.as_ref()].into_iter().flatten() {
             if !path.is_absolute() {
                 let message = format!("{}: write an absolute path: the controller opens it", path.display());
                 return Err(Refusal::new(Code::BadRequest, message));

@@ -304,6 +304,12 @@ pub struct ColdView {
     pub read_around_bytes: u64,
     /// Not evicted, because it does not shrink enough.
     pub incompressible_bytes: u64,
+    /// Of what is evicted now, in the swap file.
+    pub file_bytes: u64,
+    /// Read from the swap file.
+    pub fetched_bytes: u64,
+    /// Writes to the swap file that failed; what was to be written stayed in memory.
+    pub failed_writes: u64,
 }
 
 /// Ages that are told apart.
@@ -339,6 +345,9 @@ impl From<Cold> for ColdView {
             refaulted_bytes: bytes(cold.refaulted),
             read_around_bytes: bytes(cold.read_around),
             incompressible_bytes: bytes(cold.incompressible),
+            file_bytes: bytes(cold.file),
+            fetched_bytes: bytes(cold.fetched),
+            failed_writes: cold.failed_writes,
         }
     }
 }

@@ -22,9 +22,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 use memcg_core::frame::FrameState;
+use memcg_core::units::PAGE_SIZE;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::store::{Moved, Stored};
+use super::store::{Corrupt, Moved, Stored};
 use crate::worker::protocol::ExitReason;
 
 /// A run of pages by index.
@@ -67,6 +68,8 @@ pub enum Work {
         /// Pages of memory that the store may have in all.
         store_max: u64,
     },
+    /// Read what [`Load::fetched`] names from the store's file.
+    Fetch,
 }
 
 /// What has become of it.
@@ -83,6 +86,8 @@ pub enum Done {
         /// Pages of memory that the store has now.
         store: u64,
     },
+    /// [`Load::fetched`] has the contents, but for this one, if any.
+    Fetched(Option<(u32, Corrupt)>),
 }
 
 /// The pages of a job. It goes to and fro between the two threads, so that neither allocates once it has grown.
@@ -96,6 +101,19 @@ pub struct Load {
     pub stored: Vec<Stored>,
     /// What was copied within the store.
     pub copied: Vec<Moved>,
+    /// What is read from the store's file.
+    pub fetched: Fetched,
+    /// Writes to the store's file that failed since the thread has started.
+    pub failed_writes: u64,
+}
+
+/// Pages and what the store's file has of them. Goes to the reclaim thread with the pages, and comes back with the contents.
+#[derive(Debug, Default)]
+pub struct Fetched {
+    /// The pages, and where they are.
+    pub pages: Vec<Stored>,
+    /// The content of each.
+    pub contents: Vec<[u8; PAGE_SIZE as usize]>,
 }
 
 /// What a thread asks.

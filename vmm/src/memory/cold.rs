@@ -22,6 +22,9 @@
 //! the cold end of their list; what is touched there comes back and has proved that it is in use. So the idle list is the
 //! inactive list of other systems, and its length decides how long a page has for that proof.
 //!
+//! What does not shrink goes to the store's file, where there is one ([`super::store::spill`]). A touch of such a page
+//! waits for the reclaim thread to read it, before anything is charged ([`Work::Fetch`]).
+//!
 //! Where there is no need at all, pages are aged ([`super::ageing`]).
 //!
 //! When nothing can be evicted (all that is idle does not shrink, or swap is full) reclaim is *stuck*. It tries again
@@ -34,9 +37,9 @@ use memcg_core::frame::{BLOCK, FrameState, List, Scan};
 use memcg_core::units::{PAGE_SIZE, Pages as Count};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::client::{Done, Load, Reply, Run, Work};
+use super::client::{Done, Fetched, Load, Reply, Run, Work};
 use super::pages::Pages;
-use super::store::{Corrupt, Moved, Place, Reader};
+use super::store::{Corrupt, Moved, Place, Reader, Stored};
 use super::uffd::{Fill, Move};
 use crate::worker::broken;
 use crate::worker::gate::monotonic_ns;
@@ -66,6 +69,23 @@ const TURN: Duration = Duration::from_millis(1);
 /// Pages around a refault that come back with it, at most.
 pub const READ_AROUND: u64 = 16;
 
+/// Pages that are read from the file at once, at most.
+const FETCH: usize = 64;
+
+/// What became of a touch of an evicted page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refault {
+    /// So many pages came back, the touched one first.
+    Back(u64),
+    /// There was nothing to charge it to.
+    Dry,
+    /// It has to be read from the file first.
+    Later,
+}
+
+/// The number of no page: RAM has fewer pages than that.
+const GONE: u32 = u32::MAX;
+
 /// Reclaim as the fault thread knows it.
 #[derive(Debug)]
 pub struct Reclaim {
@@ -92,6 +112,10 @@ pub struct Reclaim {
     yields: bool,
     /// The content of a page on its way back.
     content: Box<[u8; PAGE_SIZE as usize]>,
+    /// What is to be read from the file next.
+    wants: Vec<Stored>,
+    /// What was read last. A page that has come back, or is not wanted any more, is [`GONE`] here.
+    fetched: Fetched,
     pub(super) counts: Cold,
 }
 
@@ -111,6 +135,8 @@ impl Reclaim {
             pressed: false,
             yields: false,
             content: Box::new([0; PAGE_SIZE as usize]),
+            wants: Vec::with_capacity(FETCH),
+            fetched: Fetched::default(),
             counts: Cold { aim: u64::MAX, ..Cold::default() },
         }
     }
@@ -123,6 +149,34 @@ impl Reclaim {
     /// Its thread waits for the bell, from before there was anything to reclaim.
     pub fn rest(&mut self) {
         self.resting = true;
+    }
+
+    /// Nobody wants the content of `page`, which is at `place`, any more.
+    fn release(&mut self, page: u64, place: Place) -> Result<(), Corrupt> {
+        if place.slot().is_some() {
+            self.counts.file = self.counts.file.saturating_sub(1);
+            if let Some(read) = self.fetched.pages.iter_mut().find(|read| u64::from(read.page) == page) {
+                read.page = GONE;
+            }
+        }
+        self.store.release(page as u32, place)
+    }
+
+    /// Finds the content of `page`, which is at `place`. False, and it is asked for, when it has to be read from the file.
+    fn find(&mut self, page: u64, place: Place) -> Result<bool, Corrupt> {
+        let stored = Stored { page: page as u32, place };
+        if place.slot().is_none() {
+            self.store.read(stored.page, place, &mut self.content)?;
+            return Ok(true);
+        }
+        if let Some(i) = self.fetched.pages.iter().position(|read| *read == stored) {
+            self.content.copy_from_slice(&self.fetched.contents[i]);
+            return Ok(true);
+        }
+        if self.wants.len() < FETCH && !self.wants.contains(&stored) {
+            self.wants.push(stored);
+        }
+        Ok(false)
     }
 
     /// Somebody else waits for pages that are claimed: after this claim it is their turn.
@@ -181,14 +235,16 @@ impl Pages {
     /// Whether pages may go to the store now.
     fn may_evict(&self) -> bool {
         let swapped = self.frames.count(FrameState::Swapped);
-        swapped < self.reclaim.swap_max && self.stock.store().0 < self.reclaim.store_max
+        let has_room = self.stock.store().0 < self.reclaim.store_max || self.reclaim.store.has_file();
+        swapped < self.reclaim.swap_max && has_room
     }
 
     /// Wakes the reclaim thread when there is something to do for it.
     pub fn ring_reclaim(&mut self) {
         let dead = self.reclaim.store.emptied() != self.reclaim.emptied;
+        let wants = !self.reclaim.wants.is_empty();
         if self.reclaim.resting
-            && (dead || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
+            && (wants || dead || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
         {
             self.reclaim.resting = false;
             // Fails only when the counter is full: it is awake already.
@@ -213,15 +269,45 @@ impl Pages {
                 for page in &load.stored {
                     self.frames.set(page.page as usize, FrameState::Swapped);
                     self.frames.set_place(page.page as usize, page.place.raw());
+                    self.reclaim.counts.file += u64::from(page.place.slot().is_some());
                 }
+                self.reclaim.counts.failed_writes = load.failed_writes;
                 load.copied.iter().for_each(|copied| self.copied(copied));
                 let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
                 self.evicted(load.stored.len() as u64, stayed, incompressible, store)
+            }
+            Done::Fetched(failed) => {
+                std::mem::swap(&mut self.reclaim.fetched, &mut load.fetched);
+                self.fetched(failed)
             }
         };
         let work = self.next_work(load);
         self.reclaim.resting = matches!(work, Work::Rest(_));
         (work, reply)
+    }
+
+    /// Pages have been read from the file: those that were forgotten meanwhile do not matter.
+    fn fetched(&mut self, failed: Option<(u32, Corrupt)>) -> Option<(usize, Reply)> {
+        // What waited while it was read has asked again.
+        let (wants, read) = (&mut self.reclaim.wants, &self.reclaim.fetched.pages);
+        wants.retain(|want| !read.contains(want));
+        let needed = |page: u32, place: u32| {
+            let page = page as usize;
+            self.frames.state(page) == FrameState::Swapped && self.frames.place(page) == place
+        };
+        if let Some((page, corrupt)) = failed
+            && needed(page, corrupt.place)
+        {
+            self.corrupt = Some(corrupt);
+        }
+        for read in &mut self.reclaim.fetched.pages {
+            if needed(read.page, read.place.raw()) {
+                self.reclaim.counts.fetched += 1;
+            } else {
+                read.page = GONE;
+            }
+        }
+        self.settle()
     }
 
     /// An entry of the store has been copied: one of the two is needed.
@@ -232,7 +318,7 @@ impl Pages {
         if needed {
             self.frames.set_place(page, copied.new.raw());
         }
-        if let Err(corrupt) = self.reclaim.store.release(copied.page, useless) {
+        if let Err(corrupt) = self.reclaim.release(copied.page.into(), useless) {
             self.corrupt = Some(corrupt);
         }
     }
@@ -277,6 +363,11 @@ impl Pages {
         let now = monotonic_ns();
         self.reclaim.stuck_until = self.reclaim.stuck_until.filter(|until| now < *until);
         load.claimed.clear();
+        if !self.reclaim.wants.is_empty() {
+            load.fetched.pages.clear();
+            std::mem::swap(&mut load.fetched.pages, &mut self.reclaim.wants);
+            return Work::Fetch;
+        }
         if std::mem::replace(&mut self.reclaim.emptied, self.reclaim.store.emptied()) != self.reclaim.emptied {
             // Nothing to evict, only to give back.
             return Work::Evict { store_max: self.reclaim.store_max };
@@ -380,24 +471,32 @@ impl Pages {
     }
 
     /// Brings an evicted page back, charged like any touch, and those of `around` that follow it and are evicted too, as
-    /// long as there is stock for them. Returns how many pages came back: none when there was nothing to charge.
+    /// long as there is stock for them.
     ///
     /// # Errors
     /// When a content is not in the store any more: the guest cannot go on.
-    pub(super) fn read_back(&mut self, page: u64, around: Range<u64>, reserve: bool) -> Result<u64, Corrupt> {
-        if !self.refault_one(page, reserve)? {
-            return Ok(0);
+    pub(super) fn read_back(&mut self, page: u64, around: Range<u64>, reserve: bool) -> Result<Refault, Corrupt> {
+        let found = self.refault_one(page, reserve)?;
+        if found == Refault::Dry {
+            return Ok(found);
         }
         let mut next = page + 1;
-        while next < around.end
-            && self.frames.state(next as usize) == FrameState::Swapped
-            && self.refault_one(next, false)?
-        {
-            self.reclaim.counts.read_around += 1;
+        while next < around.end && self.frames.state(next as usize) == FrameState::Swapped {
+            if found == Refault::Later {
+                // What is in the file, too, is read with it.
+                let place = self.place(next);
+                if place.slot().is_none() || self.reclaim.find(next, place)? {
+                    break;
+                }
+            } else if self.refault_one(next, false)? != Refault::Back(1) {
+                break;
+            } else {
+                self.reclaim.counts.read_around += 1;
+            }
             next += 1;
         }
         self.stock.owe(self.frames.cost());
-        Ok(next - page)
+        Ok(if found == Refault::Later { found } else { Refault::Back(next - page) })
     }
 
     /// Where the content of an evicted page is.
@@ -406,17 +505,19 @@ impl Pages {
             .unwrap_or_else(|| broken(format_args!("evicted page {page} is nowhere")))
     }
 
-    fn refault_one(&mut self, page: u64, reserve: bool) -> Result<bool, Corrupt> {
+    fn refault_one(&mut self, page: u64, reserve: bool) -> Result<Refault, Corrupt> {
         let place = self.place(page);
-        let content = &mut self.reclaim.content;
-        self.reclaim.store.read(page as u32, place, content)?;
+        if !self.reclaim.find(page, place)? {
+            return Ok(Refault::Later);
+        }
+        let content = &self.reclaim.content;
         let from_reserve = self.stock.stock() == Count(0);
         let reservation = match from_reserve {
             false => self.stock.prepare(Count(1)),
             true if reserve => self.stock.prepare_reserve(),
             true => None,
         };
-        let Some(reservation) = reservation else { return Ok(false) };
+        let Some(reservation) = reservation else { return Ok(Refault::Dry) };
         loop {
             match self.uffd.fill_with(self.ram.hva(page), &content[..]) {
                 Fill::Filled(_) => break,
@@ -427,13 +528,13 @@ impl Pages {
         }
         reservation.commit(Count(1));
         self.counts.from_reserve += u64::from(from_reserve);
-        self.reclaim.store.release(page as u32, place)?;
+        self.reclaim.release(page, place)?;
         self.frames.set(page as usize, FrameState::Active);
         if let Some(present) = self.ram.present() {
             present.set(page..page + 1);
         }
         self.reclaim.counts.refaulted += 1;
-        Ok(true)
+        Ok(Refault::Back(1))
     }
 
     /// The guest does not want these evicted pages any more.
@@ -441,7 +542,7 @@ impl Pages {
         for page in pages {
             let place = self.place(page);
             // A damaged entry is as good as forgotten: nobody will ask for it.
-            let _ = self.reclaim.store.release(page as u32, place);
+            let _ = self.reclaim.release(page, place);
         }
     }
 

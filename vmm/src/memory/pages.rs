@@ -8,7 +8,7 @@
 //!  ABSENT, BALLOONED     charge from the stock, fill, wake; with an empty stock one page from the reserve
 //!  ACTIVE                somebody was faster: wake
 //!  IDLE                  move back from the stage, wake
-//!  SWAPPED               charge as above, decompress, wake
+//!  SWAPPED               charge as above, decompress, wake; remembered as wanted while its content is read from a file
 //!  claimed               remembered as wanted, served when the claim ends (a few system calls later)
 //! ```
 //! The last three are the business of [`super::cold`].
@@ -34,7 +34,7 @@ use super::ageing::{Ageing, Plan};
 use super::around::{Around, Window};
 use super::asked::Asked;
 use super::client::{Reply, Run};
-use super::cold::{READ_AROUND, Reclaim};
+use super::cold::{READ_AROUND, Reclaim, Refault};
 use super::histogram::Histogram;
 use super::ram::Ram;
 use super::store::Corrupt;
@@ -69,6 +69,17 @@ const BEAT_NS: u64 = 1_000_000_000;
 struct PendingFill {
     client: usize,
     left: Range<u64>,
+}
+
+/// What became of a touch of a page that has no memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Charged {
+    /// It is charged and there.
+    Served,
+    /// There was nothing left to charge it to.
+    Dry,
+    /// Its content is being read, and nothing is charged yet.
+    Later,
 }
 
 /// Frame table, stock and everything that changes with them.
@@ -203,11 +214,13 @@ impl Pages {
             FrameState::Discarding | FrameState::Moving | FrameState::Evicting => self.wait_for(page),
             FrameState::Idle => self.return_fault(page),
             state @ (FrameState::Absent | FrameState::Ballooned | FrameState::Swapped) => {
-                if self.charge_fault(page, state) {
-                    self.hold_if_short();
-                } else {
-                    self.wait_for(page);
-                    self.hold();
+                match self.charge_fault(page, state) {
+                    Charged::Served => self.hold_if_short(),
+                    Charged::Later => self.wait_for(page),
+                    Charged::Dry => {
+                        self.wait_for(page);
+                        self.hold();
+                    }
                 }
             }
         }
@@ -221,9 +234,13 @@ impl Pages {
         }
     }
 
-    /// Answers a touch of a page that has no memory. False when there was nothing left to charge it to.
-    fn charge_fault(&mut self, page: u64, state: FrameState) -> bool {
-        if state == FrameState::Swapped { self.refault(page, true) } else { self.fill_fault(page, state) }
+    /// Answers a touch of a page that has no memory.
+    fn charge_fault(&mut self, page: u64, state: FrameState) -> Charged {
+        match state {
+            FrameState::Swapped => self.refault(page, true),
+            _ if self.fill_fault(page, state) => Charged::Served,
+            _ => Charged::Dry,
+        }
     }
 
     /// Brings an idle page back: its whole block, if that was moved aside as one, or as many as a walk is worth; but for a
@@ -245,20 +262,21 @@ impl Pages {
         self.ageing.answered(monotonic_ns().saturating_sub(begin));
     }
 
-    /// Brings an evicted page back, and some behind it when the guest walks. False when there was nothing left to charge
-    /// it to. When its content is lost, the guest will be ended, and the page stays as it is.
-    fn refault(&mut self, page: u64, reserve: bool) -> bool {
+    /// Brings an evicted page back, and some behind it when the guest walks. When its content is lost, the guest will be
+    /// ended, and the page stays as it is.
+    fn refault(&mut self, page: u64, reserve: bool) -> Charged {
         let most = if self.stock.debt() > Count(0) { 1 } else { READ_AROUND };
         let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
         match self.read_back(page, window.first..window.first + window.pages, reserve) {
-            Ok(0) => false,
-            Ok(pages) => {
+            Ok(Refault::Dry) => Charged::Dry,
+            Ok(Refault::Later) => Charged::Later,
+            Ok(Refault::Back(pages)) => {
                 self.around.filled(stream, Window { first: page, pages });
-                true
+                Charged::Served
             }
             Err(corrupt) => {
                 self.corrupt = Some(corrupt);
-                true
+                Charged::Served
             }
         }
     }
@@ -385,7 +403,7 @@ impl Pages {
                     self.return_fault(page);
                     true
                 }
-                state => self.charge_fault(page, state),
+                state => self.charge_fault(page, state) == Charged::Served,
             };
             if served {
                 self.frames.set_wanted(page as usize, false);
@@ -442,7 +460,7 @@ impl Pages {
                 }
                 FrameState::Swapped => {
                     let dry = self.stock.stock() == Count(0);
-                    if dry && spare == 0 || !self.refault(at, spare > 0) {
+                    if dry && spare == 0 || self.refault(at, spare > 0) != Charged::Served {
                         return Some(at);
                     }
                     self.device_taken += u64::from(dry);

@@ -18,10 +18,10 @@ use memcg_core::units::PAGE_SIZE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::client::{Client, Done, Load, Reply, Request, Run, Work};
+use super::client::{Client, Done, Fetched, Load, Reply, Request, Run, Work};
 use super::discard::Discarder;
 use super::ram::{HUGE, Ram};
-use super::store::{BATCH, Outcome, Stored, Writer};
+use super::store::{BATCH, Outcome, Spill, Stored, Writer};
 use super::thread::borrow;
 use super::uffd::{Move, Uffd};
 use crate::worker::sandbox::{self, Thread};
@@ -50,16 +50,24 @@ pub struct ReclaimThread {
     bell: EventFd,
     ram: Arc<Ram>,
     store: Writer,
+    /// Where what does not go to the store goes, if anywhere.
+    file: Option<Spill>,
     /// Pages of the stage whose contents are in scratch.
     batch: Vec<u64>,
-    /// The same in runs.
+    /// Pages of the stage whose contents are on their way to the file.
+    spilled: Vec<u64>,
+    /// A batch in runs.
     runs: Vec<Run>,
+    /// Writes to the file that failed.
+    failed_writes: u64,
 }
 
 impl ReclaimThread {
-    /// A thread that asks `client` for work when `bell` rings, and keeps contents in `store`.
-    pub fn new(client: Client, bell: EventFd, ram: Arc<Ram>, store: Writer) -> Self {
-        Self { client, bell, ram, store, batch: Vec::new(), runs: Vec::new() }
+    /// A thread that asks `client` for work when `bell` rings, and keeps contents in `store`, and what does not shrink in
+    /// `file`.
+    pub fn new(client: Client, bell: EventFd, ram: Arc<Ram>, store: Writer, file: Option<Spill>) -> Self {
+        let (batch, spilled, runs) = (Vec::new(), Vec::new(), Vec::new());
+        Self { client, bell, ram, store, file, batch, spilled, runs, failed_writes: 0 }
     }
 
     /// Runs until the process ends; says on `ready` that it is in its sandbox.
@@ -82,6 +90,7 @@ impl ReclaimThread {
                 Work::Rest(time) => self.rest(time),
                 Work::Age => self.age(&mut load),
                 Work::Evict { store_max } => self.evict(&mut load, store_max, &discarder),
+                Work::Fetch => self.fetch(&mut load.fetched),
             };
         }
     }
@@ -121,10 +130,8 @@ impl ReclaimThread {
         let mut incompressible = 0;
         for page in load.claimed.iter().flat_map(|run| run.first..run.first + run.pages) {
             let aside = self.ram.other(page);
-            // SAFETY: the page is in the stage, which stays mapped, and claimed for this thread: nobody writes to it.
-            let content = unsafe { &*(self.ram.hva(aside) as *const [u8; PAGE_SIZE as usize]) };
-            match self.store.compress(page as u32, content) {
-                Outcome::Incompressible => incompressible += 1,
+            match self.store.compress(page as u32, content(&self.ram, aside)) {
+                Outcome::Incompressible => incompressible += u64::from(!self.spill(aside, discarder, &mut load.stored)),
                 _ => self.batch.push(aside),
             }
             if self.batch.len() == BATCH {
@@ -132,8 +139,51 @@ impl ReclaimThread {
             }
         }
         self.put(store_max, discarder, &mut load.stored);
+        self.write(discarder, &mut load.stored);
         self.clean(before, store_max, load);
+        load.failed_writes = self.failed_writes;
         Done::Evicted { incompressible, store: self.store.resident_pages() }
+    }
+
+    /// Reads pages from the file.
+    fn fetch(&mut self, fetched: &mut Fetched) -> Done {
+        let Some(file) = &mut self.file else { broken(format_args!("there is no file to read from")) };
+        fetched.contents.resize(fetched.pages.len(), [0; PAGE_SIZE as usize]);
+        let mut failed = None;
+        for (stored, content) in fetched.pages.iter().zip(&mut fetched.contents) {
+            if let Err(corrupt) = file.read(stored.page, stored.place, content) {
+                failed = Some((stored.page, corrupt));
+            }
+        }
+        Done::Fetched(failed)
+    }
+
+    /// Takes a page of the stage into the file's batch, unless there is no file or no room in it.
+    fn spill(&mut self, aside: u64, discarder: &Discarder, stored: &mut Vec<Stored>) -> bool {
+        let Some(file) = &mut self.file else { return false };
+        if !file.put(self.ram.other(aside) as u32, content(&self.ram, aside)) {
+            return false;
+        }
+        self.spilled.push(aside);
+        if file.pending() == BATCH {
+            self.write(discarder, stored);
+        }
+        true
+    }
+
+    /// Ends a batch of the file: its pages are discarded when they are written, and stay where they are when the disk fails.
+    fn write(&mut self, discarder: &Discarder, stored: &mut Vec<Stored>) {
+        let Some(file) = &mut self.file else { return };
+        match file.write(stored) {
+            Ok(()) => discard(&self.ram, discarder, &mut self.spilled, &mut self.runs),
+            Err(e) => {
+                if self.failed_writes == 0 {
+                    complain(format_args!("the swap file cannot be written, and its pages stay in memory: {e}"));
+                }
+                self.failed_writes += 1;
+                self.spilled.clear();
+            }
+        }
     }
 
     /// Gives back what has died in the store, which had `before` pages; where it is too much, what lives is copied
@@ -158,20 +208,35 @@ impl ReclaimThread {
     /// Ends a batch: discards its pages, then keeps their contents.
     fn put(&mut self, store_max: u64, discarder: &Discarder, stored: &mut Vec<Stored>) {
         let kept = self.store.keep_within(store_max.saturating_sub(self.store.resident_pages()));
-        self.batch.truncate(kept);
-        self.runs.clear();
-        for page in self.batch.drain(..) {
-            match self.runs.last_mut() {
-                Some(last) if last.first + last.pages == page => last.pages += 1,
-                _ => self.runs.push(Run { first: page, pages: 1 }),
-            }
+        while self.batch.len() > kept {
+            // What is left over is claimed, and stays unless the file takes it.
+            let Some(aside) = self.batch.pop() else { break };
+            self.spill(aside, discarder, stored);
         }
-        if let Err(e) = discarder.discard(&self.ram, &self.runs) {
-            // Claimed pages of unknown content: neither charging nor uncharging them would be true.
-            broken(format_args!("the host refuses to discard guest memory: {e}"));
-        }
+        discard(&self.ram, discarder, &mut self.batch, &mut self.runs);
         self.store.append(stored);
     }
+}
+
+/// Discards a batch of pages, which is empty then.
+fn discard(ram: &Ram, discarder: &Discarder, batch: &mut Vec<u64>, runs: &mut Vec<Run>) {
+    runs.clear();
+    for page in batch.drain(..) {
+        match runs.last_mut() {
+            Some(last) if last.first + last.pages == page => last.pages += 1,
+            _ => runs.push(Run { first: page, pages: 1 }),
+        }
+    }
+    if let Err(e) = discarder.discard(ram, runs) {
+        // Claimed pages of unknown content: neither charging nor uncharging them would be true.
+        broken(format_args!("the host refuses to discard guest memory: {e}"));
+    }
+}
+
+/// The content of a page of the stage that is claimed for this thread.
+fn content(ram: &Ram, aside: u64) -> &[u8; PAGE_SIZE as usize] {
+    // SAFETY: the page is in the stage, which stays mapped as long as `ram`, and claimed: nobody writes to it.
+    unsafe { &*(ram.hva(aside) as *const [u8; PAGE_SIZE as usize]) }
 }
 
 /// Pages of a huge page of the host.

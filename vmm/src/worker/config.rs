@@ -21,6 +21,9 @@ pub mod fd {
     /// Memory for the last of what the guest prints ([`crate::devices::console::create`]); stays open, so that a later
     /// controller can find it.
     pub const CONSOLE_RING: i32 = 10;
+    /// The file for evicted pages that do not shrink ([`crate::memory::store::spill::create`]); present only with
+    /// [`super::WorkerConfig::swap_file_pages`].
+    pub const SWAP_FILE: i32 = 11;
 }
 
 /// One VM as its worker is told to build it.
@@ -47,6 +50,8 @@ pub struct WorkerConfig {
     pub ageing_s: u32,
     /// What has been idle for long is evicted before anybody needs the memory.
     pub proactive: bool,
+    /// Pages of [`fd::SWAP_FILE`]; 0 when there is none.
+    pub swap_file_pages: u32,
     /// Seconds between two readings of guest statistics; 0 for never.
     pub stats_interval_s: u32,
     /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` is offered.

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 5;
+pub const VERSION: u8 = 6;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -222,6 +222,12 @@ pub struct Cold {
     pub read_around: u64,
     /// Pages that were to be evicted and stayed because they do not shrink enough.
     pub incompressible: u64,
+    /// Evicted pages whose contents are in the file now.
+    pub file: u64,
+    /// Pages that were read from the file.
+    pub fetched: u64,
+    /// Writes to the file that failed; what was to be written stayed in memory.
+    pub failed_writes: u64,
     /// Length of a generation, the unit of `ages` and `refaults`, in milliseconds; 0 while nothing is aged.
     pub generation_ms: u32,
     /// Pages in use in the last two generations, estimated from samples; with `error` it is between `working_set - error`

@@ -46,7 +46,7 @@ use crate::memory::give::BalloonPages;
 use crate::memory::pages::reserve_target;
 use crate::memory::place::{self, Placement};
 use crate::memory::reclaim::ReclaimThread;
-use crate::memory::store::{self, Codec};
+use crate::memory::store::{Codec, Store};
 use crate::memory::thread::{FaultThread, Parts};
 use crate::memory::uffd::Uffd;
 use crate::memory::{GuestMem, Ram, activation};
@@ -206,11 +206,12 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     let uffd = config.accounting.then(|| register(&ram, &tools)).transpose()?;
     let ([client, reclaimer], desk) = clients().map_err(os("no eventfd is left"))?;
     let client = Arc::new(Mutex::new(client));
-    let (writer, reader) =
-        store::open(ram.pages(), Codec::default()).map_err(os("the store for evicted pages cannot be made"))?;
+    let swap_file = (config.swap_file_pages > 0).then(|| (handed(fd::SWAP_FILE), config.swap_file_pages));
+    let store = Store::new(ram.pages(), Codec::default(), swap_file);
+    let Store { writer, spill, reader } = store.map_err(os("the store for evicted pages cannot be made"))?;
     let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"))?;
     let reclaim = Reclaim::new(clone_event(&bell)?, reader);
-    let reclaim_thread = ReclaimThread::new(reclaimer, bell, ram.clone(), writer);
+    let reclaim_thread = ReclaimThread::new(reclaimer, bell, ram.clone(), writer, spill);
     let gate = Arc::new(Gate::new(config.cpus).map_err(os("no eventfd is left"))?);
 
     let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os("no eventfd is left"));

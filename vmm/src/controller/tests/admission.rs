@@ -12,7 +12,7 @@ use super::{FakeWorker, SIZE, Setup, growth, pages, plain};
 use crate::controller::error::Refusal;
 
 fn spec(name: &str, limits: LimitPatch) -> VmSpec {
-    VmSpec { limits, overhead: overhead::of(Pages(SIZE), 1, 3), ..plain(name) }
+    VmSpec { limits, overhead: overhead::of(Pages(SIZE), 1, 3, 0), ..plain(name) }
 }
 
 /// What each VM of [`spec`] costs beside its pages.

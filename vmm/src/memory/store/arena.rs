@@ -24,8 +24,8 @@ pub const SEGMENT: usize = 64 << 10;
 /// Units of a segment.
 pub const SEGMENT_UNITS: u32 = (SEGMENT / UNIT) as u32;
 
-/// The most segments: a place is 32 bits, of which two values are taken.
-const MOST_SEGMENTS: u64 = (1 << 20) - 1;
+/// The most segments: a place is 32 bits, of which the first is none and the last quarter is for the file.
+const MOST_SEGMENTS: u64 = (super::FIRST_SLOT / SEGMENT_UNITS - 1) as u64;
 
 /// Segments for a guest with `ram_pages` pages of RAM: all of it, and an eighth for what is dead. Entries are at most
 /// 3/4 of a page, so an arena that is cleaned is never full.

@@ -8,6 +8,7 @@
 //! | `writer` | the reclaim thread's half: compress, append |
 //! | `clean` | the same half: what frees memory again |
 //! | `reader` | the fault thread's half: read, release |
+//! | `spill` | a file for pages that do not shrink; the reclaim thread's alone |
 //!
 //! ```text
 //!  reclaim thread: Writer                                      fault thread: Reader
@@ -38,22 +39,28 @@ pub mod clean;
 pub mod codec;
 mod entry;
 pub mod reader;
+pub mod spill;
 pub mod writer;
 
 #[cfg(test)]
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use arena::Arena;
 pub use clean::Moved;
 pub use codec::Codec;
 pub use reader::Reader;
+pub use spill::Spill;
 pub use writer::{BATCH, Outcome, Stored, Writer};
 
 /// Bytes of a page.
 const PAGE: usize = memcg_core::units::PAGE_SIZE as usize;
+
+/// Places from here on are slots of the file: below are 48 GiB of arena, above 4 TiB of file.
+const FIRST_SLOT: u32 = 0xc000_0000;
 
 /// Where the content of an evicted page is, in four bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,6 +81,19 @@ impl Place {
     /// The place as a number, never 0.
     pub const fn raw(self) -> u32 {
         self.0
+    }
+
+    /// The place of a slot of the file.
+    const fn of_slot(slot: u32) -> Place {
+        Place(FIRST_SLOT + slot)
+    }
+
+    /// The slot of the file, when the content is there: the fault thread cannot read it, and asks for it.
+    pub const fn slot(self) -> Option<u32> {
+        match self {
+            Place::ZEROES => None,
+            Place(raw) => raw.checked_sub(FIRST_SLOT),
+        }
     }
 
     /// The place of the entry that begins at a unit of the arena.
@@ -119,17 +139,38 @@ pub enum Damage {
     /// The bytes are not those that were written.
     #[error("the checksum differs")]
     Checksum,
+    /// The disk does not give them back.
+    #[error("the file cannot be read")]
+    Unreadable,
     /// The checksum is right, and yet the bytes do not decompress to a page.
     #[error("it does not decompress to a page")]
     Content,
 }
 
-/// An empty store for a guest with `ram_pages` pages of RAM. Takes address space;
-/// what is behind it becomes real as pages are compressed. One half is for the thread that evicts, the other for the one that answers faults.
-///
-/// # Errors
-/// When the host refuses the address space.
-pub fn open(ram_pages: u64, codec: Codec) -> io::Result<(Writer, Reader)> {
-    let arena = Arc::new(Arena::map(arena::segments_for(ram_pages))?);
-    Ok((Writer::new(arena.clone(), codec)?, Reader::new(arena, codec)?))
+/// The file of a store: its descriptor, and the pages for which it has room.
+pub type SpillFile = (OwnedFd, u32);
+
+/// The parts of a store.
+#[derive(Debug)]
+pub struct Store {
+    /// For the thread that evicts.
+    pub writer: Writer,
+    /// For the same thread, where there is a file.
+    pub spill: Option<Spill>,
+    /// For the thread that answers faults.
+    pub reader: Reader,
+}
+
+impl Store {
+    /// An empty store for a guest with `ram_pages` pages of RAM. Takes address space; what is behind it becomes real as
+    /// pages are compressed.
+    ///
+    /// # Errors
+    /// When the host refuses the address space.
+    pub fn new(ram_pages: u64, codec: Codec, file: Option<SpillFile>) -> io::Result<Self> {
+        let arena = Arc::new(Arena::map(arena::segments_for(ram_pages))?);
+        let spill = file.map(|(file, pages)| Spill::new(file, pages)).transpose()?;
+        let released = spill.as_ref().map(Spill::released);
+        Ok(Self { writer: Writer::new(arena.clone(), codec)?, reader: Reader::new(arena, codec, released)?, spill })
+    }
 }

@@ -6,6 +6,7 @@ use std::{fmt, io};
 use super::arena::Arena;
 use super::codec::{Codec, Decoder};
 use super::entry::Header;
+use super::spill::Released;
 use super::{Corrupt, Damage, PAGE, Place};
 use crate::worker::protocol::Area;
 
@@ -13,18 +14,25 @@ use crate::worker::protocol::Area;
 pub struct Reader {
     arena: Arc<Arena>,
     decoder: Decoder,
+    /// Slots of the file that nobody wants any more.
+    released: Option<Arc<Released>>,
 }
 
 impl Reader {
-    /// The half that reads what a writer with `codec` writes to `arena`.
+    /// The half that reads what a writer with `codec` writes to `arena`, and releases slots of a file.
     ///
     /// # Errors
     /// When the decoder cannot be made.
-    pub(super) fn new(arena: Arc<Arena>, codec: Codec) -> io::Result<Self> {
-        Ok(Self { arena, decoder: Decoder::new(codec)? })
+    pub(super) fn new(arena: Arc<Arena>, codec: Codec, released: Option<Arc<Released>>) -> io::Result<Self> {
+        Ok(Self { arena, decoder: Decoder::new(codec)?, released })
     }
 
-    /// Writes the content of `page`, which is at `place`, to `out`. The entry stays.
+    /// Whether there is a file, for what does not shrink or has no room in memory.
+    pub fn has_file(&self) -> bool {
+        self.released.is_some()
+    }
+
+    /// Writes the content of `page`, which is at `place`, in memory, to `out`. The entry stays.
     ///
     /// # Errors
     /// [`Corrupt`] when it is not what was written; `out` means nothing then.
@@ -48,6 +56,10 @@ impl Reader {
     pub fn release(&mut self, page: u32, place: Place) -> Result<(), Corrupt> {
         if place == Place::ZEROES {
             return Ok(());
+        }
+        if let Some(slot) = place.slot() {
+            let released = self.released.as_ref().ok_or(Damage::NoEntry).and_then(|released| released.release(slot));
+            return released.map_err(|damage| place.corrupt(damage));
         }
         // A wrong length would count as dead what lives, so the checksum matters here too.
         let (header, _) = entry(&self.arena, page, place)?;

@@ -55,7 +55,7 @@ struct Model {
 
 impl Model {
     fn new(ram: u64, codec: Codec) -> Self {
-        let (writer, reader) = open(ram, codec).unwrap();
+        let Store { writer, reader, .. } = Store::new(ram, codec, None).unwrap();
         Self { writer, reader, places: BTreeMap::new(), late: Vec::new(), version: 0 }
     }
 
@@ -247,7 +247,7 @@ proptest! {
 
 #[test]
 fn pages_are_told_apart_by_what_they_hold() {
-    let (mut writer, _) = open(RAM, Codec::Lz4).unwrap();
+    let mut writer = Store::new(RAM, Codec::Lz4, None).unwrap().writer;
     assert_eq!(writer.compress(0, &content(0, 0, 0)), Outcome::Zeroes);
     assert_eq!(writer.compress(1, &content(1, 1, 0)), Outcome::Word);
     assert!(matches!(writer.compress(2, &content(3, 2, 0)), Outcome::Compressed(100..2000)));
@@ -358,7 +358,7 @@ fn two_threads_share_a_store_without_a_lock() {
         Stored(Vec<Stored>, u32),
         Moved(Vec<Moved>),
     }
-    let (mut writer, mut reader) = open(RAM, Codec::Lz4).unwrap();
+    let Store { mut writer, mut reader, .. } = Store::new(RAM, Codec::Lz4, None).unwrap();
     let (tell, hear) = mpsc::sync_channel(2);
     let (give, back) = mpsc::channel::<u32>();
     let owner = std::thread::spawn(move || {
@@ -421,10 +421,11 @@ fn two_threads_share_a_store_without_a_lock() {
 
 #[test]
 fn a_place_is_never_none_and_comes_back_from_its_number() {
-    assert_eq!(Place::from_raw(0), None);
-    for unit in [0, 1, u32::MAX - 2] {
+    assert_eq!((Place::from_raw(0), Place::ZEROES.slot()), (None, None));
+    assert_eq!(Place::of_slot(5).slot(), Some(5));
+    for unit in [0, 1, FIRST_SLOT - 2] {
         let place = Place::of_unit(unit);
         assert_eq!((Place::from_raw(place.raw()), place.unit()), (Some(place), unit));
-        assert_ne!(place, Place::ZEROES);
+        assert_eq!(place.slot(), None);
     }
 }

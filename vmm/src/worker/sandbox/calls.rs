@@ -16,6 +16,7 @@
 //! | `sendto`, `recvfrom` | | x | | | messages |
 //! | `fcntl` | | `F_GETFD` | `F_GETFD` | | a check before `close` in debug builds |
 //! | `pread64`, `sched_setaffinity` | | x | | | going where the vCPU runs |
+//! | `pread64`, `pwrite64` | | | | the swap file's | evicted pages that do not shrink |
 //! | `prctl` | | `PR_SET_NAME` | | | `channel` becomes `fault` |
 //! | `timerfd_settime` | | | x | | the guest's statistics |
 //! | `tgkill` | own | own | own | own | the kick of vCPUs; `abort` |
@@ -37,6 +38,7 @@ use linux_raw_sys::ioctl as nr;
 use super::Thread;
 use crate::memory::activation::PAGEMAP_SCAN;
 use crate::memory::uffd::{UFFDIO_MOVE, USERFAULTFD_IOC_NEW};
+use crate::worker::config::fd;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u32 = 0xAE80;
@@ -177,6 +179,8 @@ fn reclaim() -> Vec<Call> {
         any(libc::SYS_read),
         one_of(libc::SYS_ioctl, 1, &[UFFDIO_MOVE]),
         any(libc::SYS_ppoll),
+        one_of(libc::SYS_pread64, 0, &[fd::SWAP_FILE.cast_unsigned()]),
+        one_of(libc::SYS_pwrite64, 0, &[fd::SWAP_FILE.cast_unsigned()]),
         advice(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED, libc::MADV_COLD]),
         advice(libc::SYS_process_madvise, 3, &[libc::MADV_DONTNEED]),
     ]
