@@ -13,12 +13,14 @@
 //! ```
 //!
 //! An aim is a usage that a VM should come down to; its balloon follows the smallest of its own `high` and of its aims
-//! ([`Actor::balloon_target`]). A guest without a balloon driver is not asked, and gives nothing. Nothing of this is
-//! needed for the limit to hold: it only keeps guests from being held at it.
+//! ([`Actor::balloon_target`]). A guest without a balloon driver is not asked, and gives nothing. One that has stalled keeps its
+//! aim, and the others are asked for what it does not give. Nothing of this is needed for the limit to hold: it only keeps
+//! guests from being held at it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use memcg_core::progress::State;
 use memcg_core::spread::{Facts, Terms, claimants, spread};
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Limit, Pages};
@@ -85,7 +87,8 @@ impl Actor {
         let by_node: BTreeMap<NodeId, VmId> = vms.into_iter().map(|id| (self.vms[&id].node, id)).collect();
         let facts = |node: NodeId| {
             let vm = &self.vms[by_node.get(&node)?];
-            vm.report.balloon_ready.then(|| Facts { pinned: vm.reserve_target, ..Facts::default() })
+            let gives = vm.report.balloon_ready && vm.balloon.state() != State::Stalled;
+            gives.then(|| Facts { pinned: vm.reserve_target, ..Facts::default() })
         };
         let spread = spread(need, &claimants(&self.tree, group, facts), &Terms::default());
         let gives = spread.takes.into_iter().filter(|take| !take.pages.is_zero());

@@ -3,7 +3,7 @@
 use memcg_core::limit_change::Mode;
 
 use super::super::error::Code;
-use super::super::view::{GroupView, LimitsView, VmState};
+use super::super::view::{BalloonProgress, GroupView, LimitsView, VmState};
 use super::super::{Changed, MemoryChange, NodeChange};
 use super::limits::change;
 use super::*;
@@ -393,6 +393,34 @@ async fn a_driver_that_comes_when_its_group_is_above_its_high_is_asked() {
     booting.free(1000).await;
     controller.change_group("/gold", change(Limit::Max)).await.expect("raised");
     assert_eq!(vm(&controller, "a").await.balloon.target_bytes, 0);
+}
+
+/// What a guest that has stalled does not give, the others give.
+/// Semantics: 41, 42.
+#[tokio::test(start_paused = true)]
+async fn the_others_are_asked_for_what_a_stalled_guest_does_not_give() {
+    let controller = groups(3400, 4096).await;
+    let mut workers = Vec::new();
+    for name in ["a", "b"] {
+        let mut worker = member(&controller, name, "/gold", 1500).await;
+        worker.report.balloon_ready = true;
+        worker.tell().await;
+        workers.push(worker);
+    }
+    let asked = async |name| vm(&controller, name).await.balloon.target_bytes;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (of_a, of_b) = (asked("a").await, asked("b").await);
+    assert!(of_a > 0 && of_b > 0, "{of_a} {of_b}");
+    let balloon = of_b / 4096;
+    (workers[1].report.ballooned, workers[1].report.balloon_actual) = (balloon, u32::try_from(balloon).unwrap());
+    workers[1].free(balloon - (SIZE - 1500)).await;
+    assert_eq!(asked("b").await, of_b, "it has given its share");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(vm(&controller, "a").await.balloon.progress, Some(BalloonProgress::Stalled));
+    // The group should come down to 1024 pages below its max.
+    let need = 3000 + 2 * RESERVE - (3400 - 1024);
+    assert_eq!(asked("b").await, (SIZE - (1500 - need)) * 4096, "b alone is asked for all of it");
+    assert!(asked("a").await > 0, "which still should");
 }
 
 /// A group that is removed while memory of its VMs is not back is shown with what is left, and its path is free.
