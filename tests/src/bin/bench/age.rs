@@ -166,7 +166,7 @@ struct Watched {
 /// A stretch of its time.
 #[derive(Clone, Copy, Debug)]
 struct Stretch {
-    /// Cycles of 1000 accesses.
+    /// Cycles of 1000 accesses, in its middle second.
     cycles: f64,
     /// CPU time of the worker's own threads in a second.
     cpu_s: f64,
@@ -201,7 +201,8 @@ impl Watched {
         let now = self.vm.show();
         let two = field(&lines[seconds - 1], "two") * 4096.0;
         Stretch {
-            cycles: lines.iter().map(|line| field(line, "cycles_per_1000")).sum::<f64>() / seconds as f64,
+            // Of two seconds one has a sample in it: that is the median, and a hiccup of the host is not.
+            cycles: median(lines.iter().map(|line| field(line, "cycles_per_1000"))),
             cpu_s: cpu_ns as f64 / 1e9 / seconds as f64,
             off: now["cold"]["working_set_bytes"].as_f64().map_or(1.0, |set| (set - two).abs() / two),
             usage: number(&now, "memory.current_bytes") as f64,
