@@ -65,12 +65,18 @@ pub fn serve() {
             },
             "verify" => println!("{}", verify(&regions)),
             _ => {
-                let pages: usize = regions.iter().map(|r| r.words.len() / PAGE_WORDS).sum();
-                regions.drain(..).for_each(|region| sys::unmap(region.words));
+                let kept = regions.len().saturating_sub(last(Arguments(rest)).unwrap_or(regions.len()));
+                let pages: usize = regions[kept..].iter().map(|r: &Region| r.words.len() / PAGE_WORDS).sum();
+                regions.drain(kept..).for_each(|region| sys::unmap(region.words));
                 println!("FREE pages={pages}");
             }
         }
     }
+}
+
+/// How many stretches `free [last=N]` means; all without it.
+fn last(arguments: Arguments<'_>) -> Option<usize> {
+    arguments.option("last")?.parse().ok()
 }
 
 /// `touch SIZE [seed=N] [fill=ends|half|mixed|same|full]`; a second plain word is a seed as well.

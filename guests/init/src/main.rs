@@ -10,6 +10,7 @@
 //! finds that one, the console still answers, and the next command says what happened.
 
 mod button;
+mod cache;
 mod console;
 mod holder;
 mod sys;
@@ -19,12 +20,18 @@ use std::io;
 
 use guest_common::Arguments;
 
+use cache::Cache;
 use holder::Holder;
 
+/// Parameters of modules, by the files' names.
+const PARAMETERS: [(&str, &str); 1] = [("brd.ko", "rd_nr=1 rd_size=262144")];
+
 const HELP: &str = "\
-touch SIZE [seed=N] [full=1]   take anonymous memory, write a pattern to each page
+touch SIZE [seed=N] [full=1]   take anonymous memory, write a pattern to each page (fill=half|mixed|same: others)
 verify                         read all of it back: VERIFY ok pages=N | VERIFY bad pages=N bad=N first=N
-free                           give all of it back to the kernel
+cache SIZE [seed=N] [full=1]   write a pattern to a disk in memory: as much page cache that can be dropped
+cache-verify                   read all of it back: CACHE ok pages=N | CACHE bad pages=N bad=N first=N
+free [last=N]                  give all of it back to the kernel, or what was touched by the last N commands
 meminfo                        MEMINFO MemTotal=KiB MemFree=KiB ...
 vmstat                         VMSTAT balloon_inflate=N ...
 dmesg-check                    DMESG stalls=N ooms=N bugs=N warnings=N, after the lines counted
@@ -49,16 +56,23 @@ fn main() {
     sys::console_level(1);
     button::watch();
     println!("READY");
-    let mut holder = None;
+    let mut kept = Kept::default();
     loop {
         match console::read_line() {
-            Ok(line) => answer(&line, &mut holder),
+            Ok(line) => answer(&line, &mut kept),
             Err(error) => {
                 println!("ERR console: {error}");
                 sys::power_off();
             }
         }
     }
+}
+
+/// What is kept from one command to the next.
+#[derive(Default)]
+struct Kept {
+    holder: Option<Holder>,
+    cache: Option<Cache>,
 }
 
 /// Mounts what the commands read, sets the console up and loads the modules.
@@ -71,27 +85,37 @@ fn start() -> Result<(), String> {
     console::open().map_err(|e| format!("cannot open the console: {e}"))?;
     let order = fs::read_to_string("/modules/order").map_err(|e| format!("cannot read /modules/order: {e}"))?;
     for module in order.lines() {
-        sys::load_module(&format!("/modules/{module}")).map_err(|e| format!("cannot load {module}: {e}"))?;
+        let parameters = PARAMETERS.iter().find(|(name, _)| *name == module).map_or("", |(_, words)| words);
+        match sys::load_module(&format!("/modules/{module}"), parameters) {
+            // The kernel's command line has it in `module_blacklist=`.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            loaded => loaded.map_err(|e| format!("cannot load {module}: {e}"))?,
+        }
     }
     Ok(())
 }
 
 /// Obeys one line and prints its answer.
-fn answer(line: &str, holder: &mut Option<Holder>) {
+fn answer(line: &str, kept: &mut Kept) {
     let (verb, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
     if verb.is_empty() {
         return;
     }
-    match obey(verb, rest.trim(), holder) {
+    match obey(verb, rest.trim(), kept) {
         Ok(data) if data.is_empty() => println!("OK {verb}"),
         Ok(data) => println!("{}\nOK {verb}", data.trim_end()),
         Err(error) => println!("ERR {verb}: {error}"),
     }
 }
 
-fn obey(verb: &str, rest: &str, holder: &mut Option<Holder>) -> Result<String, String> {
+fn obey(verb: &str, rest: &str, kept: &mut Kept) -> Result<String, String> {
     match verb {
-        "touch" | "verify" | "free" => ask(verb, rest, holder),
+        "touch" | "verify" | "free" => ask(verb, rest, &mut kept.holder),
+        "cache" => {
+            kept.cache = Some(Cache::new(Arguments(rest))?);
+            Ok(String::new())
+        }
+        "cache-verify" => kept.cache.as_ref().ok_or("nothing is cached")?.verify(),
         "meminfo" => meminfo().map_err(|e| e.to_string()),
         "vmstat" => vmstat().map_err(|e| e.to_string()),
         "dmesg" => Ok(sys::kernel_log()),
@@ -153,7 +177,7 @@ fn write_line(path: &str, text: &str) -> Result<String, String> {
 /// The lines of `/proc/meminfo` that say how large the guest thinks it is, in KiB.
 fn meminfo() -> io::Result<String> {
     let text = fs::read_to_string("/proc/meminfo")?;
-    let wanted = ["MemTotal", "MemFree", "MemAvailable", "Cached", "AnonPages", "Slab", "Balloon"];
+    let wanted = ["MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "AnonPages", "Slab", "Balloon"];
     let found = text.lines().filter_map(|line| {
         let (key, value) = line.split_once(':')?;
         let value = value.trim().trim_end_matches(" kB");

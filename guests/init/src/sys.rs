@@ -21,11 +21,11 @@ pub fn mount(kind: &str, target: &str) -> io::Result<()> {
     }
 }
 
-/// Loads the module in file `path`. One that is loaded already is as good.
-pub fn load_module(path: &str) -> io::Result<()> {
-    let file = File::open(path)?;
-    // SAFETY: the descriptor is open during the call and the parameters are an empty NUL-terminated string.
-    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+/// Loads the module in file `path` with `parameters`. One that is loaded already is as good.
+pub fn load_module(path: &str, parameters: &str) -> io::Result<()> {
+    let (file, parameters) = (File::open(path)?, CString::new(parameters)?);
+    // SAFETY: the descriptor is open during the call and the parameters are a NUL-terminated string that outlives it.
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
     match check(result) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
         _ => Ok(()),
