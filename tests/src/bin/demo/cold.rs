@@ -1,13 +1,18 @@
-//! Cold pages: a limit that leaves room for little more than what the guest uses.
+//! Cold pages: a limit that leaves room for little more than what the guest uses, and one that leaves a Linux guest less.
+
+use std::path::Path;
 
 use ballast_tests::cold::{FOLLOWS, LOW_MAX, play};
-use ballast_tests::{deadline, number};
+use ballast_tests::{deadline, linux, number};
 
 use super::Step;
 use super::single::draw;
 
 /// The steps, in order.
 pub const STEPS: [&str; 3] = ["cold-lower", "cold-speed", "cold-verify"];
+
+/// The steps of the Linux guests.
+pub const LINUX_STEPS: [&str; 3] = ["linux-ladder", "linux-no-balloon", "linux-verify"];
 
 /// The freestanding guest, without a balloon driver.
 pub fn native(step: &mut Step) {
@@ -49,5 +54,28 @@ pub fn native(step: &mut Step) {
         STEPS[2],
         answers.iter().all(|answer| answer.starts_with("OK") && answer.contains(" bad=0")),
         &format!("accessed={} verified={}", story.accessed.replace(' ', ","), story.verified.replace(' ', ",")),
+    );
+}
+
+/// Two Debian guests, one of them without its balloon driver.
+pub fn linux(step: &mut Step, kernel: &Path, initrd: &Path) {
+    let ladder = linux::play("ladder", kernel, initrd, true);
+    let ways = |story: &linux::Story| ["report", "balloon", "evicted"].map(|way| story.by(way) > 0);
+    step(
+        LINUX_STEPS[0],
+        ladder.is_below() && ladder.rungs == ["reports", "balloon", "evict"] && ways(&ladder) == [true; 3],
+        &ladder.numbers(),
+    );
+    let alone = linux::play("alone", kernel, initrd, false);
+    step(
+        LINUX_STEPS[1],
+        alone.is_below() && alone.rungs == ["evict"] && ways(&alone) == [false, false, true],
+        &alone.numbers(),
+    );
+    let told = |story: &linux::Story| story.answers.join(";").replace(' ', ",");
+    step(
+        LINUX_STEPS[2],
+        ladder.is_intact() && alone.is_intact(),
+        &format!("ladder={} no_balloon={}", told(&ladder), told(&alone)),
     );
 }

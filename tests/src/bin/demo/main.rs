@@ -2,8 +2,8 @@
 //! nothing; one whose cold memory is taken without its help; and forty guests of one controller that lose nothing either
 //! when others, or it, are killed.
 //!
-//! `demo native` and `demo cold` run a freestanding guest; `demo fleet` forty of them; `demo linux KERNEL INITRD` a Debian
-//! kernel. Every step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`; a step that fails ends the scene, and the steps behind
+//! `demo native` and `demo cold` run a freestanding guest; `demo fleet` forty of them; `demo linux KERNEL INITRD` and `demo
+//! cold KERNEL INITRD` a Debian kernel. Every step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`; a step that fails ends the scene, and the steps behind
 //! it are skipped.
 
 mod cold;
@@ -26,6 +26,9 @@ fn main() -> ExitCode {
     let ok = match arguments[..] {
         ["native"] => scene(&["native-limit", "native-raise", "native-verify"], single::native),
         ["cold"] => scene(&cold::STEPS, cold::native),
+        ["cold", kernel, initrd] => {
+            scene(&cold::LINUX_STEPS, |step| cold::linux(step, Path::new(kernel), Path::new(initrd)))
+        }
         ["fleet"] => scene(&fleet::STEPS, fleet::fleet),
         ["linux", kernel, initrd] => {
             scene(&["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"], |step| {
@@ -33,7 +36,7 @@ fn main() -> ExitCode {
             })
         }
         _ => {
-            eprintln!("usage: demo native | demo cold | demo fleet | demo linux KERNEL INITRD");
+            eprintln!("usage: demo native | demo fleet | demo cold [KERNEL INITRD] | demo linux KERNEL INITRD");
             return ExitCode::from(2);
         }
     };
