@@ -3,6 +3,7 @@
 
 mod cost;
 mod fleet;
+mod ladder;
 mod reporting;
 mod single;
 
