@@ -6,10 +6,11 @@
 //!      ▲                   ▲                     │                │
 //!      └──── give_back ────┴──────── uncharge ◄──┴────────────────┘ (repays the reserve first)
 //!                        stock ── owe ──► what the guest's pages cost beside them; it stays until the VM ends
+//!                        stock ── set_aside ──► ahead: stock that has memory already ── use_ahead ──► guest pages
 //!                        guest pages ── evicted ──► store: their compressed contents; the rest repays or is stock
 //! ```
 //!
-//! At any moment `granted_total - returned_total == guest + store + stock + reserve + paid`: each page that the controller has
+//! At any moment `granted_total - returned_total == guest + store + stock + ahead + reserve + paid`: each page that the controller has
 //! charged is in exactly one place. Totals are cumulative and carry an epoch, so a message that is lost or repeated cannot
 //! count a page twice.
 //!
@@ -17,12 +18,16 @@
 //! what is missing from it is the *debt*, and the vCPUs are held until the debt is repaid. A grant and an uncharge
 //! both repay the debt before they fill the stock.
 //!
+//! **Stock that has memory already** ([`Stock::set_aside`]). A worker zeroes huge pages before its guest touches them. They are
+//! stock for everybody else: a part of what `stock_max` allows and of what is asked for; but they can only be given back when
+//! their memory is gone ([`Stock::put_back`]).
+//!
 //! **What pages cost** ([`Stock::owe`]). Pages that a guest uses need page tables and records. They are paid for with pages
 //! of the stock, so what a VM uses in all stays inside what it was granted, however its cost grows. What the stock cannot
 //! pay at once is debt, too: the next pages repay it after the reserve, and before the guest gets any.
 //!
 //! **Epochs.** An epoch is one life of the controller. The first grant of a newer epoch is a recount: the worker's
-//! totals restart at what it holds (`granted_total = guest + store + stock + reserve + paid`, `returned_total = 0`), and the grant's
+//! totals restart at what it holds (`granted_total = guest + store + stock + ahead + reserve + paid`, `returned_total = 0`), and the grant's
 //! total counts from there. The new controller charges what the worker's report says it holds and grants on top of
 //! that. Pages that an old controller granted and that never arrived die with it; pages given back in between are
 //! granted again by the same arithmetic. A grant of an older epoch, and a total below the one known, are errors that
@@ -87,6 +92,7 @@ pub struct Stock {
     guest: Pages,
     store: Pages,
     stock: Pages,
+    ahead: Pages,
     reserve: Pages,
     reserve_target: Pages,
     cost: Cost,
@@ -113,6 +119,7 @@ impl Stock {
             guest: Pages::ZERO,
             store: Pages::ZERO,
             stock: Pages::ZERO,
+            ahead: Pages::ZERO,
             reserve: Pages::ZERO,
             reserve_target,
             cost: Cost::default(),
@@ -170,12 +177,19 @@ impl Stock {
     /// then faults are faster than the round trip.
     fn judge_batch(&mut self) {
         let batch = self.effective_batch();
-        let dry = self.stock < part(batch, 4) && self.used >= part(batch, 2);
+        let dry = self.stock + self.ahead < part(batch, 4) && self.used >= part(batch, 2);
         if !batch.is_zero() && (dry || self.used >= batch) {
             // From what was really in force: a batch that a limit kept small must not grow unseen behind it.
             self.batch = Pages(batch.0 * 2).min(STOCK_CAP);
         }
         self.used = Pages::ZERO;
+    }
+
+    /// So many pages are about to be used: the batch is at least as large, within its caps, without waiting for the stock to
+    /// run dry.
+    #[inline]
+    pub fn expect(&mut self, pages: Pages) {
+        self.batch = self.batch.max(pages.min(STOCK_CAP));
     }
 
     /// A steady beat (about once a second): a beat with less than a quarter of the batch used halves the batch.
@@ -267,9 +281,46 @@ impl Stock {
         self.refill(most.saturating_sub(self.store));
     }
 
+    /// Sets `pages` of the stock aside for memory that is to exist before it is touched. False, and nothing has changed, when
+    /// the stock has fewer.
+    pub fn set_aside(&mut self, pages: Pages) -> bool {
+        let Some(left) = self.stock.checked_sub(pages) else { return false };
+        self.stock = left;
+        self.ahead += pages;
+        true
+    }
+
+    /// Memory of `pages` that were set aside is the guest's now.
+    ///
+    /// More than there are is a bug of the caller: it is clamped, counted in [`Self::underflows`], and stops a debug build.
+    pub fn use_ahead(&mut self, pages: Pages) {
+        let real = self.off_ahead(pages);
+        self.guest += real;
+        self.used += real;
+        self.used_tick += real;
+    }
+
+    /// `pages` that were set aside have no memory: they repay the reserve first, the rest is stock.
+    ///
+    /// More than there are is a bug of the caller, as with [`Self::use_ahead`].
+    pub fn put_back(&mut self, pages: Pages) {
+        let real = self.off_ahead(pages);
+        self.refill(real);
+    }
+
+    fn off_ahead(&mut self, pages: Pages) -> Pages {
+        let real = pages.min(self.ahead);
+        if real != pages {
+            self.underflows += 1;
+            debug_assert!(false, "{pages} of {} that were set aside", self.ahead);
+        }
+        self.ahead = self.ahead.saturating_sub(real);
+        real
+    }
+
     /// Stock above what the controller allows, to be given back.
     pub fn surplus(&self) -> Pages {
-        self.stock.saturating_sub(self.stock_max)
+        (self.stock + self.ahead).saturating_sub(self.stock_max).min(self.stock)
     }
 
     /// Gives back up to `pages` of the stock; returns how many. They are no longer the worker's once this returns; the
@@ -293,16 +344,19 @@ impl Stock {
         self.debt() + waiting.saturating_sub(self.stock)
     }
 
-    /// Pages to ask for: [`Self::want_now`], and a batch ahead of need as soon as the stock falls under half of it.
+    /// Pages to ask for: [`Self::want_now`], and a batch ahead of need as soon as the stock falls under half of it, or
+    /// under three quarters while some has memory already.
     ///
     /// The batch adapts: it doubles, up to 8 MiB, while faults empty it faster than grants arrive, is halved by each
     /// idle [`Self::tick`], and is never more than the controller's `stock_max` or one eighth of the room, but at
     /// least one page while any stock is allowed.
     pub fn want(&self, waiting: Pages) -> Pages {
         let now = self.want_now(waiting);
-        let left = self.stock.saturating_sub(waiting);
+        let left = (self.stock + self.ahead).saturating_sub(waiting);
         let batch = self.effective_batch();
-        if left < part(batch, 2) { now + batch.saturating_sub(left) } else { now }
+        // What has memory already is used fast, and in large pieces.
+        let enough = if self.ahead.is_zero() { part(batch, 2) } else { batch.saturating_sub(part(batch, 4)) };
+        if left < enough { now + batch.saturating_sub(left) } else { now }
     }
 
     /// The batch with its caps.
@@ -321,9 +375,14 @@ impl Stock {
         self.store
     }
 
-    /// Pages charged ahead of need.
+    /// Pages charged ahead of need that have no memory.
     pub fn stock(&self) -> Pages {
         self.stock
+    }
+
+    /// Pages of the stock that have memory already, or are to get it.
+    pub fn ahead(&self) -> Pages {
+        self.ahead
     }
 
     /// Pages left in the reserve.
@@ -348,9 +407,9 @@ impl Stock {
         self.paid
     }
 
-    /// Everything the controller has charged for this worker: guest + store + stock + reserve + what was paid.
+    /// Everything the controller has charged for this worker: guest + store + stock + ahead + reserve + what was paid.
     pub fn held(&self) -> Pages {
-        self.guest + self.store + self.stock + self.reserve + self.paid.total()
+        self.guest + self.store + self.stock + self.ahead + self.reserve + self.paid.total()
     }
 
     /// Pages granted in this epoch.

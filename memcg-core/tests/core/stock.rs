@@ -489,6 +489,53 @@ proptest! {
     }
 }
 
+/// What is set aside for memory that exists already is stock: it counts against what is allowed, is asked for once, and can be
+/// given back only when its memory is gone.
+/// Semantics: 59, 60.
+#[test]
+fn stock_that_has_memory_already_is_stock_and_goes_back_after_its_memory() {
+    let mut stock = stocked(1100);
+    assert!(!stock.set_aside(Pages(1101)) && stock.set_aside(Pages(1024)));
+    assert_eq!((stock.stock(), stock.ahead(), stock.held()), (Pages(76), Pages(1024), Pages(1110)));
+    assert_eq!(stock.want(Pages::ZERO), Pages::ZERO, "there is enough");
+    assert_eq!(stock.recall(), Pages(76));
+    assert_eq!((stock.held(), stock.is_balanced()), (Pages(1034), true));
+    // One half is used, the other repays the reserve first.
+    stock.prepare_reserve().unwrap().commit(Pages(1));
+    stock.use_ahead(Pages(512));
+    stock.put_back(Pages(512));
+    assert_eq!((stock.guest(), stock.stock(), stock.reserve()), (Pages(513), Pages(511), Pages(10)));
+    assert_eq!((stock.ahead(), stock.underflows(), stock.is_balanced()), (Pages::ZERO, 0, true));
+}
+
+/// A guest that walks through its memory need not run dry eight times before as much is asked for as it uses.
+#[test]
+fn what_is_expected_is_asked_for_within_the_caps() {
+    let mut stock = stocked(0);
+    stock.expect(Pages(700));
+    assert_eq!(stock.want(Pages::ZERO), Pages(700));
+    stock.expect(Pages(1));
+    assert_eq!(stock.want(Pages::ZERO), Pages(700), "never less");
+    stock.expect(Pages(1 << 40));
+    assert_eq!(stock.want(Pages::ZERO), MANY);
+    stock.grant(1, 10, Pages(40), Some(Pages(400))).unwrap();
+    assert_eq!(stock.want(Pages::ZERO), Pages(40));
+    (0..12).for_each(|_| stock.tick());
+    stock.grant(1, 10, MANY, None).unwrap();
+    assert_eq!(stock.want(Pages::ZERO), Pages(1), "and it is forgotten");
+}
+
+/// A limit that allows less takes what has no memory first, and says how much too much is left.
+#[test]
+fn a_surplus_is_what_can_be_given_back() {
+    let mut stock = stocked(1024);
+    assert!(stock.set_aside(Pages(512)));
+    stock.grant(1, 1034, Pages(600), None).unwrap();
+    assert_eq!(stock.surplus(), Pages(424));
+    stock.grant(1, 1034, Pages::ZERO, None).unwrap();
+    assert_eq!(stock.surplus(), Pages(512), "the rest has memory");
+}
+
 /// What is evicted is no guest page any more; what its contents take stays charged, the rest repays the reserve first.
 /// Semantics: 27.
 #[test]
