@@ -21,6 +21,7 @@ use ballast::memory::{GuestMem, Ram};
 use ballast::worker::gate::monotonic_ns;
 use ballast_tests::payload;
 
+use crate::vm::huge_pages;
 use crate::{MIB, age, discard};
 
 /// RAM of these VMs.
@@ -266,8 +267,7 @@ fn open(path: &str) -> std::fs::File {
 
 /// Lets the kernel use huge pages, which this program and what it starts are otherwise forbidden.
 fn ask_for_huge(ram: &Ram) {
-    // SAFETY: this prctl takes numbers only.
-    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0) };
+    huge_pages(true);
     for slot in ram.slots() {
         // SAFETY: the range is guest RAM; the advice changes no content.
         let done = unsafe { libc::madvise(slot.hva as *mut _, slot.bytes as usize, libc::MADV_HUGEPAGE) };

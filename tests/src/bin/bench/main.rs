@@ -107,8 +107,7 @@ fn main() -> ExitCode {
         return ExitCode::from(u8::from(!(cost::child(words) || many::child(words) || memcg::child(words))));
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
-    // SAFETY: this prctl takes numbers only.
-    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    vm::huge_pages(false);
     if let [what, directory] = &arguments[..]
         && what == "plot"
     {

@@ -15,8 +15,23 @@ pub struct Run {
     pub faults: Value,
 }
 
-/// Starts a VM, lets it do `work` between two marks, and reads the fault counters at the end.
+/// Starts a VM, lets it do `work` between two marks, and reads the fault counters at the end. One that is charged may use
+/// huge pages: it decides itself what of its memory becomes resident.
 pub fn run(memory: &str, cpus: u32, work: &str) -> Run {
+    let charged = memory.contains("max=") || memory.contains("track=on");
+    huge_pages(charged);
+    let run = run_as_it_is(memory, cpus, work);
+    huge_pages(false);
+    run
+}
+
+/// Allows huge pages to this process and what it starts from now on, or forbids them.
+pub fn huge_pages(allowed: bool) {
+    // SAFETY: this prctl takes numbers only.
+    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, libc::c_ulong::from(!allowed), 0, 0, 0) };
+}
+
+fn run_as_it_is(memory: &str, cpus: u32, work: &str) -> Run {
     let mut vm = TestVm::builder("bench")
         .memory(memory)
         .option("--cpus", cpus.to_string())
