@@ -2,7 +2,7 @@
 //!
 //! A block of 512 pages costs something when the first of its pages is filled (page tables, states), when its pages are
 //! told apart for the first time (links and generations), and when one is moved aside for the first time (the stage's page
-//! table). None of it comes back before the VM ends: a discard leaves page tables empty and in place. Reclaim itself has
+//! table). A block that was filled with one huge page has no table of KVM's until it is split. None of it comes back before the VM ends: a discard leaves page tables empty and in place. Reclaim itself has
 //! buffers from its first page on. So the cost follows from numbers that only grow.
 
 use super::table::{BLOCK, FrameTable};
@@ -53,6 +53,12 @@ impl Cost {
         self
     }
 
+    /// The same, when `whole` of these blocks are one huge page each and have always been: KVM needs no table for such a one.
+    pub fn with_huge(mut self, whole: u64) -> Cost {
+        self.tables = self.tables.saturating_sub(Pages(whole));
+        self
+    }
+
     /// When a guest of `size` has used all there is.
     pub fn most(size: Pages) -> Cost {
         let blocks = size.0.div_ceil(BLOCK as u64);
@@ -66,7 +72,7 @@ impl Cost {
 }
 
 impl FrameTable {
-    /// What the use of these pages has cost so far. Only grows.
+    /// What the use of these pages has cost so far, if none of them is huge. Only grows.
     pub fn cost(&self) -> Cost {
         Cost::of(self.touched, self.opened).with_reclaim(self.aside, self.evicted)
     }

@@ -113,6 +113,7 @@ fn the_cost_of_a_table_follows_its_use() {
         table.split(block * BLOCK);
     }
     assert_eq!(table.cost(), Cost::of(4, 4));
+    assert_eq!(table.cost().with_huge(3).tables + Pages(3), table.cost().tables, "huge pages have no table of KVM's");
     for block in [3, 0, 1, 2, 3] {
         [Moving, Idle, Moving, Active].into_iter().for_each(|state| table.set(block * BLOCK, state));
     }

@@ -24,7 +24,7 @@ use super::error::{Code, Refusal};
 use super::events::EventKind;
 use super::journal::Entry;
 use super::overhead::{self, Part};
-use super::view::{StoreView, VmState};
+use super::view::{AreaView, VmState};
 use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
@@ -208,7 +208,8 @@ impl Actor {
             state: VmState::Starting,
             paused_by,
             ram: Vec::new(),
-            store: StoreView::default(),
+            store: AreaView::default(),
+            pool: AreaView::default(),
             instance: spec.instance,
             adopted,
             greeted: false,

@@ -27,8 +27,9 @@ use super::link::FromLink;
 use super::overhead;
 use super::spawn::Death;
 use super::stop::StopView;
-use super::view::{RamView, StoreView, VmState};
+use super::view::{RamView, VmState};
 use super::vm::{Awaited, KilledBy, Vm, VmEnd, VmId};
+use crate::memory::pool;
 use crate::worker::protocol::{ExitReason, FromWorker, Hello, ToWorker};
 
 /// Most VMs that are remembered after their end; the newest are.
@@ -108,7 +109,7 @@ impl Actor {
         }
         let slots = hello.ram.iter().filter(|slot| slot.bytes > 0);
         vm.ram = slots.map(|s| RamView { gpa: s.gpa, hva: s.hva, bytes: s.bytes, stage_hva: s.stage }).collect();
-        vm.store = StoreView { hva: hello.store.hva, bytes: hello.store.bytes };
+        (vm.store, vm.pool) = (hello.store.into(), hello.pool.into());
         vm.greeted = true;
         vm.patience = None;
         vm.reserve_target = Pages(hello.reserve_target);
@@ -326,12 +327,14 @@ fn check_hello(vm: &Vm, hello: &Hello, epoch: u32) -> Result<(), String> {
         slot.hva.checked_add(slot.bytes)?;
         sum.checked_add(slot.bytes)
     });
-    let elsewhere = hello.ram.iter().map(|slot| (slot.stage, slot.bytes)).chain([(hello.store.hva, hello.store.bytes)]);
+    let areas = [hello.store, hello.pool].map(|area| (area.hva, area.bytes));
+    let elsewhere = hello.ram.iter().map(|slot| (slot.stage, slot.bytes)).chain(areas);
     // Whoever counts what is there goes through all of it.
     if hello.store.bytes > cold::most_stored(vm.size).bytes()
+        || hello.pool.bytes > pool::BYTES
         || elsewhere.into_iter().any(|(start, bytes)| start.checked_add(bytes).is_none())
     {
-        return Err("has a stage or a store where no memory can be".to_owned());
+        return Err("has a stage, a store or a pool where no memory can be".to_owned());
     }
     if total != Some(vm.size.bytes()) {
         return Err("has mapped another amount of RAM than it was told".to_owned());

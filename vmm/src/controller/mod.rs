@@ -287,7 +287,8 @@ impl Controller {
     /// What the VM costs beside its pages, when its worker can be looked into.
     async fn measure(&self, name: &str, view: &VmView) -> Option<residency::MeasuredView> {
         let asked = name.to_owned();
-        let areas: Vec<_> = view.ram.iter().flat_map(view::RamView::areas).chain([view.store.area()]).collect();
+        let areas: Vec<_> =
+            view.ram.iter().flat_map(view::RamView::areas).chain([view.store.area(), view.pool.area()]).collect();
         let residency = self.ask(move |actor, reply| answer(reply, Ok(actor.residency(&asked)))).await.ok()??;
         tokio::task::spawn_blocking(move || residency.measured(&areas).ok()).await.ok()?
     }

@@ -63,6 +63,7 @@ impl Actor {
             },
             ram: vm.ram.clone(),
             store: vm.store,
+            pool: vm.pool,
             faults: vm.report.faults.into(),
         }
     }

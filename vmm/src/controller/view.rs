@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::residency::MeasuredView;
-use crate::worker::protocol::{Cold, FaultCounts, GuestStats, Quantiles};
+use crate::worker::protocol::{Area, Cold, FaultCounts, GuestStats, Quantiles};
 
 /// Where a VM is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -85,7 +85,9 @@ pub struct VmView {
     /// Where guest RAM is mapped in the worker.
     pub ram: Vec<RamView>,
     /// Where the contents of its evicted pages are kept.
-    pub store: StoreView,
+    pub store: AreaView,
+    /// Where huge pages are zeroed ahead of need; they are charged as stock.
+    pub pool: AreaView,
     /// The fault path since the start.
     pub faults: FaultsView,
 }
@@ -531,16 +533,22 @@ impl RamView {
     }
 }
 
-/// Where the compressed contents of evicted pages are in the worker's address space.
+/// A mapping of the worker's that is part of a VM's memory and not RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct StoreView {
+pub struct AreaView {
     /// First address in the worker.
     pub hva: u64,
     /// Length; 0 when there is none.
     pub bytes: u64,
 }
 
-impl StoreView {
+impl From<Area> for AreaView {
+    fn from(area: Area) -> Self {
+        Self { hva: area.hva, bytes: area.bytes }
+    }
+}
+
+impl AreaView {
     /// Its place in the worker.
     pub fn area(&self) -> Range<u64> {
         self.hva..self.hva.saturating_add(self.bytes)

@@ -25,7 +25,7 @@ use super::overhead::{self, Part};
 use super::residency::Residency;
 use super::spawn::Death;
 use super::stop::Stopping;
-use super::view::{OomAction, OomPreference, RamView, StoreView, VmState, VmView};
+use super::view::{AreaView, OomAction, OomPreference, RamView, VmState, VmView};
 use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
 
 /// Time between two lines in the log about one worker that does not read.
@@ -201,7 +201,8 @@ pub(super) struct Vm {
     pub state: VmState,
     pub paused_by: Option<PausedBy>,
     pub ram: Vec<RamView>,
-    pub store: StoreView,
+    pub store: AreaView,
+    pub pool: AreaView,
     /// What its worker calls itself.
     pub instance: u64,
     /// Its worker was started by an earlier controller.
@@ -280,9 +281,9 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    /// Where the worker's address space has memory of the VM: RAM, its stage and its store.
+    /// Where the worker's address space has memory of the VM: RAM, its stage, its store and its pool.
     pub fn areas(&self) -> Vec<Range<u64>> {
-        self.ram.iter().flat_map(RamView::areas).chain([self.store.area()]).collect()
+        self.ram.iter().flat_map(RamView::areas).chain([self.store.area(), self.pool.area()]).collect()
     }
 
     /// Pages charged for this VM: resident, in stock, in reserve, on their way to the worker, or paid for what the

@@ -33,6 +33,15 @@ pub struct Window {
     pub pages: u64,
 }
 
+impl Window {
+    /// The same with at most `most` pages, and at least the page `touched`, which is its first or its last.
+    pub fn cut(self, touched: u64, most: u64) -> Self {
+        let pages = self.pages.min(most).max(1);
+        let first = if touched == self.first { touched } else { touched + 1 - pages };
+        Self { first, pages }
+    }
+}
+
 /// The streams of one VM.
 #[derive(Debug)]
 pub struct Around {

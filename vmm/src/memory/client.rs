@@ -195,6 +195,12 @@ pub fn clients<const N: usize>() -> std::io::Result<([Client; N], Desk)> {
 }
 
 impl Client {
+    /// Makes the fault thread look around, without a question.
+    pub fn ring(&self) {
+        // Fails only when the counter is full: it is awake already.
+        let _ = self.bell.write(1);
+    }
+
     /// Asks, and waits for the answer. The fault thread never waits for user space, so this is short; only a
     /// [`Request::Fill`] with `wait` takes as long as the controller needs.
     pub fn ask(&self, request: Request) -> Reply {

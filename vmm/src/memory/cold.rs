@@ -107,7 +107,7 @@ pub struct Reclaim {
     refused: u64,
     /// The VM is near its limit: the margin is kept in stock instead of being given back, so that what is touched next
     /// need not be asked for.
-    pressed: bool,
+    pub(super) pressed: bool,
     /// The balloon waits for the end of a claim, and comes before the next one.
     yields: bool,
     /// The content of a page on its way back.
@@ -202,7 +202,7 @@ impl Reclaim {
 
 impl Pages {
     /// Pages that should be free and are not.
-    fn need(&self) -> u64 {
+    pub(super) fn need(&self) -> u64 {
         let held = self.stock.held().0;
         // What the controller has not refused is on its way.
         let debt = if self.is_refused() { self.stock.debt().0 } else { 0 };
@@ -221,7 +221,7 @@ impl Pages {
 
     /// Pages that can be filled before the limit is met.
     fn free(&self) -> u64 {
-        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.stock()).0)
+        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.stock() + self.stock.ahead()).0)
     }
 
     /// Stock that is to be given back: what exceeds its cap, but for the margin of a VM that lives at its limit.
@@ -229,7 +229,8 @@ impl Pages {
         // A stopped guest needs no margin, and one with more room gets what it needs ahead of need.
         self.reclaim.pressed &= self.free() <= 4 * self.low() && self.gate.open();
         let margin = if self.reclaim.pressed { 2 * self.low() } else { 0 };
-        self.stock.stock().saturating_sub(self.stock.stock_max().max(Count(margin)))
+        let stock = self.stock.stock() + self.stock.ahead();
+        stock.saturating_sub(self.stock.stock_max().max(Count(margin)))
     }
 
     /// Whether pages may go to the store now.
@@ -262,7 +263,7 @@ impl Pages {
                     self.reclaim.counts.aged += run.pages;
                 }
                 self.end_claims(&load.claimed, FrameState::Moving, FrameState::Active);
-                self.stock.owe(self.frames.cost());
+                self.stock.owe(self.cost());
                 self.settle()
             }
             Done::Evicted { incompressible, store } => {
@@ -330,7 +331,7 @@ impl Pages {
         self.ageing.evicted(evicted);
         self.reclaim.counts.incompressible += incompressible;
         self.stock.evicted(Count(evicted), Count(store));
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
         let reply = self.settle();
         // What was asked for is the controller's, however much stock there may be.
         let above = self.stock.held().0.saturating_sub(self.reclaim.aim);
@@ -495,7 +496,7 @@ impl Pages {
             }
             next += 1;
         }
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
         Ok(if found == Refault::Later { found } else { Refault::Back(next - page) })
     }
 
@@ -510,8 +511,8 @@ impl Pages {
         if !self.reclaim.find(page, place)? {
             return Ok(Refault::Later);
         }
+        let from_reserve = !self.has_stock();
         let content = &self.reclaim.content;
-        let from_reserve = self.stock.stock() == Count(0);
         let reservation = match from_reserve {
             false => self.stock.prepare(Count(1)),
             true if reserve => self.stock.prepare_reserve(),

@@ -66,7 +66,7 @@ impl Pages {
                 at = end;
             }
         }
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
         self.spare_runs = std::mem::take(runs);
         Some(claimed)
     }
@@ -101,7 +101,7 @@ impl Pages {
             }
             self.stock.uncharge(Count(run.pages));
         }
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
         self.settle()
     }
 
@@ -112,6 +112,6 @@ impl Pages {
                 self.frames.set(page as usize, FrameState::Absent);
             }
         }
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
     }
 }

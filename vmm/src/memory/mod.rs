@@ -8,6 +8,8 @@
 //! | `pages` | frame table and stock: what a fault, a grant, a discard change |
 //! | `thread` | the thread that owns them |
 //! | `around` | how many pages one fault fills |
+//! | `pool` | huge pages that are zeroed ahead of need |
+//! | `huge` | a guest that walks gets whole blocks of them |
 //! | `client` | how other threads ask |
 //! | `cold` | which pages are moved aside and evicted, and how they come back |
 //! | `ageing` | how it is found out what is in use |
@@ -31,8 +33,10 @@ pub mod give;
 pub mod given;
 pub mod guest;
 pub mod histogram;
+mod huge;
 pub mod pages;
 pub mod place;
+pub mod pool;
 pub mod ram;
 pub mod reclaim;
 pub mod store;

@@ -13,6 +13,8 @@
 //! ```
 //! The last three are the business of [`super::cold`].
 //!
+//! A guest that walks through new memory gets whole blocks, as huge pages, where there is much room ([`super::huge`]).
+//!
 //! What the pages cost beside them ([`FrameTable::cost`]) is paid for with pages of the stock at the same time, so it is
 //! inside `max` too.
 //!
@@ -25,7 +27,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use memcg_core::frame::{BLOCK, FrameState, FrameTable};
+use memcg_core::frame::{BLOCK, Cost, FrameState, FrameTable};
 use memcg_core::reporting::Reports;
 use memcg_core::stock::Stock;
 use memcg_core::units::Pages as Count;
@@ -36,6 +38,7 @@ use super::asked::Asked;
 use super::client::{Reply, Run};
 use super::cold::{READ_AROUND, Reclaim, Refault};
 use super::histogram::Histogram;
+use super::huge::Due;
 use super::ram::Ram;
 use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
@@ -60,6 +63,9 @@ const HEAD: u64 = 16;
 /// page with less than 256 KiB. What is filled around a touch is charged and may never be used, and the ceiling of a limit
 /// that is being lowered leaves little more than a MiB, which the guest's balloon driver needs for itself.
 const AROUND_SHARE: u64 = 32;
+
+/// A walk asks ahead for so many times the pages of a fault.
+const WALK_AHEAD: u64 = 4;
 
 /// Time between two beats of the stock, in nanoseconds.
 const BEAT_NS: u64 = 1_000_000_000;
@@ -93,6 +99,9 @@ pub struct Pages {
     pub(super) ageing: Ageing,
     pub(super) gate: Arc<Gate>,
     around: Around,
+    /// It walks through new memory, and has not stopped that for a second.
+    pub(super) walks: bool,
+    pub(super) due: Option<Due>,
     pub(super) counts: FaultCounts,
     waiting: Vec<u64>,
     pending: Option<PendingFill>,
@@ -135,6 +144,8 @@ impl Pages {
             frames: FrameTable::new(ram.pages() as usize),
             stock: Stock::new(Count(reserve)),
             around: Around::new(cpus),
+            walks: false,
+            due: None,
             counts: FaultCounts::default(),
             // More faults than the reserve has pages cannot wait at once but for claimed pages, one a thread.
             waiting: Vec::with_capacity(4 * reserve as usize),
@@ -171,7 +182,12 @@ impl Pages {
         }
         let guest = Count(self.frames.count(FrameState::Active));
         self.stock = Stock::adopt(epoch, self.stock.reserve_target(), guest);
-        self.stock.owe(self.frames.cost());
+        self.stock.owe(self.cost());
+    }
+
+    /// What the guest's use of its pages has cost so far.
+    pub(super) fn cost(&self) -> Cost {
+        self.frames.cost().with_huge(self.ram.huge_blocks())
     }
 
     /// What is damaged in the store, if a page's content was lost: the guest cannot go on.
@@ -184,7 +200,8 @@ impl Pages {
         &self.uffd
     }
 
-    /// Reads and answers a batch of faults; returns how many there were. `woken_ns` is when the thread learnt of them.
+    /// Reads and answers a batch of faults; returns how many there were. `woken_ns` is when the thread learnt of them. The
+    /// last answer may be [due](Pages::fill_due).
     pub fn on_faults(&mut self, woken_ns: u64) -> usize {
         self.now = seconds(woken_ns);
         let mut batch = [0u64; 64];
@@ -198,8 +215,13 @@ impl Pages {
             // Nobody but us knows of the stage, and there nothing that is missing is touched.
             let page = self.ram.index_of_hva(address);
             let page = page.unwrap_or_else(|| broken(format_args!("a fault at {address:#x}, which is no RAM")));
+            self.fill_due();
             self.serve(page);
-            self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
+            if self.is_due() {
+                self.due_since(woken_ns);
+            } else {
+                self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
+            }
         }
         n
     }
@@ -286,9 +308,15 @@ impl Pages {
     fn fill_fault(&mut self, page: u64, state: FrameState) -> bool {
         let single = state == FrameState::Ballooned || self.stock.debt() > Count(0);
         let most = if single { 1 } else { self.stock.room().map_or(u64::MAX, |room| room.0 / AROUND_SHARE) };
-        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
-        let window = self.absent_in(window, page);
-        let Some(filled) = self.charge_and_fill(window, page, true) else { return false };
+        let blocks = if single { 0 } else { self.most_in_blocks() };
+        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most.max(blocks));
+        self.stock.expect(Count(WALK_AHEAD * window.pages));
+        let in_blocks = if blocks > 0 { self.fill_blocks(window, page) } else { None };
+        let filled = in_blocks.or_else(|| {
+            let window = self.absent_in(window.cut(page, most), page);
+            self.charge_and_fill(window, page, true)
+        });
+        let Some(filled) = filled else { return false };
         self.around.filled(stream, filled);
         self.counts.touched += 1;
         self.counts.around += filled.pages - 1;
@@ -300,9 +328,11 @@ impl Pages {
 
     /// Charges what it can of `window`, the page `touched` in it first of all, and fills that. With `reserve` an empty stock
     /// is no reason to fail: one page comes from the reserve. Returns what was filled.
-    fn charge_and_fill(&mut self, window: Window, touched: u64, reserve: bool) -> Option<Window> {
+    pub(super) fn charge_and_fill(&mut self, window: Window, touched: u64, reserve: bool) -> Option<Window> {
         let mut cut = window;
-        if let Some(reservation) = self.stock.prepare(Count(window.pages)) {
+        if self.has_stock()
+            && let Some(reservation) = self.stock.prepare(Count(window.pages))
+        {
             if reservation.pages().0 < window.pages {
                 cut.first = touched;
                 cut.pages = reservation.pages().0.min(window.first + window.pages - touched);
@@ -316,14 +346,23 @@ impl Pages {
             reservation.commit(Count(1));
             self.counts.from_reserve += 1;
         }
-        let pages = cut.first..cut.first + cut.pages;
+        self.filled(cut.first..cut.first + cut.pages);
+        Some(cut)
+    }
+
+    /// Books pages that have just got their memory.
+    pub(super) fn filled(&mut self, pages: Range<u64>) {
         self.frames.set_range(pages.start as usize, pages.end as usize, FrameState::Active);
         self.counts.reported_back += self.reports.filled(self.now, pages.start as usize..pages.end as usize);
         if let Some(present) = self.ram.present() {
             present.set(pages);
         }
-        self.stock.owe(self.frames.cost());
-        Some(cut)
+        self.stock.owe(self.cost());
+    }
+
+    /// Fills absent pages that are charged.
+    pub(super) fn fill_charged(&self, pages: Range<u64>) {
+        fill_all(&self.uffd, &self.ram, pages);
     }
 
     /// The absent pages of `window` that lie in one piece with the touched page, which is filled whatever it is.
@@ -403,7 +442,12 @@ impl Pages {
                     self.return_fault(page);
                     true
                 }
-                state => self.charge_fault(page, state) == Charged::Served,
+                state => {
+                    self.fill_due();
+                    let charged = self.charge_fault(page, state);
+                    self.fill_due();
+                    charged == Charged::Served
+                }
             };
             if served {
                 self.frames.set_wanted(page as usize, false);
@@ -441,7 +485,7 @@ impl Pages {
             match state {
                 FrameState::Active => at = end,
                 FrameState::Absent | FrameState::Ballooned => {
-                    let dry = self.stock.stock() == Count(0);
+                    let dry = !self.has_stock();
                     let window = Window { first: at, pages: end - at };
                     let Some(filled) = self.charge_and_fill(window, at, spare > 0) else { return Some(at) };
                     if dry {
@@ -459,7 +503,7 @@ impl Pages {
                     at = end;
                 }
                 FrameState::Swapped => {
-                    let dry = self.stock.stock() == Count(0);
+                    let dry = !self.has_stock();
                     if dry && spare == 0 || self.refault(at, spare > 0) != Charged::Served {
                         return Some(at);
                     }
@@ -510,8 +554,9 @@ impl Pages {
         }
     }
 
-    /// Gives back all stock.
+    /// Gives back all stock. While [`Pages::is_recalling`] says so, it has to be done once more.
     pub fn on_recall(&mut self) {
+        self.give_up_pool();
         self.stock.recall();
     }
 
@@ -551,7 +596,7 @@ impl Pages {
             granted_total: self.stock.granted_total(),
             returned_total: self.stock.returned_total(),
             guest: self.stock.guest().0,
-            stock: self.stock.stock().0,
+            stock: (self.stock.stock() + self.stock.ahead()).0,
             reserve: self.stock.reserve().0,
             tables: self.stock.paid().tables.0,
             records: self.stock.paid().records.0,

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use memcg_core::units::PAGE_SIZE;
 
+use super::pool::Pool;
 use super::uffd::Uffd;
 use crate::worker::protocol::{MAX_SLOTS, RamSlot};
 
@@ -34,6 +35,10 @@ pub struct Ram {
     /// A bit for each block of [`HUGE`] bytes of RAM: it is one huge page of the host, here or in the stage. Whoever takes
     /// a part of it away takes the bit.
     huge: Vec<AtomicU64>,
+    /// How many of these bits are set.
+    huge_blocks: AtomicU64,
+    /// Where its huge pages come from.
+    pool: Pool,
 }
 
 impl Ram {
@@ -57,7 +62,8 @@ impl Ram {
         }
         let blocks = slots.iter().map(|slot| slot.bytes.div_ceil(HUGE)).sum::<u64>();
         let huge = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { slots, present: OnceLock::new(), uffd: OnceLock::new(), huge })
+        let (present, uffd) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { slots, present, uffd, huge, huge_blocks: AtomicU64::new(0), pool: Pool::map()? })
     }
 
     /// From now on the host makes no page resident or shared on its own account. What is a huge page already stays one.
@@ -147,10 +153,22 @@ impl Ram {
         self.uffd.get().map(Arc::as_ref)
     }
 
+    /// Huge pages that are zeroed ahead of need.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// The block of page `index`, of RAM or of the stage, is one huge page of the host.
     pub fn set_huge(&self, index: u64) {
         let (word, bit) = self.huge_bit(index);
-        word.fetch_or(bit, Ordering::AcqRel);
+        if word.fetch_or(bit, Ordering::AcqRel) & bit == 0 {
+            self.huge_blocks.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Blocks of RAM that are one huge page of the host.
+    pub fn huge_blocks(&self) -> u64 {
+        self.huge_blocks.load(Ordering::Relaxed)
     }
 
     /// Whether the block of page `index`, of RAM or of the stage, is one huge page of the host.
@@ -163,7 +181,9 @@ impl Ram {
     pub fn take_huge(&self, index: u64) -> bool {
         self.is_huge(index) && {
             let (word, bit) = self.huge_bit(index);
-            word.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+            let was = word.fetch_and(!bit, Ordering::AcqRel) & bit != 0;
+            self.huge_blocks.fetch_sub(was.into(), Ordering::Relaxed);
+            was
         }
     }
 
@@ -203,9 +223,9 @@ impl Ram {
     }
 }
 
-/// Gives a piece of advice that changes no content.
-fn advise(start: u64, bytes: u64, advice: i32) -> io::Result<()> {
-    // SAFETY: the range is a mapping of ours that stays; none of the pieces of advice used here changes what is in it.
+/// Gives a piece of advice about memory that is ours and that no Rust reference points into.
+pub(super) fn advise(start: u64, bytes: u64, advice: i32) -> io::Result<()> {
+    // SAFETY: the range is a mapping of ours that stays. Content is lost only where that is asked for, in the pool.
     match unsafe { libc::madvise(start as *mut libc::c_void, bytes as usize, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -213,7 +233,7 @@ fn advise(start: u64, bytes: u64, advice: i32) -> io::Result<()> {
 }
 
 /// Maps `bytes` so that the address equals `gpa` modulo 2 MiB; what is left over before and behind is unmapped again.
-fn reserve(gpa: u64, bytes: u64) -> io::Result<u64> {
+pub(super) fn reserve(gpa: u64, bytes: u64) -> io::Result<u64> {
     let total = bytes.checked_add(HUGE).ok_or(io::ErrorKind::InvalidInput)?;
     // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
     let raw = unsafe {

@@ -4,6 +4,8 @@
 //! none. What it works on is claimed, so nobody else touches it meanwhile: a page in the stage has no writer, and can be
 //! compressed where it is.
 //!
+//! While it rests it zeroes huge pages for a guest that grows ([`super::pool`]), and discards them when it does not.
+//!
 //! Real memory is never more than what is charged: a batch is compressed into a scratch buffer, then the pages are
 //! discarded, and only then do their contents take memory in the store.
 
@@ -12,7 +14,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memcg_core::units::PAGE_SIZE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::client::{Client, Done, Fetched, Load, Reply, Request, Run, Work};
 use super::discard::Discarder;
+use super::pool::Pool;
 use super::ram::{HUGE, Ram};
 use super::store::{BATCH, Outcome, Spill, Stored, Writer};
 use super::thread::borrow;
@@ -43,6 +46,9 @@ const FULL_SHARE: u64 = 4;
 /// Empty segments of the store that are kept for the next pages.
 const KEEP: usize = 1;
 
+/// How long huge pages are kept for a guest that does not grow.
+const GROWN: Duration = Duration::from_secs(1);
+
 /// What the thread owns.
 #[derive(Debug)]
 pub struct ReclaimThread {
@@ -60,6 +66,8 @@ pub struct ReclaimThread {
     runs: Vec<Run>,
     /// Writes to the file that failed.
     failed_writes: u64,
+    /// When huge pages were ordered last.
+    ordered: Instant,
 }
 
 impl ReclaimThread {
@@ -67,7 +75,7 @@ impl ReclaimThread {
     /// `file`.
     pub fn new(client: Client, bell: EventFd, ram: Arc<Ram>, store: Writer, file: Option<Spill>) -> Self {
         let (batch, spilled, runs) = (Vec::new(), Vec::new(), Vec::new());
-        Self { client, bell, ram, store, file, batch, spilled, runs, failed_writes: 0 }
+        Self { client, bell, ram, store, file, batch, spilled, runs, failed_writes: 0, ordered: Instant::now() }
     }
 
     /// Runs until the process ends; says on `ready` that it is in its sandbox.
@@ -95,13 +103,43 @@ impl ReclaimThread {
         }
     }
 
-    fn rest(&self, time: Option<Duration>) -> Done {
-        let timeout = time.map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() });
-        let mut bell = [PollFd::from_borrowed_fd(borrow(self.bell.as_raw_fd()), PollFlags::IN)];
-        if poll(&mut bell, timeout.as_ref()) == Ok(1) {
-            let _ = self.bell.read();
+    fn rest(&mut self, time: Option<Duration>) -> Done {
+        let until = time.map(|time| Instant::now() + time);
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            // What was zeroed ahead and is not used is given up.
+            let kept = GROWN.saturating_sub(self.ordered.elapsed());
+            let kept = self.ram.pool().is_ready().then_some(kept);
+            if kept == Some(Duration::ZERO) {
+                self.zero(Pool::empty);
+                continue;
+            }
+            let timeout = left.into_iter().chain(kept).min();
+            let timeout =
+                timeout.map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() });
+            let mut bells = [&self.bell, self.ram.pool().bell()]
+                .map(|bell| PollFd::from_borrowed_fd(borrow(bell.as_raw_fd()), PollFlags::IN));
+            let _ = poll(&mut bells, timeout.as_ref());
+            let [work, orders] = bells.map(|bell| bell.revents().contains(PollFlags::IN));
+            if work {
+                let _ = self.bell.read();
+                return Done::Rested;
+            }
+            if orders {
+                let _ = self.ram.pool().bell().read();
+                self.zero(Pool::zero_ordered);
+                self.ordered = Instant::now();
+            } else if until.is_some_and(|until| until <= Instant::now()) {
+                return Done::Rested;
+            }
         }
-        Done::Rested
+    }
+
+    /// Works on the pool, and says when a charge became free by that.
+    fn zero(&self, work: impl FnOnce(&Pool) -> bool) {
+        if work(self.ram.pool()) {
+            self.client.ring();
+        }
     }
 
     /// Moves pages of RAM to the stage.

@@ -88,6 +88,10 @@ pub struct Parts {
     pub instance: u64,
 }
 
+/// A huge page that was put in place counts as so many faults, when it is asked how many there were since the thread has
+/// looked for its place.
+const AS_FAULTS: usize = 64;
+
 /// How long a guest that was never started waits for a controller.
 const ALONE: Duration = Duration::from_secs(60);
 
@@ -138,6 +142,8 @@ pub struct FaultThread {
     instance: u64,
     alone: Alone,
     pause_seq: Option<u32>,
+    /// The recall that waits for the reclaim thread.
+    recall_seq: Option<u32>,
     /// Pages that loading filled, once it is done.
     loaded: Option<u64>,
     /// When the statistics that were sent last had come from the guest.
@@ -206,6 +212,7 @@ impl FaultThread {
             instance,
             alone: Alone(Some(Instant::now())),
             pause_seq: None,
+            recall_seq: None,
             loaded: None,
             stats_sent: None,
             told,
@@ -266,15 +273,7 @@ impl FaultThread {
                 }
                 self.greet();
             }
-            if let Some(pages) = &mut self.pages {
-                if let Some(corrupt) = pages.corrupt() {
-                    self.finish(FromWorker::Failed {
-                        message: format!("guest memory is lost: {corrupt}"),
-                        smallest_max: None,
-                    });
-                }
-                pages.ring_reclaim();
-            }
+            self.keep();
             self.speak();
         }
     }
@@ -295,6 +294,7 @@ impl FaultThread {
         self.alone = Alone(Some(Instant::now()));
         self.unsent = None;
         self.pause_seq = None;
+        self.recall_seq = None;
         if self.activation.take().is_some() {
             // Not begun yet. What has begun waits for the reserve that the next controller grants.
             self.gate.release(gate::ACTIVATING);
@@ -311,6 +311,7 @@ impl FaultThread {
             instance: self.instance,
             ram: self.ram.slot_array(),
             store: self.store,
+            pool: self.ram.pool().area(),
             reserve_target: if self.pages.is_some() { reserve_target(self.cpus) } else { 0 },
             accounting: self.pages.is_some(),
             loaded: self.loaded,
@@ -322,9 +323,36 @@ impl FaultThread {
         self.told.owed = true;
     }
 
+    /// Does what is due when everything that has come was answered.
+    fn keep(&mut self) {
+        let Some(pages) = &mut self.pages else { return };
+        if let Some(corrupt) = pages.corrupt() {
+            let message = format!("guest memory is lost: {corrupt}");
+            self.finish(FromWorker::Failed { message, smallest_max: None });
+        }
+        if let Some((client, reply)) = pages.keep_pool() {
+            self.reply(client, reply);
+        }
+        let Some(pages) = &mut self.pages else { return };
+        if let Some(seq) = self.recall_seq.take_if(|_| !pages.is_recalling()) {
+            pages.on_recall();
+            self.report(Some(seq), 0, 0);
+        }
+        if let Some(pages) = &mut self.pages {
+            pages.ring_reclaim();
+        }
+    }
+
     fn faults(&mut self, woken_ns: u64) {
         let Some(pages) = &mut self.pages else { return };
-        let n = pages.on_faults(woken_ns);
+        let mut n = pages.on_faults(woken_ns);
+        if pages.is_due() {
+            // What comes next is asked for before, and granted meanwhile.
+            self.speak();
+        }
+        if let Some(pages) = &mut self.pages {
+            n += AS_FAULTS * pages.fill_due();
+        }
         self.placement.follow(n);
     }
 
@@ -518,10 +546,18 @@ impl FaultThread {
                 }
             }
             ToWorker::Recall { seq } => {
+                // Of two that wait, the first has what there was.
+                if let Some(seq) = self.recall_seq.take() {
+                    self.report(Some(seq), 0, 0);
+                }
                 if let Some(pages) = &mut self.pages {
                     pages.on_recall();
                 }
-                self.report(Some(seq), 0, 0);
+                // A huge page that is being zeroed comes back when that has ended.
+                match self.pages.as_ref().is_some_and(Pages::is_recalling) {
+                    true => self.recall_seq = Some(seq),
+                    false => self.report(Some(seq), 0, 0),
+                }
             }
             ToWorker::Query { seq } => {
                 self.guest_stats();

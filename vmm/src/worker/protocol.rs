@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 6;
+pub const VERSION: u8 = 7;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -296,6 +296,8 @@ pub struct Hello {
     pub ram: [RamSlot; MAX_SLOTS],
     /// Where the contents of evicted pages are kept.
     pub store: Area,
+    /// Where huge pages are zeroed ahead of need; they are charged as stock.
+    pub pool: Area,
     /// Pages that the reserve needs: 65 a vCPU + 64. 0 when nothing is charged.
     pub reserve_target: u64,
     /// Whether memory is charged.

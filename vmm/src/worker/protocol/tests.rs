@@ -136,6 +136,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
         instance: n.next(),
         ram: [ram(n), ram(n)],
         store: Area { hva: n.next(), bytes: n.next() },
+        pool: Area { hva: n.next(), bytes: n.next() },
         reserve_target: n.next(),
         accounting: odd,
         loaded: Some(n.next()),

@@ -10,7 +10,7 @@
 //! | `epoll_pwait` | | x | | | the fault loop |
 //! | `epoll_ctl` | | x | x | | a controller that connects, the new userfaultfd; clients of the console |
 //! | `ppoll` | | x | x | x | last words: the controller's socket, the console; the bell |
-//! | `madvise` | allocator's | x | x | x | discards; splitting a huge page; the begin of accounting |
+//! | `madvise` | allocator's | x | x | x | discards; splitting a huge page, zeroing a new one; the begin of accounting |
 //! | `process_madvise` | | x | x | x | discards of many ranges: pages of zeroes; the balloon; evicted pages |
 //! | `accept4`, `getsockopt`, `geteuid`, `close` | | x | x | | a controller, a client of the console that connects, and who it is; one that goes |
 //! | `sendto`, `recvfrom` | | x | | | messages |
@@ -135,7 +135,13 @@ fn fault() -> Vec<Call> {
         nr::UFFDIO_REGISTER,
     ];
     // The last two when accounting begins: no huge pages, no merging.
-    let pieces_of_advice = [libc::MADV_DONTNEED, libc::MADV_COLD, libc::MADV_NOHUGEPAGE, libc::MADV_UNMERGEABLE];
+    let pieces_of_advice = [
+        libc::MADV_DONTNEED,
+        libc::MADV_COLD,
+        libc::MADV_POPULATE_WRITE,
+        libc::MADV_NOHUGEPAGE,
+        libc::MADV_UNMERGEABLE,
+    ];
     vec![
         any(libc::SYS_read),
         one_of(libc::SYS_ioctl, 1, &ioctls),
@@ -181,7 +187,7 @@ fn reclaim() -> Vec<Call> {
         any(libc::SYS_ppoll),
         one_of(libc::SYS_pread64, 0, &[fd::SWAP_FILE.cast_unsigned()]),
         one_of(libc::SYS_pwrite64, 0, &[fd::SWAP_FILE.cast_unsigned()]),
-        advice(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED, libc::MADV_COLD]),
+        advice(libc::SYS_madvise, 2, &[libc::MADV_DONTNEED, libc::MADV_COLD, libc::MADV_POPULATE_WRITE]),
         advice(libc::SYS_process_madvise, 3, &[libc::MADV_DONTNEED]),
     ]
 }

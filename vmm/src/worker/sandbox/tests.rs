@@ -89,6 +89,17 @@ fn calls_that_are_needed_are_limited_by_their_arguments() {
         assert_eq!(ending(thread, map(write, libc::MAP_SHARED)), libc::SIGSYS, "{thread:?}: a file");
         assert_eq!(ending(thread, map(write, anonymous | libc::MAP_FIXED)), libc::SIGSYS, "{thread:?}: an address");
     }
+    // Advice about nothing at all: the kernel has nothing against it.
+    let advise = |advice: i32| move || syscall(libc::SYS_madvise, [0, 0, advice as u64, 0]);
+    for thread in [Thread::Fault, Thread::Reclaim] {
+        assert_eq!(ending(thread, advise(libc::MADV_POPULATE_WRITE)), 0, "{thread:?}");
+        assert_eq!(ending(thread, advise(libc::MADV_HUGEPAGE)), libc::SIGSYS, "{thread:?}");
+    }
+    assert_eq!(
+        ending(Thread::Device, advise(libc::MADV_POPULATE_WRITE)),
+        libc::SIGSYS,
+        "devices make nothing resident"
+    );
     assert_eq!(ending(Thread::Device, ioctl(0xAE80)), libc::SIGSYS, "devices need no ioctl");
     assert_eq!(ending(Thread::Vcpu, || syscall(libc::SYS_read, [u64::MAX, 0, 0, 0])), libc::SIGSYS);
 }

@@ -39,6 +39,7 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         oom: OomView { action: OomAction::Pause, deadline_ms: 5000, priority: 0, preference: OomPreference::None },
         ram: Vec::new(),
         store: Default::default(),
+        pool: Default::default(),
         faults: FaultsView::default(),
     }
 }
