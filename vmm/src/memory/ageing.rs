@@ -241,7 +241,8 @@ impl Pages {
             around: Count(self.counts.around + counts.read_around),
         };
         let sampler = ageing.sampler.get_or_insert_with(|| Sampler::new(SAMPLE, now));
-        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, ageing.left);
+        // The other half is for what is known to be cold.
+        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, ageing.left.div_ceil(2));
         ageing.estimate = estimate.or(ageing.estimate);
         ageing.drawing = Some((ranks, Walk::default()));
         (ageing.quiet_pages, ageing.quiet_next) = (0..0, 0);
