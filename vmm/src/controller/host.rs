@@ -69,7 +69,7 @@ pub fn kernel_release() -> io::Result<String> {
 }
 
 /// Major and minor version out of a release such as `6.12.95+deb13-amd64`.
-fn kernel_version(release: &str) -> Option<(u32, u32)> {
+pub fn kernel_version(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(['.', '-', '+', '~']);
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }

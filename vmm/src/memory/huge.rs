@@ -9,8 +9,8 @@
 //! stock is short, before the reserve is used, and all of it when there is pressure.
 //!
 //! A fault leaves an empty page table behind where it has happened, and a huge page that is moved there would be split: as slow
-//! as to fill it page by page. A discard of the block, which has nothing in it, takes that table away (Linux 6.14, on x86;
-//! before, a block that was touched is split).
+//! as to fill it page by page. A discard of the block, which has nothing in it, takes that table away (Linux 6.14, on x86).
+//! An older host gets no blocks: all that this would save is lost in the split.
 
 use memcg_core::frame::{BLOCK, FrameState};
 use memcg_core::units::{PAGE_SIZE, Pages as Count};
@@ -60,7 +60,7 @@ impl Pages {
     /// Fills the blocks behind the touched page, and what is before the first of them, for a walk that is worth it: one
     /// whose `window` has as many pages. `None`, and nothing has changed, when that is not so.
     pub(super) fn fill_blocks(&mut self, window: Window, touched: u64) -> Option<Window> {
-        if window.first != touched || window.pages < HUGE_PAGES {
+        if !self.ram.pool().pays() || window.first != touched || window.pages < HUGE_PAGES {
             return None;
         }
         let slot = self.ram.contiguous(touched);

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ram::{HUGE, advise, reserve};
+use crate::controller::host::kernel_version;
 use crate::worker::protocol::Area;
 
 /// Slots: as many as a full stock could fill.
@@ -54,12 +55,23 @@ pub enum Back {
     Nothing,
 }
 
+/// The first kernel whose discard of an empty block takes away the page table that a fault has left there. With one, a huge
+/// page that is moved to the block is split.
+const TAKES_TABLES: (u32, u32) = (6, 14);
+
+/// Whether this host leaves huge pages whole that are moved to a block that was touched.
+pub fn stays_whole() -> bool {
+    let release = rustix::system::uname();
+    kernel_version(&release.release().to_string_lossy()).is_some_and(|version| version >= TAKES_TABLES)
+}
+
 /// The pool of one VM. Stays mapped until the process ends.
 #[derive(Debug)]
 pub struct Pool {
     base: u64,
     slots: [AtomicU8; SLOTS],
     bell: EventFd,
+    pays: bool,
 }
 
 /// A slot that the fault thread has taken, to be given back as empty.
@@ -80,7 +92,12 @@ impl Pool {
                 .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(e) })?;
         }
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { base, slots: [const { AtomicU8::new(EMPTY) }; SLOTS], bell })
+        Ok(Self { base, slots: [const { AtomicU8::new(EMPTY) }; SLOTS], bell, pays: stays_whole() })
+    }
+
+    /// Whether a huge page that is moved to RAM stays one on this host.
+    pub fn pays(&self) -> bool {
+        self.pays
     }
 
     /// Where it is in this process.
