@@ -53,6 +53,12 @@ impl Story {
         number(&self.reclaimed, &format!("{way}_bytes"))
     }
 
+    /// Bytes that the guest has reported as free, in all: it does so every two seconds of its own. Whether one of these
+    /// falls between the request and the balloon, which takes free pages first, is chance.
+    pub fn reported(&self) -> u64 {
+        number(&self.after, "faults.reported_pages") * 4096
+    }
+
     /// Usage is at or below the lower limit, which is in force.
     pub fn is_below(&self) -> bool {
         let is = |key: &str| number(&self.after, &format!("memory.{key}_bytes"));
@@ -70,13 +76,14 @@ impl Story {
     /// The numbers, for one line.
     pub fn numbers(&self) -> String {
         format!(
-            "status={} ms={} before_bytes={} usage_bytes={} max_bytes={LOW_MAX} rungs={} report_bytes={} \
-             balloon_bytes={} evicted_bytes={} store_bytes={}",
+            "status={} ms={} before_bytes={} usage_bytes={} max_bytes={LOW_MAX} rungs={} reported_bytes={} \
+             report_bytes={} balloon_bytes={} evicted_bytes={} store_bytes={}",
             self.status,
             self.ms,
             number(&self.before, "memory.current_bytes"),
             number(&self.after, "memory.current_bytes"),
             self.rungs.join(","),
+            self.reported(),
             self.by("report"),
             self.by("balloon"),
             self.by("evicted"),

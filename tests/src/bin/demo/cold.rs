@@ -60,7 +60,8 @@ pub fn native(step: &mut Step) {
 /// Two Debian guests, one of them without its balloon driver.
 pub fn linux(step: &mut Step, kernel: &Path, initrd: &Path) {
     let ladder = linux::play("ladder", kernel, initrd, true);
-    let ways = |story: &linux::Story| ["report", "balloon", "evicted"].map(|way| story.by(way) > 0);
+    let ways =
+        |story: &linux::Story| [story.reported(), story.by("balloon"), story.by("evicted")].map(|bytes| bytes > 0);
     step(
         LINUX_STEPS[0],
         ladder.is_below() && ladder.rungs == ["reports", "balloon", "evict"] && ways(&ladder) == [true; 3],
