@@ -2,8 +2,9 @@
 //!
 //! A block of 512 pages costs something when the first of its pages is filled (page tables, states), when its pages are
 //! told apart for the first time (links and generations), and when one is moved aside for the first time (the stage's page
-//! table). A block that was filled with one huge page has no table of KVM's until it is split. None of it comes back before the VM ends: a discard leaves page tables empty and in place. Reclaim itself has
-//! buffers from its first page on. So the cost follows from numbers that only grow.
+//! table). A block that was filled with one huge page has no table of KVM's until it is split. None of it comes back before
+//! the VM ends: a discard leaves page tables empty and in place. Reclaim itself has buffers from its first page on. So the
+//! cost follows from numbers that only grow.
 
 use super::table::{BLOCK, FrameTable};
 use crate::units::Pages;

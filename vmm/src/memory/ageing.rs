@@ -304,10 +304,7 @@ impl Pages {
         if let Some(present) = self.ram.present() {
             present.clear(first..first + pages);
         }
-        match load.claimed.last_mut() {
-            Some(last) if last.first + last.pages == first => last.pages += pages,
-            _ => load.claimed.push(Run { first, pages }),
-        }
+        Run::append(&mut load.claimed, first, pages);
         pages
     }
 

@@ -37,6 +37,16 @@ pub struct Run {
     pub pages: u64,
 }
 
+impl Run {
+    /// Adds pages to the end of `runs`: to the last one, where they follow it.
+    pub fn append(runs: &mut Vec<Run>, first: u64, pages: u64) {
+        match runs.last_mut() {
+            Some(last) if last.first + last.pages == first => last.pages += pages,
+            _ => runs.push(Run { first, pages }),
+        }
+    }
+}
+
 /// How a guest gives pages away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GivenAway {

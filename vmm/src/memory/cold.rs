@@ -420,11 +420,7 @@ impl Pages {
     pub(super) fn claim(&mut self, list: List, want: u64, fine: bool, runs: &mut Vec<Run>) -> bool {
         let scan = Scan { fine, ..Scan::new(list, LOOK * want as usize, want) };
         self.frames.isolate(&scan, |pages| {
-            let (first, pages) = (pages.start as u64, pages.len() as u64);
-            match runs.last_mut() {
-                Some(last) if last.first + last.pages == first => last.pages += pages,
-                _ => runs.push(Run { first, pages }),
-            }
+            Run::append(runs, pages.start as u64, pages.len() as u64);
         });
         if let (List::Active, Some(present)) = (list, self.ram.present()) {
             runs.iter().for_each(|run| present.clear(run.first..run.first + run.pages));

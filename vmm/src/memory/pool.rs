@@ -28,6 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::ram::{HUGE, advise, reserve};
 use crate::controller::host::kernel_version;
+use crate::worker::broken;
 use crate::worker::protocol::Area;
 
 /// Slots: as many as a full stock could fill.
@@ -236,8 +237,7 @@ impl Pool {
     fn discard(&self, slot: usize) {
         if let Err(e) = advise(self.address(slot), HUGE, libc::MADV_DONTNEED) {
             // What is charged and what is there would not be the same any more.
-            crate::worker::complain(format_args!("the host refuses to discard a page: {e}"));
-            std::process::abort();
+            broken(format_args!("the host refuses to discard a page: {e}"));
         }
     }
 }

@@ -260,10 +260,7 @@ impl ReclaimThread {
 fn discard(ram: &Ram, discarder: &Discarder, batch: &mut Vec<u64>, runs: &mut Vec<Run>) {
     runs.clear();
     for page in batch.drain(..) {
-        match runs.last_mut() {
-            Some(last) if last.first + last.pages == page => last.pages += 1,
-            _ => runs.push(Run { first: page, pages: 1 }),
-        }
+        Run::append(runs, page, 1);
     }
     if let Err(e) = discarder.discard(ram, runs) {
         // Claimed pages of unknown content: neither charging nor uncharging them would be true.
@@ -287,10 +284,7 @@ fn move_aside(ram: &Ram, uffd: &Uffd, pages: Range<u64>, moved: &mut Vec<Run>) {
         // SAFETY: the pages are guest RAM and claimed; a touch of them is a fault that waits for the end of the claim.
         match unsafe { uffd.move_pages(ram.hva(ram.other(at)), ram.hva(at), pages.end - at) } {
             Move::Moved(done) => {
-                match moved.last_mut() {
-                    Some(last) if last.first + last.pages == at => last.pages += done,
-                    _ => moved.push(Run { first: at, pages: done }),
-                }
+                Run::append(moved, at, done);
                 at += done;
                 tries = 0;
             }
