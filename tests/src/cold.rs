@@ -24,10 +24,26 @@ pub const FOLLOWS: Duration = Duration::from_secs(10);
 /// Where its memory begins, and the guest's RAM in all.
 const START: u64 = 16 * MIB;
 const SIZE: u64 = 1024 * MIB;
-/// Periods of the guest, their number before the limit is lowered and after it is in force.
+/// A period of the guest.
 const PERIOD_MS: u64 = 250;
-const BEFORE: usize = 12;
-const AFTER: usize = 24;
+
+/// How long is looked at it, and how often at what the guest uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Tempo {
+    /// A generation of the VM's pages, as in `--memory ageing=`.
+    pub ageing: &'static str,
+    /// Periods of the guest (a quarter of a second) before the limit is lowered.
+    pub before: usize,
+    /// Periods after it is in force.
+    pub after: usize,
+}
+
+impl Tempo {
+    /// To be shown: the generation is the default, so that there is no estimate of the working set yet.
+    pub const SHOWN: Self = Self { ageing: "30s", before: 12, after: 24 };
+    /// To be drawn: several generations before, during and after the change.
+    pub const DRAWN: Self = Self { ageing: "2s", before: 60, after: 100 };
+}
 
 /// What is seen at one moment, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,8 +54,8 @@ pub struct Moment {
     pub usage: u64,
     /// See `usage`.
     pub limit: u64,
-    /// The estimate of the working set, as far as there is one.
-    pub working_set: Option<u64>,
+    /// The estimate of the working set, as far as there is one, and how far it may be off on either side.
+    pub working_set: Option<(u64, u64)>,
     /// What the balloon holds.
     pub balloon: u64,
     /// What is evicted, at its full size, and what is kept of it in the store.
@@ -96,13 +112,13 @@ impl Story {
     }
 }
 
-/// Plays it; `look` sees the VM at every moment.
+/// Plays it at a tempo; `look` sees the VM at every moment.
 ///
 /// # Panics
 /// When the guest does not do what it is told.
-pub fn play(mut look: impl FnMut(&Value)) -> Story {
+pub fn play(tempo: Tempo, mut look: impl FnMut(&Value)) -> Story {
     let mut vm = TestVm::builder("cold")
-        .memory(&format!("size={}M,max={}M,swap=max", SIZE / MIB, HIGH_MAX / MIB))
+        .memory(&format!("size={}M,max={}M,swap=max,ageing={}", SIZE / MIB, HIGH_MAX / MIB, tempo.ageing))
         .option("--oom", "deadline=60s")
         .cmdline("shell")
         .start();
@@ -115,7 +131,9 @@ pub fn play(mut look: impl FnMut(&Value)) -> Story {
         lines.iter().any(|l| l.starts_with("OK touch"))
     });
     vm.send(&format!("access zipf {all} hot={HOT} period={PERIOD_MS} check=1 seed=1"));
-    eyes.until("the guest has used its hot set for a time", &vm, &mut look, |eyes, _| eyes.periods.len() >= BEFORE);
+    eyes.until("the guest has used its hot set for a time", &vm, &mut look, |eyes, _| {
+        eyes.periods.len() >= tempo.before
+    });
     let before = vm.show();
     let lowered = eyes.ms();
     let (status, after, answered) = std::thread::scope(|scope| {
@@ -129,7 +147,7 @@ pub fn play(mut look: impl FnMut(&Value)) -> Story {
         (status, serde_json::from_str(&body).unwrap_or(Value::Null), eyes.ms())
     });
     let periods = eyes.periods.len();
-    eyes.until("the guest goes on", &vm, &mut look, |eyes, _| eyes.periods.len() >= periods + AFTER);
+    eyes.until("the guest goes on", &vm, &mut look, |eyes, _| eyes.periods.len() >= periods + tempo.after);
     vm.send("echo enough");
     let accessed = vm.expect("OK access", 60);
     let verified = vm.command(&format!("verify {all} seed=1"), 120);
@@ -186,7 +204,7 @@ impl Eyes {
             ms: self.ms(),
             usage: number(&vm, "memory.current_bytes"),
             limit: bytes("/memory/max_pending_bytes").or(bytes("/memory/max_bytes")).unwrap_or(0),
-            working_set: bytes("/cold/working_set_bytes"),
+            working_set: bytes("/cold/working_set_bytes").zip(bytes("/cold/working_set_error_bytes")),
             balloon: number(&vm, "balloon.actual_bytes"),
             swapped: number(&vm, "memory.stat.swapped_bytes"),
             store: number(&vm, "memory.stat.store_bytes"),

@@ -103,6 +103,12 @@ pub fn task(task: Task, work: &str) -> u64 {
     child(&["bare-task", word, work])
 }
 
+/// Has the host find as much memory, in whole blocks, and gives it back: where the host is a guest itself, what it has not used
+/// for long is slower to be had than by any fault.
+pub fn warm(bytes: u64) {
+    output(&["bare-warm", &bytes.to_string()]);
+}
+
 fn child(words: &[&str]) -> u64 {
     let text = output(words);
     text.parse().unwrap_or_else(|_| panic!("{words:?} said `{text}`"))
@@ -141,6 +147,14 @@ pub fn serve(words: &[String]) {
                 _ => panic!("no such task: {task}"),
             };
             println!("{ns}");
+        }
+        [what, bytes] if what == "bare-warm" => {
+            let ram = Ram::map(&[(0, bytes.parse().expect("a number of bytes"))]).expect("memory");
+            ask_for_huge(&ram);
+            let slot = ram.slots()[0];
+            // SAFETY: the range is a mapping of our own, of which nobody else knows.
+            let done = unsafe { libc::madvise(slot.hva as *mut _, slot.bytes as usize, libc::MADV_POPULATE_WRITE) };
+            assert_eq!(done, 0, "the host has no {bytes} bytes");
         }
         _ => return,
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ballast_tests::cold::{FOLLOWS, LOW_MAX, play};
+use ballast_tests::cold::{FOLLOWS, LOW_MAX, Tempo, play};
 use ballast_tests::{deadline, linux, number};
 
 use super::Step;
@@ -16,7 +16,7 @@ pub const LINUX_STEPS: [&str; 3] = ["linux-ladder", "linux-no-balloon", "linux-v
 
 /// The freestanding guest, without a balloon driver.
 pub fn native(step: &mut Step) {
-    let story = play(|now| draw("cold", now, "a hot set, and four times as much that is cold"));
+    let story = play(Tempo::SHOWN, |now| draw("cold", now, "a hot set, and four times as much that is cold"));
     let ms = story.lowered.1 - story.lowered.0;
     let usage = |vm: &serde_json::Value| number(vm, "memory.current_bytes");
     let after = story.moments.iter().filter(|moment| moment.ms > story.lowered.1);
