@@ -97,8 +97,18 @@ pub fn swap_directory() -> Result<tempfile::TempDir, String> {
     }
 }
 
+/// Says that a test, or a part of one, proves nothing here, and why.
+pub fn skip(test: &str, reason: impl std::fmt::Display) {
+    println!("SKIP {test} reason={reason}");
+}
+
+/// True, with the reason printed, when this host cannot run guests.
+pub fn skipped(test: &str) -> bool {
+    missing_on_host().inspect(|reason| skip(test, reason)).is_some()
+}
+
 /// What stands in the way of guests on this host, if anything: no KVM, or no userfaultfd.
-pub fn missing_on_host() -> Option<String> {
+fn missing_on_host() -> Option<String> {
     for device in ["/dev/kvm", "/dev/userfaultfd"] {
         if let Err(e) = std::fs::OpenOptions::new().read(true).write(true).open(device) {
             return Some(format!("{device} cannot be opened: {e}"));
@@ -516,6 +526,14 @@ pub fn written_pages(vm: &Value) -> u64 {
     ram_with(vm, MAPPED_EXCLUSIVELY)
 }
 
+/// Resident pages of the pool of huge pages that are zeroed ahead of a walk, as [`resident_pages`] counts those of RAM.
+///
+/// # Panics
+/// As [`resident_pages`].
+pub fn pool_pages(vm: &Value) -> u64 {
+    pages_with(vm, number(vm, "pool.hva"), number(vm, "pool.bytes"), PRESENT_OR_SWAPPED)
+}
+
 /// Resident pages of the store of a VM's evicted pages, as [`resident_pages`] counts those of its RAM.
 ///
 /// # Panics
@@ -533,12 +551,19 @@ fn ram_with(vm: &Value, bits: u64) -> u64 {
 
 /// Of the pages of `bytes` bytes at `start` in the worker, those whose entry in its pagemap has any of these bits.
 fn pages_with(vm: &Value, start: u64, bytes: u64, bits: u64) -> u64 {
+    pagemap(vm, start, bytes).iter().filter(|entry| **entry & bits != 0).count() as u64
+}
+
+/// What the pagemap of a VM's worker has for each page of `bytes` bytes at `start`.
+///
+/// # Panics
+/// As [`resident_pages`]; also when that is not mapped.
+pub fn pagemap(vm: &Value, start: u64, bytes: u64) -> Vec<u64> {
     let pid = vm["pid"].as_u64().expect("the VM has a worker");
     let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).expect("pagemap of the worker");
     let mut entries = vec![0u8; (bytes / PAGE * 8) as usize];
     pagemap.read_exact_at(&mut entries, start / PAGE * 8).expect("pagemap covers what is mapped");
-    let entry = |chunk: &[u8]| u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
-    entries.chunks_exact(8).filter(|chunk| entry(chunk) & bits != 0).count() as u64
+    entries.chunks_exact(8).map(|entry| u64::from_le_bytes(entry.try_into().expect("eight bytes"))).collect()
 }
 
 /// A number out of nested JSON, by path.

@@ -3,15 +3,10 @@
 
 use std::time::Instant;
 
-use ballast_tests::{TestVm, deadline, http, missing_on_host, number, resident_pages, wait_until, written_pages};
+use ballast_tests::{TestVm, deadline, http, number, resident_pages, skip, skipped, wait_until, written_pages};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// A VM without a limit whose guest takes commands.
 fn unlimited(name: &str, size: &str) -> TestVm {
@@ -175,7 +170,7 @@ fn without_userfaultfd_a_first_limit_is_refused_with_what_to_do_and_the_vm_is_un
     }
     // SAFETY: geteuid has no conditions.
     if unsafe { libc::geteuid() } != 0 {
-        println!("SKIP first-limit-refused reason=only root can hide a device");
+        skip("first-limit-refused", "only root can hide a device");
         return;
     }
     let builder = TestVm::builder("poor").memory("size=64M").cmdline("shell");

@@ -3,16 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, program, shell};
-use ballast_tests::{PAGE, http, missing_on_host, number, resident_pages, wait_until};
+use ballast_tests::{PAGE, http, number, resident_pages, skipped, wait_until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// A guest of 64 MiB with these commands and limits.
 fn guest(commands: &str, memory: &Value) -> Value {

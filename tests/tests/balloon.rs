@@ -1,6 +1,6 @@
 //! What a controller makes of balloon drivers: one that does nothing, and one that takes back what it has given.
 
-use ballast_tests::{PAGE, TestVm, missing_on_host, number, wait_until};
+use ballast_tests::{PAGE, TestVm, number, skipped, wait_until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -22,8 +22,7 @@ fn event(vm: &TestVm, kind: &str) -> Option<Value> {
 /// Semantics: 42, 117.
 #[test]
 fn a_driver_that_gives_nothing_is_told_that_it_has_given_enough() {
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP gives-nothing reason={reason}");
+    if skipped("gives-nothing") {
         return;
     }
     let mut vm = asked("gives-nothing", "0x1");
@@ -49,8 +48,7 @@ fn a_driver_that_gives_nothing_is_told_that_it_has_given_enough() {
 
 #[test]
 fn what_a_guest_takes_back_when_it_is_out_of_memory_is_an_event_and_charged_when_touched() {
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP takes-back reason={reason}");
+    if skipped("takes-back") {
         return;
     }
     let mut vm = asked("takes-back", "0x5");

@@ -3,14 +3,10 @@
 //! The payload has no balloon here, so nothing but eviction can make room for it.
 
 use ballast_tests::walk::exact;
-use ballast_tests::{PAGE, TestVm, missing_on_host, number, swap_directory, wait_until};
+use ballast_tests::{PAGE, TestVm, number, skip, skipped, swap_directory, wait_until};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
-
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// Types a command that must succeed.
 fn ok(vm: &mut TestVm, command: &str) {
@@ -53,7 +49,7 @@ fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
     }
     let directory = match swap_directory() {
         Ok(directory) => directory,
-        Err(reason) => return println!("SKIP cold-file reason={reason}"),
+        Err(reason) => return skip("cold-file", reason),
     };
     let vm = TestVm::builder("file").memory("size=256M,max=64M,swap=max").option("--cpus", "2").cmdline("shell");
     let mut vm = vm.option("--swap-dir", directory.path().to_string_lossy()).start();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ballast_tests::serve::{Serve, program};
-use ballast_tests::{missing_on_host, payload};
+use ballast_tests::{payload, skipped};
 use serde_json::json;
 
 /// A file with this text, beside a link to the payload.
@@ -30,8 +30,7 @@ max = \"48M\"
 
 #[test]
 fn a_vm_in_a_file_is_made_and_options_take_the_place_of_its_words() {
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP config-create reason={reason}");
+    if skipped("config-create") {
         return;
     }
     let place = tempfile::tempdir().expect("a temporary directory");
@@ -53,8 +52,7 @@ fn a_vm_in_a_file_is_made_and_options_take_the_place_of_its_words() {
 /// One file is for `create` and for `run`, which has no groups.
 #[test]
 fn run_takes_no_notice_of_the_group_in_a_file() {
-    if let Some(reason) = missing_on_host() {
-        println!("SKIP config-run reason={reason}");
+    if skipped("config-run") {
         return;
     }
     let place = tempfile::tempdir().expect("a temporary directory");

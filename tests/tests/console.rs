@@ -7,15 +7,10 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use ballast::controller::console::ConsoleLog;
-use ballast_tests::{TestVm, ballast, deadline, http, missing_on_host, number, payload, wait_until};
+use ballast_tests::{TestVm, ballast, deadline, http, number, payload, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// `ballast console` with words for a VM.
 fn console(socket: &Path, words: &[&str]) -> Command {

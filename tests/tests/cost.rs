@@ -5,13 +5,13 @@
 use std::path::PathBuf;
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
-use ballast_tests::{missing_on_host, number, wait_until};
+use ballast_tests::{number, skip, skipped, wait_until};
 use serde_json::{Value, json};
 
 /// A `serve` whose workers have cgroups, or why there is none here.
 fn with_cgroups() -> Option<Serve> {
     if let Err(why) = ballast::controller::cgroup::Cgroups::look() {
-        println!("SKIP cost reason={why}");
+        skip("cost", why);
         return None;
     }
     Some(Serve::start(&["--cgroup", "auto"]))
@@ -97,7 +97,7 @@ fn a_worker_that_the_host_s_oom_killer_ends_is_told_from_one_that_crashes() {
 /// Semantics: 11.
 #[test]
 fn what_a_vm_costs_is_what_it_is_charged() {
-    if missing_on_host().inspect(|reason| println!("SKIP cost reason={reason}")).is_some() {
+    if skipped("cost") {
         return;
     }
     let serve = with_cgroups().unwrap_or_else(|| Serve::start(&[]));

@@ -4,17 +4,12 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use ballast_tests::serve::{Serve, pid, shell};
-use ballast_tests::{missing_on_host, wait_until};
+use ballast_tests::{skipped, wait_until};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 
 /// The most that the test lets a controller have.
 const HARD: Option<u64> = Some(1024);
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 #[test]
 fn equal_requests_at_once_are_one_vm_and_other_names_are_others() {

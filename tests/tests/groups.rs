@@ -1,15 +1,10 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
 use ballast_tests::serve::{Console, Serve, pid};
-use ballast_tests::{http, missing_on_host, number, payload, resident_pages, wait_until};
+use ballast_tests::{http, number, payload, resident_pages, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// What these tests ask for often.
 trait Groups {

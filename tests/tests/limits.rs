@@ -2,15 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use ballast_tests::{TestVm, deadline, missing_on_host, number, resident_pages, wait_until};
+use ballast_tests::{TestVm, deadline, number, resident_pages, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// The guest is held at its limit; it may be held for a moment before, when it is faster than the grants.
 fn held(vm: &TestVm) -> Value {

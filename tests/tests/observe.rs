@@ -5,15 +5,10 @@ use std::process::Stdio;
 
 use ballast_tests::openmetrics;
 use ballast_tests::serve::{Serve, program, shell};
-use ballast_tests::{missing_on_host, number, wait_until};
+use ballast_tests::{number, skip, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// A guest that asks for more than it may have, and is held for as long as anybody lets it.
 fn hungry() -> Value {
@@ -187,7 +182,7 @@ fn check_looks_at_a_running_host_and_finds_what_is_wrong_with_it() {
     let written = stolen.and_then(|mem| std::os::unix::fs::FileExt::write_all_at(&mem, &[1], last));
     if let Err(error) = written {
         // With userfaultfd the host's own access is refused, and cannot make a page.
-        println!("SKIP check-stolen-page reason={error}");
+        skip("check-stolen-page", error);
     } else {
         let (_, view) = serve.ask("GET", "/check", None);
         let resident = said(&view, "resident");

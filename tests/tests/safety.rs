@@ -7,14 +7,10 @@
 use std::time::{Duration, Instant};
 
 use ballast_tests::walk::{Swap, Walk, exact, seed_or};
-use ballast_tests::{TestVm, missing_on_host, number, swap_directory};
+use ballast_tests::{TestVm, number, skip, skipped, swap_directory};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
-
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// The number for the short form, or the one for the long form.
 fn form(short: u64, long: u64) -> u64 {
@@ -43,7 +39,7 @@ fn no_byte_differs_where_some_pages_are_in_a_file() {
             let end = walk("filed", seed_or(0x5afe_0002), &Swap::File(directory.path()), form(400, 3_000));
             assert!(number(&end, "cold.fetched_bytes") > MIB, "{end}");
         }
-        Err(reason) => println!("SKIP safety-file reason={reason}"),
+        Err(reason) => skip("safety-file", reason),
     }
 }
 

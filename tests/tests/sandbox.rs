@@ -3,15 +3,10 @@
 
 use std::path::PathBuf;
 
-use ballast_tests::{TestVm, missing_on_host, number};
+use ballast_tests::{TestVm, number, skipped};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 fn worker(vm: &TestVm) -> PathBuf {
     format!("/proc/{}", number(&vm.show(), "pid")).into()

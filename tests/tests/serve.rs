@@ -4,16 +4,11 @@ use std::path::PathBuf;
 use std::process::Output;
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
-use ballast_tests::{missing_on_host, number, payload, wait_until};
+use ballast_tests::{number, payload, skipped, wait_until};
 use memcg_core::units::{SizeArg, parse_size};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// Semantics: 81, 98.
 #[test]

@@ -1,13 +1,8 @@
 //! `stop` and `start`: guests that end when they are asked to, those that do not, and VMs that run again.
 
 use ballast_tests::serve::{Serve, is_alive, pid, shell};
-use ballast_tests::{TestVm, missing_on_host, wait_until};
+use ballast_tests::{TestVm, skipped, wait_until};
 use serde_json::{Value, json};
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// A guest that waits for ever and hears nothing.
 fn deaf() -> Value {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ballast_tests::ballast;
+use ballast_tests::{ballast, skip};
 
 fn units() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/systemd")
@@ -23,7 +23,7 @@ fn with_our_program(name: &str, place: &Path) -> PathBuf {
 #[test]
 fn systemd_has_nothing_to_say_about_the_units() {
     if let Err(reason) = Command::new("systemd-analyze").arg("--version").output() {
-        println!("SKIP systemd-units reason=systemd-analyze: {reason}");
+        skip("systemd-units", format_args!("systemd-analyze: {reason}"));
         return;
     }
     let place = tempfile::tempdir().expect("a temporary directory");

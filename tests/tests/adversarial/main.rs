@@ -5,11 +5,6 @@ mod pair;
 mod rewrite;
 mod storm;
 
-use ballast_tests::missing_on_host;
+use ballast_tests::skipped;
 
 const MIB: u64 = 1 << 20;
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}

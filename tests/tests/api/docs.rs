@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ballast_tests::serve::Serve;
-use ballast_tests::{TestVm, ballast, payload};
+use ballast_tests::{TestVm, ballast, payload, skip};
 
 use super::skipped;
 
@@ -53,7 +53,7 @@ fn blocks(text: &str) -> Vec<String> {
 fn the_curl_lines_of_the_documentation_work() {
     let curl = Command::new("curl").arg("--version").stdout(Stdio::null()).status();
     if !curl.is_ok_and(|status| status.success()) {
-        println!("SKIP docs-curl reason=there-is-no-curl");
+        skip("docs-curl", "there-is-no-curl");
         return;
     }
     if skipped("docs-curl") {

@@ -15,16 +15,11 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use ballast_tests::serve::{Serve, shell};
-use ballast_tests::{missing_on_host, payload, wait_until};
+use ballast_tests::{payload, skipped, wait_until};
 use serde_json::{Value, json};
 
 use calls::{CALLS, Call, Expect};
 use contract::{Contract, send};
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
 
 /// The body of a call with the paths of this machine in it.
 fn body(call: &Call) -> String {

@@ -13,12 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ballast_tests::{ballast, missing_on_host, wait_until};
-
-/// True, with the reason printed, when this host cannot run guests.
-fn skipped(test: &str) -> bool {
-    missing_on_host().inspect(|reason| println!("SKIP {test} reason={reason}")).is_some()
-}
+use ballast_tests::{ballast, skipped, wait_until};
 
 /// Has programs that are started from here on be ended by SIGHUP, also where the tests themselves run under nohup.
 fn heed_hangups() {

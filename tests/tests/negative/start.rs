@@ -4,7 +4,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 
-use ballast_tests::{TestVm, ballast, payload, wait_until};
+use ballast_tests::{TestVm, ballast, payload, skip, wait_until};
 
 use super::{Place, finish, program, skipped, unique, word, workers};
 
@@ -241,7 +241,7 @@ const ANOTHER_DEV: &str = "\
 #[test]
 fn a_host_that_cannot_run_vms_is_refused_with_the_command_that_fixes_it() {
     if let Some(reason) = no_namespace() {
-        println!("SKIP bad-hosts reason={reason}");
+        skip("bad-hosts", reason);
         return;
     }
     let place = Place::new();

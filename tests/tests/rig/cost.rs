@@ -2,7 +2,7 @@
 
 use ballast::controller::cgroup::Cgroups;
 use ballast_tests::serve::{Console, Serve};
-use ballast_tests::{guest_file, number};
+use ballast_tests::{guest_file, number, skip};
 use serde_json::{Value, json};
 
 use super::{CMDLINE, MIB};
@@ -13,7 +13,7 @@ use super::{CMDLINE, MIB};
 #[test]
 fn linux_costs_what_it_is_charged() {
     if let Err(why) = Cgroups::find(None) {
-        println!("SKIP rig-cost reason={why}");
+        skip("rig-cost", why);
         return;
     }
     let serve = Serve::start(&["--cgroup", "auto"]);
