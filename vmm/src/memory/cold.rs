@@ -221,7 +221,7 @@ impl Pages {
 
     /// Pages that can be filled before the limit is met.
     fn free(&self) -> u64 {
-        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.stock() + self.stock.ahead()).0)
+        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.whole_stock()).0)
     }
 
     /// Stock that is to be given back: what exceeds its cap, but for the margin of a VM that lives at its limit.
@@ -229,8 +229,7 @@ impl Pages {
         // A stopped guest needs no margin, and one with more room gets what it needs ahead of need.
         self.reclaim.pressed &= self.free() <= 4 * self.low() && self.gate.open();
         let margin = if self.reclaim.pressed { 2 * self.low() } else { 0 };
-        let stock = self.stock.stock() + self.stock.ahead();
-        stock.saturating_sub(self.stock.stock_max().max(Count(margin)))
+        self.stock.surplus(Count(margin))
     }
 
     /// Whether pages may go to the store now.
