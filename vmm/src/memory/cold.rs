@@ -265,13 +265,13 @@ impl Pages {
                 self.stock.owe(self.cost());
                 self.settle()
             }
-            Done::Evicted { incompressible, store } => {
+            Done::Evicted { incompressible, store, failed_writes } => {
                 for page in &load.stored {
                     self.frames.set(page.page as usize, FrameState::Swapped);
                     self.frames.set_place(page.page as usize, page.place.raw());
                     self.reclaim.counts.file += u64::from(page.place.slot().is_some());
                 }
-                self.reclaim.counts.failed_writes = load.failed_writes;
+                self.reclaim.counts.failed_writes = failed_writes;
                 load.copied.iter().for_each(|copied| self.copied(copied));
                 let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
                 self.evicted(load.stored.len() as u64, stayed, incompressible, store)
