@@ -72,6 +72,26 @@ fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the file has a name");
 }
 
+/// A store takes no more memory than its own limit says, and the guest is held. It goes on when the store may be larger.
+#[test]
+fn a_store_has_a_limit_of_its_own() {
+    if skipped("cold-store") {
+        return;
+    }
+    let memory = "size=256M,max=64M,swap=max,store=256K";
+    let mut vm = TestVm::builder("store").memory(memory).option("--oom", "deadline=120s").cmdline("shell").start();
+    vm.expect("READY", 10);
+    vm.send("touch 16M 128M seed=7");
+    let held = wait_until("the guest is held", 20, || Some(vm.show()).filter(|now| now["held"]["now"] == true));
+    assert_eq!(number(&held, "memory.store_max_bytes"), MIB / 4);
+    assert!((1..=MIB / 4).contains(&number(&held, "memory.stat.store_bytes")), "{held}");
+    let (status, body) = vm.patch("", &json!({ "store_max_bytes": null }));
+    assert_eq!((status, &body["memory"]["store_max_bytes"]), (200, &json!(null)), "{body}");
+    vm.expect("OK touch", 60);
+    ok(&mut vm, "verify 16M 128M seed=7");
+    assert!(number(&exact(&vm), "memory.stat.store_bytes") > MIB / 4);
+}
+
 /// Generations of the guests here, and the periods after which they say what they have used, in seconds.
 const PERIOD_S: u64 = 3;
 

@@ -46,7 +46,7 @@ fn options_that_make_no_sense_are_usage_errors() {
 #[test]
 fn sizes_that_make_no_sense_are_usage_errors() {
     let table = [
-        ("", "is not KEY=VALUE; the keys are size, max, high, low, min, swap, vmm, track"),
+        ("", "is not KEY=VALUE; the keys are size, max, high, low, min, swap, store, vmm, track"),
         ("max=64M", "size is missing: write for example size=1G"),
         ("size", "is not KEY=VALUE"),
         ("size=64M,", "is not KEY=VALUE"),
@@ -143,7 +143,7 @@ fn verbs_that_make_no_sense_are_usage_errors() {
         (&["set", "web", "memory.max"], "write for example memory.max=256M"),
         (
             &["set", "web", "max=256M"],
-            "there are memory.min, memory.low, memory.high, memory.max, swap.max and vmm.max",
+            "there are memory.min, memory.low, memory.high, memory.max, swap.max, store.max and vmm.max",
         ),
         (&["set", "web", "memory.max="], "memory.max: empty size"),
         (&["set", "web", "memory.max=-1"], "for no limit write max"),

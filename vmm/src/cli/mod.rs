@@ -284,7 +284,7 @@ mod tests {
             "--name",
             "web",
             "--memory",
-            "size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,vmm=32M,track=on",
+            "size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,store=256M,vmm=32M,track=on",
             "--balloon",
             "deflate_on_oom=on,stats_interval=1s",
             "--oom",

@@ -142,7 +142,8 @@ impl FromStr for MemoryArg {
 }
 
 impl Pairs for MemoryArg {
-    const KEYS: &[&str] = &["size", "max", "high", "low", "min", "swap", "vmm", "track", "ageing", "proactive"];
+    const KEYS: &[&str] =
+        &["size", "max", "high", "low", "min", "swap", "store", "vmm", "track", "ageing", "proactive"];
 
     fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let (mut size, mut config) = (None, MemoryConfig::default());
@@ -169,6 +170,7 @@ impl Pairs for MemoryArg {
                 "low" => &mut config.low_bytes,
                 "min" => &mut config.min_bytes,
                 "swap" => &mut config.swap_max_bytes,
+                "store" => &mut config.store_max_bytes,
                 _ => &mut config.vmm_max_bytes,
             };
             *place = Some(limit(value)?.as_bytes());

@@ -180,12 +180,13 @@ fn table(vm: &VmView) -> String {
     line(
         "  limits",
         format!(
-            " min {}, low {}, high {}, max {}, swap {}, vmm {}, generation {}",
+            " min {}, low {}, high {}, max {}, swap {}, store {}, vmm {}, generation {}",
             limit(memory.min_bytes),
             limit(memory.low_bytes),
             limit(memory.high_bytes),
             limit(memory.max_bytes),
             limit(vm.swap.max_bytes),
+            memory.store_max_bytes.map_or("half".to_owned(), human),
             limit(vm.vmm.max_bytes),
             vm.generation
         ),

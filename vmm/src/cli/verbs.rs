@@ -22,9 +22,9 @@ pub struct SetArgs {
     pub name: String,
     /// Limits, such as memory.max=256M memory.high=max; before them more names
     ///
-    /// The limits are memory.min, memory.low, memory.high, memory.max, swap.max and vmm.max. All of those named come
-    /// into force, or none, at all of the VMs and groups in one step. The first limit of a VM that was started without
-    /// one turns its accounting on, and so does track=on.
+    /// The limits are memory.min, memory.low, memory.high, memory.max, swap.max, store.max and vmm.max. All of those named
+    /// come into force, or none, at all of the VMs and groups in one step. The first limit of a VM that was started
+    /// without one turns its accounting on, and so does track=on.
     #[arg(required = true, value_name = "LIMIT=SIZE")]
     pub limits: Vec<String>,
     /// What to do when usage is above the new memory.max: reclaim first, force it, or refuse
@@ -77,11 +77,12 @@ pub fn patch(limits: &[String]) -> Result<MemoryPatch, String> {
             "memory.high" => &mut patch.high_bytes,
             "memory.max" => &mut patch.max_bytes,
             "swap.max" => &mut patch.swap_max_bytes,
+            "store.max" => &mut patch.store_max_bytes,
             "vmm.max" => &mut patch.vmm_max_bytes,
             _ => {
                 return Err(format!(
-                    "there is no limit {key:?}; there are memory.min, memory.low, memory.high, memory.max, swap.max \
-                     and vmm.max, and track=on"
+                    "there is no limit {key:?}; there are memory.min, memory.low, memory.high, memory.max, swap.max, \
+                     store.max and vmm.max, and track=on"
                 ));
             }
         };
@@ -338,6 +339,7 @@ mod tests {
         assert_eq!(body(&["memory.max=256M"]).unwrap(), r#"{"max_bytes":268435456}"#);
         assert_eq!(body(&["track=on"]).unwrap(), r#"{"track":true}"#);
         assert_eq!(body(&["memory.high=max", "swap.max=0"]).unwrap(), r#"{"high_bytes":null,"swap_max_bytes":0}"#);
+        assert_eq!(body(&["store.max=4M"]).unwrap(), r#"{"store_max_bytes":4194304}"#);
     }
 
     #[test]

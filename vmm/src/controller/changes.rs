@@ -579,6 +579,7 @@ impl Actor {
             "low_bytes": limits.low.as_bytes(),
             "high_bytes": limits.high.as_bytes(),
             "swap_max_bytes": limits.swap_max.as_bytes(),
+            "store_max_bytes": limits.store_max.as_bytes(),
             "vmm_max_bytes": limits.vmm_max.as_bytes(),
             "overcharge_bytes": counters.overcharge.bytes(),
         });

@@ -17,7 +17,7 @@
 //! together stay below; the parts become smaller as the room does, and whoever has been promised much more than its part
 //! now is told ([`Actor::settle_cold`]). One that is above a limit, because that was lowered, may only come down.
 //!
-//! Nobody sets a limit of the store, mostly: then it is half of `memory.max`. A store that is larger than what it leaves
+//! Nobody sets a limit of the store (`store.max`), mostly: then it is half of `memory.max`. A store that is larger than what it leaves
 //! the guest takes more from pages that are in use than it gives to those that are not.
 
 use memcg_core::tree::{Counter, NodeId};

@@ -30,7 +30,7 @@ pub const MAX_CPUS: u32 = 64;
 /// Longest time that a VM may be held: a day, before [`host::scaled`].
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Defines a structure of the interface that has the six limits among its keys, in bytes, and their way into pages. They
+/// Defines a structure of the interface that has the seven limits among its keys, in bytes, and their way into pages. They
 /// are listed once, here: serde cannot flatten a structure into one that refuses unknown keys.
 macro_rules! with_limits {
     (
@@ -64,6 +64,10 @@ macro_rules! with_limits {
             #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
             #[schema(value_type = Option<u64>)]
             pub swap_max_bytes: Option<Option<u64>>,
+            /// The memory that contents of evicted pages take is no more than this. `null` of a VM: half of `max_bytes`.
+            #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
+            #[schema(value_type = Option<u64>)]
+            pub store_max_bytes: Option<Option<u64>>,
             /// Overhead above this is refused.
             #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
             #[schema(value_type = Option<u64>)]
@@ -86,7 +90,7 @@ macro_rules! with_limits {
                     high: to_limit("high_bytes", self.high_bytes)?,
                     max: to_limit("max_bytes", self.max_bytes)?,
                     swap_max: to_limit("swap_max_bytes", self.swap_max_bytes)?,
-                    store_max: None,
+                    store_max: to_limit("store_max_bytes", self.store_max_bytes)?,
                     vmm_max: to_limit("vmm_max_bytes", self.vmm_max_bytes)?,
                     if_generation: None,
                 })

@@ -81,6 +81,7 @@ impl Actor {
             low_bytes: node.limits.low.as_bytes(),
             high_bytes: node.limits.high.as_bytes(),
             max_bytes: node.limits.max.as_bytes(),
+            store_max_bytes: node.limits.store_max.as_bytes(),
             max_pending_bytes: node.max_pending.and_then(memcg_core::units::Limit::as_bytes),
             ceiling_bytes: node.ceiling.map(Pages::bytes),
             events: MemoryEvents::new(node.events_local, node.memory.failcnt),

@@ -146,6 +146,8 @@ pub struct MemoryView {
     pub high_bytes: Option<u64>,
     /// No charge is granted above this.
     pub max_bytes: Option<u64>,
+    /// The contents of evicted pages take no more than this; `null` is half of `max`.
+    pub store_max_bytes: Option<u64>,
     /// A `max` that was asked for and is not yet in force.
     pub max_pending_bytes: Option<u64>,
     /// While a smaller `max` is pending: what usage may not exceed meanwhile.
@@ -204,6 +206,8 @@ pub struct GroupMemoryView {
     pub peak_bytes: u64,
     /// Of `current`, what VMs that have ended used: on its way back to the host.
     pub returning_bytes: u64,
+    /// Of `current`, what the contents of evicted pages take.
+    pub store_bytes: u64,
     /// Never reclaimed below this.
     pub min_bytes: Option<u64>,
     /// Reclaimed below this only in need.
@@ -212,6 +216,8 @@ pub struct GroupMemoryView {
     pub high_bytes: Option<u64>,
     /// No charge is granted above this. Of `/`: the budget of the host.
     pub max_bytes: Option<u64>,
+    /// The contents of evicted pages take no more than this, all together.
+    pub store_max_bytes: Option<u64>,
     /// A `max` that was asked for and is not yet in force.
     pub max_pending_bytes: Option<u64>,
     /// While a smaller `max` is pending: what usage may not exceed meanwhile.

@@ -91,6 +91,7 @@ fn limits(random: &mut Random) -> Value {
         (10, "low_bytes", 8),
         (10, "min_bytes", 4),
         (5, "swap_max_bytes", 8),
+        (5, "store_max_bytes", 4),
         (5, "vmm_max_bytes", 4),
     ] {
         if random.chance(percent) {

@@ -62,7 +62,7 @@ fn renew(world: &World, name: &str) {
     for key in ["min_bytes", "low_bytes"] {
         limits[key] = json!(0);
     }
-    for key in ["high_bytes", "swap_max_bytes", "vmm_max_bytes"] {
+    for key in ["high_bytes", "swap_max_bytes", "store_max_bytes", "vmm_max_bytes"] {
         limits[key] = Value::Null;
     }
     limits.as_object_mut().expect("an object").remove("size_bytes");

@@ -103,6 +103,36 @@ async fn a_grant_says_what_may_be_evicted() {
     assert_eq!(worker.leases, (300, u64::MAX));
 }
 
+/// A limit of the store takes the place of half of the VM's `max`, and goes with it when it is taken back. A group's is for all
+/// that is in it.
+#[tokio::test(start_paused = true)]
+async fn a_store_may_have_a_limit_of_its_own() {
+    let store_max = |max| {
+        let patch = LimitPatch { store_max: Some(max), ..LimitPatch::default() };
+        MemoryChange { patch, ..change(Limit::Max) }
+    };
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(Limit::Max)).await.expect("made");
+    let setup = Setup { group: "/gold", ..Setup::default() };
+    let mut worker = FakeWorker::add_to(&controller, "vm", setup).await.expect("added");
+    worker.hello().await;
+    worker.say(FromWorker::Loaded { plan: 0 }).await;
+    worker.touch(1000).await;
+    worker.evict(400, 100).await;
+    for (limit, lease) in [(pages(3000), 3000), (pages(60), 60), (Limit::Max, 2048)] {
+        assert!(worker.controller.change("vm", store_max(limit)).await.expect("a limit").in_force);
+        while worker.try_next().await.is_some() {}
+        assert_eq!(worker.leases.1, lease);
+        let memory = worker.view().await.memory;
+        assert_eq!((memory.store_max_bytes, memory.stat.store_bytes), (limit.as_bytes(), bytes(100)));
+    }
+    worker.controller.change_group("/gold", store_max(pages(150))).await.expect("a limit");
+    while worker.try_next().await.is_some() {}
+    assert_eq!(worker.leases.1, 150);
+    let memory = worker.controller.group("/gold").await.expect("shown").memory;
+    assert_eq!((memory.store_max_bytes, memory.store_bytes), (Some(bytes(150)), bytes(100)));
+}
+
 /// The members of a group are promised no more swap together than it may have, however they use it.
 /// Semantics: 63.
 #[tokio::test(start_paused = true)]

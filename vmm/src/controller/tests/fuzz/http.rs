@@ -101,7 +101,7 @@ const BODIES: &[&str] = &[
     "{}",
     r#"{"max_bytes": 16777216, "high_bytes": 8388608, "min_bytes": 0, "low_bytes": null}"#,
     r#"{"max_bytes": 1228800}"#,
-    r#"{"vmm_max_bytes": 1048576, "swap_max_bytes": 0, "track": true}"#,
+    r#"{"vmm_max_bytes": 1048576, "swap_max_bytes": 0, "store_max_bytes": 4096, "track": true}"#,
     r#"{"kernel": "/proc/self/exe", "cmdline": "a b", "cpus": 2, "debug_port": true,
         "memory": {"size_bytes": 67108864, "max_bytes": 33554432, "swap_max_bytes": null, "track": true},
         "balloon": {"deflate_on_oom": true}, "oom": {"action": "kill", "deadline_ms": 5000, "priority": -3}}"#,
