@@ -4,9 +4,10 @@
 //! touches find a mapping of 2 MiB, and ageing moves it as one. That is worth it for a guest that has walked through as much
 //! already and has room for several blocks more. Anybody else gets what they touch.
 //!
-//! The pool exists only while the guest grows. It is ordered behind an answer, never waited for: when nothing is ready, the
-//! huge page is zeroed on the spot, which still takes less time than to fill its 512 pages one by one. It goes back when the
-//! stock is short, before the reserve is used, and all of it when there is pressure.
+//! The pool exists only while the guest grows. When nothing is ready, a huge page is zeroed on the spot, beside what the
+//! reclaim thread zeroes; when there is no charge for that either, the fault waits for it, since one is on its way
+//! ([`Patience`]). Both still take less time than to fill 512 pages one by one. The pool goes back when the stock is short,
+//! before the reserve is used, and all of it when there is pressure.
 //!
 //! A fault leaves an empty page table behind where it has happened, and a huge page that is moved there would be split: as slow
 //! as to fill it page by page. A discard of the block, which has nothing in it, takes that table away (Linux 6.14, on x86).
@@ -49,6 +50,76 @@ pub(super) struct Due {
     since_ns: Option<u64>,
 }
 
+/// What became of a touch that is worth whole blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Blocks {
+    /// So much is filled, or due.
+    Filled(Window),
+    /// A block's charge, or its zeroes, will be there in a moment; nothing has changed.
+    Later,
+    /// There are none for it; nothing has changed.
+    None,
+}
+
+/// How long a walk may wait for a block, in nanoseconds: longer than a controller that lives takes to grant one.
+const PATIENCE_NS: u64 = 2_000_000;
+
+/// The patience of a walk that finds too little stock for a block.
+///
+/// The next grant, or the next huge page, is a fraction of a millisecond away, and to fill a block page by page takes longer
+/// than that. So the walk waits, but never for longer than 2 ms: a controller that does not speak costs it no more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// It may wait.
+    #[default]
+    Fresh,
+    /// It waits until then, in nanoseconds of the monotonic clock.
+    Until(u64),
+    /// It has waited for nothing, and does not do so again before the next grant.
+    Spent,
+}
+
+impl Patience {
+    /// Whether a walk may wait now; its time begins with the first that does.
+    fn waits(&mut self, now_ns: u64) -> bool {
+        if *self == Self::Fresh {
+            *self = Self::Until(now_ns + PATIENCE_NS);
+        }
+        *self != Self::Spent
+    }
+
+    /// Nanoseconds that are left to those who wait, if there are any.
+    pub(super) fn left(self, now_ns: u64) -> Option<u64> {
+        match self {
+            Self::Until(end) => Some(end.saturating_sub(now_ns)),
+            Self::Fresh | Self::Spent => None,
+        }
+    }
+
+    /// Whether the time of those who wait is over; if so it is spent.
+    fn ends(&mut self, now_ns: u64) -> bool {
+        let over = self.left(now_ns) == Some(0);
+        if over {
+            *self = Self::Spent;
+        }
+        over
+    }
+
+    /// A grant has come.
+    pub(super) fn granted(&mut self) {
+        if *self == Self::Spent {
+            *self = Self::Fresh;
+        }
+    }
+
+    /// Nobody waits any more.
+    pub(super) fn served(&mut self) {
+        if matches!(self, Self::Until(_)) {
+            *self = Self::Fresh;
+        }
+    }
+}
+
 impl Pages {
     /// Pages that a fault may fill in blocks, 0 when there is not enough room for that.
     pub(super) fn most_in_blocks(&self) -> u64 {
@@ -58,10 +129,10 @@ impl Pages {
     }
 
     /// Fills the blocks behind the touched page, and what is before the first of them, for a walk that is worth it: one
-    /// whose `window` has as many pages. `None`, and nothing has changed, when that is not so.
-    pub(super) fn fill_blocks(&mut self, window: Window, touched: u64) -> Option<Window> {
+    /// whose `window` has as many pages.
+    pub(super) fn fill_blocks(&mut self, window: Window, touched: u64) -> Blocks {
         if !self.ram.pool().pays() || window.first != touched || window.pages < HUGE_PAGES {
-            return None;
+            return Blocks::None;
         }
         let slot = self.ram.contiguous(touched);
         // Blocks of the host's, of RAM and of the frame table are the same but for a slot that begins elsewhere.
@@ -70,22 +141,37 @@ impl Pages {
         let (state, end) = self.frames.run(touched as usize, end as usize);
         let end = end as u64;
         if state != FrameState::Absent || end < first + HUGE_PAGES || !self.ram.hva(first).is_multiple_of(HUGE) {
-            return None;
+            return Blocks::None;
         }
         if touched < first {
             let before = Window { first: touched, pages: first - touched };
-            let filled = self.charge_and_fill(before, touched, true)?;
+            let Some(filled) = self.charge_and_fill(before, touched, true) else { return Blocks::None };
             if filled != before {
-                return Some(filled);
+                return Blocks::Filled(filled);
             }
         }
         let blocks = self.charge_blocks(first, ((end - first) / HUGE_PAGES) as usize, touched == first);
-        if blocks == 0 && touched == first {
-            return None;
-        }
         self.walks = true;
         self.order_blocks();
-        Some(Window { first: touched, pages: first + blocks * HUGE_PAGES - touched })
+        if blocks == 0 && touched == first {
+            return if self.may_wait() { Blocks::Later } else { Blocks::None };
+        }
+        Blocks::Filled(Window { first: touched, pages: first + blocks * HUGE_PAGES - touched })
+    }
+
+    /// Whether a walk that found no block may wait for one.
+    fn may_wait(&mut self) -> bool {
+        let comes = !self.is_refused() && self.stock.stock_max() >= Count(2 * HUGE_PAGES);
+        let waits = comes && self.patience.waits(monotonic_ns());
+        if waits {
+            self.ram.pool().call();
+        }
+        waits
+    }
+
+    /// Time that is left to a walk that waits for a block, in nanoseconds; [`Pages::keep_pool`] is to be called then.
+    pub fn patience_left(&self) -> Option<u64> {
+        self.patience.left(monotonic_ns())
     }
 
     /// Charges up to `most` absent blocks from `first` on to the guest, those that are ready; where somebody waits for the
@@ -111,6 +197,8 @@ impl Pages {
             count += 1;
         }
         if count > 0 {
+            // Those that are ready lie behind, and are filled first: what is granted meanwhile is zeroed beside the others.
+            due.blocks[..count].reverse();
             self.due = Some(due);
         }
         count as u64
@@ -140,28 +228,35 @@ impl Pages {
         }
     }
 
-    /// Fills the blocks that are due; returns how many there were.
+    /// Fills the blocks that are due.
+    pub(super) fn fill_due(&mut self) {
+        while self.fill_one_due() {}
+    }
+
+    /// Fills one of the blocks that are due; false when none is.
     ///
     /// The one that somebody waits for comes last: a guest that went on would touch the next one before it is there.
-    pub fn fill_due(&mut self) -> usize {
-        let Some(due) = self.due.take() else { return 0 };
-        let mut count = 0;
-        for (at, block) in due.blocks.into_iter().enumerate().rev() {
-            let Some((taken, ready)) = block else { continue };
-            let first = due.first + at as u64 * HUGE_PAGES;
-            if ready || self.ram.pool().zero(&taken) {
-                self.put_block(first, taken);
-            } else {
-                self.ram.clone().pool().discard_taken(taken);
-                self.fill_charged(first..first + HUGE_PAGES);
+    pub fn fill_one_due(&mut self) -> bool {
+        let Some(due) = &mut self.due else { return false };
+        let last = due.blocks.iter().rposition(Option::is_some);
+        let (first, since) = (due.first, due.since_ns);
+        let block = last.and_then(|at| due.blocks[at].take().map(|block| (at as u64, block)));
+        let Some((at, (taken, ready))) = block else { return false };
+        let first = first + at * HUGE_PAGES;
+        if ready || self.ram.pool().zero(&taken) {
+            self.put_block(first, taken);
+        } else {
+            self.ram.clone().pool().discard_taken(taken);
+            self.fill_charged(first..first + HUGE_PAGES);
+        }
+        self.filled(first..first + HUGE_PAGES);
+        if at == 0 {
+            self.due = None;
+            if let Some(since) = since {
+                self.answer_times.record(monotonic_ns().saturating_sub(since));
             }
-            self.filled(first..first + HUGE_PAGES);
-            count += 1;
         }
-        if let Some(since) = due.since_ns {
-            self.answer_times.record(monotonic_ns().saturating_sub(since));
-        }
-        count
+        true
     }
 
     /// Moves a huge page, which is charged to the guest, to an absent block.
@@ -202,12 +297,11 @@ impl Pages {
         Count((stock - stock / STOCK_SHARE).min(self.most_in_blocks()))
     }
 
-    /// Has huge pages zeroed for a guest that walks. One block stays in stock: what the next fault finds must not depend on
-    /// how far the other thread has got.
-    fn order_blocks(&mut self) {
+    /// Has huge pages zeroed for a guest that walks. A fault that comes before one is ready takes back what is only ordered.
+    pub(super) fn order_blocks(&mut self) {
         let mut ordered = false;
         while self.stock.ahead() + Count(HUGE_PAGES) <= self.pool_max()
-            && self.stock.stock() >= Count(2 * HUGE_PAGES)
+            && self.stock.stock() >= Count(HUGE_PAGES)
             && self.ram.pool().order()
         {
             ordered |= self.stock.set_aside(Count(HUGE_PAGES));
@@ -243,9 +337,13 @@ impl Pages {
         self.stock.ahead() > Count(0) && self.ram.pool().is_leaving()
     }
 
-    /// Takes the charges of what the reclaim thread has discarded, and gives up what the pool may not have any more. Returns
-    /// the loader's answer when there is one.
+    /// Serves the walks that have waited for a block, takes the charges of what the reclaim thread has discarded, and gives up
+    /// what the pool may not have any more. Returns the loader's answer when there is one.
     pub fn keep_pool(&mut self) -> Option<(usize, Reply)> {
+        let now = monotonic_ns();
+        if self.patience.ends(now) || self.patience.left(now).is_some() && self.ram.pool().is_ready() {
+            return self.settle();
+        }
         if !self.walks && self.stock.ahead() == Count(0) {
             return None;
         }
@@ -266,3 +364,31 @@ impl Pages {
 }
 
 const _: () = assert!(HUGE_PAGES == BLOCK as u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walk_waits_two_milliseconds_and_then_no_more_before_a_grant() {
+        let mut patience = Patience::default();
+        assert!(patience.waits(1000) && patience.waits(1500));
+        assert_eq!(patience.left(1500), Some(PATIENCE_NS - 500), "counted from the first that waits");
+        patience.granted();
+        assert!(!patience.ends(PATIENCE_NS + 999), "a grant that does not suffice makes the wait no longer");
+        assert!(patience.ends(PATIENCE_NS + 1000));
+        assert!(!patience.waits(PATIENCE_NS + 1001) && patience.left(0).is_none());
+        patience.served();
+        assert!(!patience.waits(PATIENCE_NS + 1002), "it was not served by what it waited for");
+        patience.granted();
+        assert!(patience.waits(2 * PATIENCE_NS));
+    }
+
+    #[test]
+    fn one_that_got_its_block_may_wait_for_the_next() {
+        let mut patience = Patience::default();
+        assert!(patience.waits(0));
+        patience.served();
+        assert_eq!((patience, patience.ends(u64::MAX)), (Patience::Fresh, false));
+    }
+}

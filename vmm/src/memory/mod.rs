@@ -7,6 +7,7 @@
 //! | `activation` | how RAM becomes charged, at the start or later |
 //! | `pages` | frame table and stock: what a fault, a grant, a discard change |
 //! | `thread` | the thread that owns them |
+//! | `alone` | how long a worker does without a controller |
 //! | `around` | how many pages one fault fills |
 //! | `pool` | huge pages that are zeroed ahead of need |
 //! | `huge` | a guest that walks gets whole blocks of them |
@@ -24,6 +25,7 @@
 
 pub mod activation;
 pub mod ageing;
+mod alone;
 pub mod around;
 pub mod asked;
 pub mod client;

@@ -38,7 +38,7 @@ use super::asked::Asked;
 use super::client::{Reply, Run};
 use super::cold::{READ_AROUND, Reclaim, Refault};
 use super::histogram::Histogram;
-use super::huge::Due;
+use super::huge::{Blocks, Due, Patience};
 use super::ram::Ram;
 use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
@@ -77,6 +77,21 @@ struct PendingFill {
     left: Range<u64>,
 }
 
+/// Addresses of faults, as they were read.
+#[derive(Debug)]
+struct Batch {
+    addresses: [u64; 64],
+    count: usize,
+    /// How many of them have been served.
+    served: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { addresses: [0; 64], count: 0, served: 0 }
+    }
+}
+
 /// What became of a touch of a page that has no memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Charged {
@@ -102,6 +117,9 @@ pub struct Pages {
     /// It walks through new memory, and has not stopped that for a second.
     pub(super) walks: bool,
     pub(super) due: Option<Due>,
+    pub(super) patience: Patience,
+    /// Faults that were read and not answered yet.
+    batch: Batch,
     pub(super) counts: FaultCounts,
     waiting: Vec<u64>,
     pending: Option<PendingFill>,
@@ -146,6 +164,8 @@ impl Pages {
             around: Around::new(cpus),
             walks: false,
             due: None,
+            patience: Patience::default(),
+            batch: Batch::default(),
             counts: FaultCounts::default(),
             // More faults than the reserve has pages cannot wait at once but for claimed pages, one a thread.
             waiting: Vec::with_capacity(4 * reserve as usize),
@@ -200,22 +220,26 @@ impl Pages {
         &self.uffd
     }
 
-    /// Reads and answers a batch of faults; returns how many there were. `woken_ns` is when the thread learnt of them. The
-    /// last answer may be [due](Pages::fill_due).
+    /// Reads a batch of faults, or goes on with the last one, and answers it up to the first answer that is
+    /// [due](Pages::fill_due); returns how many were answered. `woken_ns` is when the thread learnt of them.
     pub fn on_faults(&mut self, woken_ns: u64) -> usize {
         self.now = seconds(woken_ns);
-        let mut batch = [0u64; 64];
-        let mut n = 0;
-        self.uffd.read::<64>(|event| {
-            batch[n] = event.address;
-            n += 1;
-        });
-        for &address in &batch[..n] {
+        if self.batch.served == self.batch.count {
+            (self.batch.served, self.batch.count) = (0, 0);
+            let batch = &mut self.batch;
+            self.uffd.read::<64>(|event| {
+                batch.addresses[batch.count] = event.address;
+                batch.count += 1;
+            });
+        }
+        let before = self.batch.served;
+        while self.batch.served < self.batch.count && !self.is_due() {
+            let address = self.batch.addresses[self.batch.served];
+            self.batch.served += 1;
             self.counts.events += 1;
             // Nobody but us knows of the stage, and there nothing that is missing is touched.
             let page = self.ram.index_of_hva(address);
             let page = page.unwrap_or_else(|| broken(format_args!("a fault at {address:#x}, which is no RAM")));
-            self.fill_due();
             self.serve(page);
             if self.is_due() {
                 self.due_since(woken_ns);
@@ -223,7 +247,12 @@ impl Pages {
                 self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
             }
         }
-        n
+        self.batch.served - before
+    }
+
+    /// Whether faults were read that are not answered yet.
+    pub fn has_faults(&self) -> bool {
+        self.batch.served < self.batch.count
     }
 
     /// Answers one fault.
@@ -260,8 +289,7 @@ impl Pages {
     fn charge_fault(&mut self, page: u64, state: FrameState) -> Charged {
         match state {
             FrameState::Swapped => self.refault(page, true),
-            _ if self.fill_fault(page, state) => Charged::Served,
-            _ => Charged::Dry,
+            _ => self.fill_fault(page, state),
         }
     }
 
@@ -303,27 +331,29 @@ impl Pages {
         }
     }
 
-    /// Charges and fills the touched page, and what lies around it when that is promising. False when there was nothing
-    /// left to charge it to.
-    fn fill_fault(&mut self, page: u64, state: FrameState) -> bool {
+    /// Charges and fills the touched page, and what lies around it when that is promising.
+    fn fill_fault(&mut self, page: u64, state: FrameState) -> Charged {
         let single = state == FrameState::Ballooned || self.stock.debt() > Count(0);
         let most = if single { 1 } else { self.stock.room().map_or(u64::MAX, |room| room.0 / AROUND_SHARE) };
         let blocks = if single { 0 } else { self.most_in_blocks() };
         let (window, stream) = self.around.window(page, self.ram.contiguous(page), most.max(blocks));
         self.stock.expect(Count(WALK_AHEAD * window.pages));
-        let in_blocks = if blocks > 0 { self.fill_blocks(window, page) } else { None };
-        let filled = in_blocks.or_else(|| {
-            let window = self.absent_in(window.cut(page, most), page);
-            self.charge_and_fill(window, page, true)
-        });
-        let Some(filled) = filled else { return false };
+        let filled = match if blocks > 0 { self.fill_blocks(window, page) } else { Blocks::None } {
+            Blocks::Filled(filled) => Some(filled),
+            Blocks::Later => return Charged::Later,
+            Blocks::None => {
+                let window = self.absent_in(window.cut(page, most), page);
+                self.charge_and_fill(window, page, true)
+            }
+        };
+        let Some(filled) = filled else { return Charged::Dry };
         self.around.filled(stream, filled);
         self.counts.touched += 1;
         self.counts.around += filled.pages - 1;
         if state == FrameState::Ballooned {
             self.counts.implicit_deflates += 1;
         }
-        true
+        Charged::Served
     }
 
     /// Charges what it can of `window`, the page `touched` in it first of all, and fills that. With `reserve` an empty stock
@@ -419,7 +449,11 @@ impl Pages {
     ) -> Result<Option<(usize, Reply)>, memcg_core::stock::StockError> {
         let new = self.stock.grant(epoch, granted_total, Count(stock_max), room)?;
         self.asked.answered(new, refused);
+        self.patience.granted();
         let reply = self.settle();
+        if self.walks {
+            self.order_blocks();
+        }
         if refused {
             self.hold_if_short();
         }
@@ -432,6 +466,7 @@ impl Pages {
         let mut kept = 0;
         for i in 0..self.waiting.len() {
             let page = self.waiting[i];
+            self.fill_due();
             let served = match self.frames.state(page as usize) {
                 FrameState::Discarding | FrameState::Moving | FrameState::Evicting => false,
                 FrameState::Active => {
@@ -442,12 +477,7 @@ impl Pages {
                     self.return_fault(page);
                     true
                 }
-                state => {
-                    self.fill_due();
-                    let charged = self.charge_fault(page, state);
-                    self.fill_due();
-                    charged == Charged::Served
-                }
+                state => self.charge_fault(page, state) == Charged::Served,
             };
             if served {
                 self.frames.set_wanted(page as usize, false);
@@ -457,6 +487,9 @@ impl Pages {
             }
         }
         self.waiting.truncate(kept);
+        if self.waiting.is_empty() {
+            self.patience.served();
+        }
         let reply = self.continue_pending();
         if self.stock.debt() == Count(0) && self.waiting.is_empty() {
             self.device_taken = 0;
@@ -543,6 +576,7 @@ impl Pages {
 
     fn continue_pending(&mut self) -> Option<(usize, Reply)> {
         let mut pending = self.pending.take()?;
+        self.fill_due();
         match self.fill_run(pending.left.clone(), 0) {
             None => Some((pending.client, Reply::Done(Vec::new()))),
             Some(_) if self.asked.refused() => Some((pending.client, Reply::WouldBlock)),
@@ -596,7 +630,7 @@ impl Pages {
             granted_total: self.stock.granted_total(),
             returned_total: self.stock.returned_total(),
             guest: self.stock.guest().0,
-            stock: self.stock.whole_stock().0,
+            stock: (self.stock.stock() + self.stock.ahead()).0,
             reserve: self.stock.reserve().0,
             tables: self.stock.paid().tables.0,
             records: self.stock.paid().records.0,

@@ -18,16 +18,16 @@
 //!  └───────────────────────────────────── GONE                                               │
 //!  └──────────────────────────────────────────────────────────────────────────────────────── ┘
 //! ```
-//! Each step is one compare-and-swap: neither thread waits for the other, nor sends it a message. The reclaim thread has a
-//! bell of its own for orders.
+//! Each step is one compare-and-swap: neither thread waits for the other. The reclaim thread has a bell of its own for orders;
+//! the fault thread is told of a huge page only when it has asked for that.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ram::{HUGE, advise, reserve};
-use crate::kernel;
+use crate::controller::host::kernel_version;
 use crate::worker::broken;
 use crate::worker::protocol::Area;
 
@@ -62,7 +62,8 @@ const TAKES_TABLES: (u32, u32) = (6, 14);
 
 /// Whether this host leaves huge pages whole that are moved to a block that was touched.
 pub fn stays_whole() -> bool {
-    kernel::version().is_some_and(|version| version >= TAKES_TABLES)
+    let release = rustix::system::uname();
+    kernel_version(&release.release().to_string_lossy()).is_some_and(|version| version >= TAKES_TABLES)
 }
 
 /// The pool of one VM. Stays mapped until the process ends.
@@ -71,6 +72,8 @@ pub struct Pool {
     base: u64,
     slots: [AtomicU8; SLOTS],
     bell: EventFd,
+    /// The fault thread is to be told of the next one.
+    called: AtomicBool,
     pays: bool,
 }
 
@@ -92,7 +95,13 @@ impl Pool {
                 .or_else(|e| if e.raw_os_error() == Some(libc::EINVAL) { Ok(()) } else { Err(e) })?;
         }
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { base, slots: [const { AtomicU8::new(EMPTY) }; SLOTS], bell, pays: stays_whole() })
+        Ok(Self {
+            base,
+            slots: [const { AtomicU8::new(EMPTY) }; SLOTS],
+            bell,
+            called: AtomicBool::new(false),
+            pays: stays_whole(),
+        })
     }
 
     /// Whether a huge page that is moved to RAM stays one on this host.
@@ -200,17 +209,23 @@ impl Pool {
         self.slots.iter().any(|slot| slot.load(Ordering::Acquire) == READY)
     }
 
-    /// Zeroes what is ordered. True when a slot's charge became free by that: it is not wanted any more, or the host has no
-    /// memory. By the reclaim thread.
-    pub fn zero_ordered(&self) -> bool {
-        let mut gone = false;
+    /// Asks to be told of the next huge page. By the fault thread.
+    pub fn call(&self) {
+        self.called.store(true, Ordering::Release);
+    }
+
+    /// Zeroes what is ordered; `tell` is for when one is ready that the fault thread waits for, and when a slot's charge became
+    /// free: it is not wanted any more, or the host has no memory. By the reclaim thread.
+    pub fn zero_ordered(&self, mut tell: impl FnMut()) {
         while let Some(slot) = self.change_any(ORDERED, ZEROING) {
-            if !(self.populate(slot) && self.change(slot, ZEROING, READY)) {
+            let ready = self.populate(slot) && self.change(slot, ZEROING, READY);
+            if !ready {
                 self.leave(slot);
-                gone = true;
+            }
+            if !ready || self.called.swap(false, Ordering::AcqRel) {
+                tell();
             }
         }
-        gone
     }
 
     /// Discards what is ready: nobody has grown for a while. True when there was something. By the reclaim thread.
@@ -257,6 +272,13 @@ mod tests {
 
     const BLOCK: u64 = HUGE / PAGE_SIZE;
 
+    /// Zeroes what is ordered; whether the fault thread was told of it.
+    fn zero(pool: &Pool) -> bool {
+        let mut told = false;
+        pool.zero_ordered(|| told = true);
+        told
+    }
+
     fn is_empty(pool: &Pool) -> bool {
         pool.slots.iter().all(|slot| slot.load(Ordering::Acquire) == EMPTY)
     }
@@ -266,7 +288,7 @@ mod tests {
         let pool = Pool::map().unwrap();
         assert!(pool.order() && pool.order());
         assert!(pool.take().is_none() && resident(&pool) == 0, "ordered is not there yet");
-        assert!(!pool.zero_ordered());
+        assert!(!zero(&pool));
         assert_eq!(resident(&pool), 2 * BLOCK);
         let (a, b) = (pool.take().unwrap(), pool.take().unwrap());
         assert_ne!(pool.taken_at(&a), pool.taken_at(&b));
@@ -293,7 +315,7 @@ mod tests {
     #[test]
     fn every_charge_comes_back_the_cheapest_first_and_with_its_memory() {
         let pool = Pool::map().unwrap();
-        assert!(pool.order() && !pool.zero_ordered() && pool.order());
+        assert!(pool.order() && !zero(&pool) && pool.order());
         assert_eq!((pool.cancel(), resident(&pool)), (true, BLOCK), "what was only ordered");
         assert!(!pool.cancel() && pool.order());
         assert_eq!((pool.take_back(), resident(&pool)), (Back::Free, BLOCK), "the same");
@@ -318,10 +340,24 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_a_huge_page_is_told_of_one() {
+        let pool = Pool::map().unwrap();
+        assert!(pool.order() && !zero(&pool), "nobody waits");
+        pool.call();
+        assert!(!zero(&pool), "nothing is ordered");
+        let mut told = 0;
+        assert!(pool.order() && pool.order());
+        pool.zero_ordered(|| told += 1);
+        assert_eq!(told, 1, "of the first");
+        while pool.take_back() == Back::Free {}
+        assert!(is_empty(&pool));
+    }
+
+    #[test]
     fn a_guest_that_does_not_grow_has_no_pool() {
         let pool = Pool::map().unwrap();
         assert!(pool.order() && pool.order());
-        assert!(!pool.zero_ordered() && pool.empty() && !pool.empty());
+        assert!(!zero(&pool) && pool.empty() && !pool.empty());
         assert_eq!((resident(&pool), pool.collect()), (0, 2));
         assert!(is_empty(&pool));
     }
@@ -335,7 +371,7 @@ mod tests {
             let (pool, end) = (pool.clone(), end.clone());
             std::thread::spawn(move || {
                 for round in 0u32.. {
-                    pool.zero_ordered();
+                    zero(&pool);
                     if round.is_multiple_of(3) {
                         pool.empty();
                     }

@@ -22,7 +22,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::client::{Client, Done, Fetched, Load, Reply, Request, Run, Work};
 use super::discard::Discarder;
-use super::pool::Pool;
 use super::ram::{HUGE, Ram};
 use super::store::{BATCH, Outcome, Spill, Stored, Writer};
 use super::thread::borrow;
@@ -111,7 +110,9 @@ impl ReclaimThread {
             let kept = GROWN.saturating_sub(self.ordered.elapsed());
             let kept = self.ram.pool().is_ready().then_some(kept);
             if kept == Some(Duration::ZERO) {
-                self.zero(Pool::empty);
+                if self.ram.pool().empty() {
+                    self.client.ring();
+                }
                 continue;
             }
             let timeout = left.into_iter().chain(kept).min();
@@ -127,18 +128,11 @@ impl ReclaimThread {
             }
             if orders {
                 let _ = self.ram.pool().bell().read();
-                self.zero(Pool::zero_ordered);
+                self.ram.pool().zero_ordered(|| self.client.ring());
                 self.ordered = Instant::now();
             } else if until.is_some_and(|until| until <= Instant::now()) {
                 return Done::Rested;
             }
-        }
-    }
-
-    /// Works on the pool, and says when a charge became free by that.
-    fn zero(&self, work: impl FnOnce(&Pool) -> bool) {
-        if work(self.ram.pool()) {
-            self.client.ring();
         }
     }
 
@@ -179,7 +173,8 @@ impl ReclaimThread {
         self.put(store_max, discarder, &mut load.stored);
         self.write(discarder, &mut load.stored);
         self.clean(before, store_max, load);
-        Done::Evicted { incompressible, store: self.store.resident_pages(), failed_writes: self.failed_writes }
+        load.failed_writes = self.failed_writes;
+        Done::Evicted { incompressible, store: self.store.resident_pages() }
     }
 
     /// Reads pages from the file.

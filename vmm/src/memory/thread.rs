@@ -33,6 +33,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::activation::{self, Tools};
 use super::ageing::Plan;
+use super::alone::Alone;
 use super::client::{Desk, Reply, Request, Work};
 use super::cold::Reclaim;
 use super::pages::{Pages, reserve_target};
@@ -91,20 +92,6 @@ pub struct Parts {
 /// A huge page that was put in place counts as so many faults, when it is asked how many there were since the thread has
 /// looked for its place.
 const AS_FAULTS: usize = 64;
-
-/// How long a guest that was never started waits for a controller.
-const ALONE: Duration = Duration::from_secs(60);
-
-/// Since when there is no controller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Alone(Option<Instant>);
-
-impl Alone {
-    /// Time until the worker ends itself, if it does.
-    fn left(self, started: bool, now: Instant) -> Option<Duration> {
-        self.0.filter(|_| !started).map(|since| ALONE.saturating_sub(now.saturating_duration_since(since)))
-    }
-}
 
 /// Accounting that is to begin.
 #[derive(Debug)]
@@ -247,7 +234,8 @@ impl FaultThread {
                 complain(format_args!("the guest was never started and no controller came: the worker ends"));
                 crate::worker::exit(1);
             }
-            let until = again.or(left).map(timespec);
+            let patience = self.pages.as_ref().and_then(Pages::patience_left).map(Duration::from_nanos);
+            let until = again.into_iter().chain(left).chain(patience).min().map(timespec);
             let count = match epoll::wait(&epoll, &mut events, until.as_ref()) {
                 Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
@@ -325,6 +313,7 @@ impl FaultThread {
 
     /// Does what is due when everything that has come was answered.
     fn keep(&mut self) {
+        self.fill_due();
         let Some(pages) = &mut self.pages else { return };
         if let Some(corrupt) = pages.corrupt() {
             let message = format!("guest memory is lost: {corrupt}");
@@ -344,16 +333,33 @@ impl FaultThread {
     }
 
     fn faults(&mut self, woken_ns: u64) {
-        let Some(pages) = &mut self.pages else { return };
-        let mut n = pages.on_faults(woken_ns);
-        if pages.is_due() {
-            // What comes next is asked for before, and granted meanwhile.
-            self.speak();
-        }
-        if let Some(pages) = &mut self.pages {
-            n += AS_FAULTS * pages.fill_due();
+        let mut n = 0;
+        while let Some(pages) = &mut self.pages {
+            n += pages.on_faults(woken_ns);
+            let more = pages.has_faults();
+            n += AS_FAULTS * self.fill_due();
+            if !more {
+                break;
+            }
         }
         self.placement.follow(n);
+    }
+
+    /// Fills the blocks that are due; returns how many there were. What comes next is asked for before, and what is granted
+    /// meanwhile is taken at once: another thread has work to do with it.
+    fn fill_due(&mut self) -> usize {
+        let mut n = 0;
+        loop {
+            if self.pages.as_ref().is_some_and(Pages::is_due) {
+                self.speak();
+            }
+            let Some(pages) = &mut self.pages else { return n };
+            if !pages.fill_one_due() {
+                return n;
+            }
+            n += 1;
+            self.messages();
+        }
     }
 
     /// Tells the controller what it must know: a want, a hold that began or ended, pages given back.
@@ -681,20 +687,4 @@ fn timespec(time: Duration) -> Timespec {
 pub(super) fn borrow<'a>(fd: i32) -> BorrowedFd<'a> {
     // SAFETY: the descriptors passed here belong to the thread's own state, which lives until the process ends.
     unsafe { BorrowedFd::borrow_raw(fd) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_guest_that_was_never_started_is_given_up_without_a_controller() {
-        let begin = Instant::now();
-        let alone = Alone(Some(begin));
-        assert_eq!(alone.left(false, begin), Some(ALONE));
-        assert_eq!(alone.left(false, begin + ALONE / 2), Some(ALONE / 2));
-        assert_eq!(alone.left(false, begin + 2 * ALONE), Some(Duration::ZERO));
-        assert_eq!(alone.left(true, begin + 2 * ALONE), None);
-        assert_eq!(Alone(None).left(false, begin + 2 * ALONE), None);
-    }
 }
