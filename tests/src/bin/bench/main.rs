@@ -19,6 +19,7 @@ mod many;
 mod memcg;
 mod neighbour;
 mod plot;
+mod qemu;
 mod report;
 mod vm;
 
@@ -87,7 +88,7 @@ impl Outcome {
 type Family = (&'static [&'static str], fn(&str) -> Result<Outcome, String>);
 
 /// All but those of the core, which are measured together.
-const FAMILIES: [Family; 9] = [
+const FAMILIES: [Family; 10] = [
     (&fault::IDS, fault::measure),
     (&discard::IDS, discard::measure),
     (&limit::IDS, limit::measure),
@@ -97,6 +98,7 @@ const FAMILIES: [Family; 9] = [
     (&neighbour::IDS, neighbour::measure),
     (&cost::IDS, cost::measure),
     (&many::IDS, |id| Ok(many::measure(id))),
+    (&qemu::IDS, qemu::measure),
 ];
 
 fn main() -> ExitCode {
