@@ -18,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+mod budget;
 mod chain;
 mod config;
 mod counters;
@@ -30,6 +31,7 @@ pub mod spec;
 mod stats;
 mod stats_queue;
 
+pub use budget::Budget;
 pub use config::ConfigSpace;
 pub use counters::{Counters, GuestFault, GuestFaults};
 pub use device::{Balloon, Options};

@@ -1,7 +1,7 @@
 //! Balloon drivers that lie, flood, stall and reset: the device counts it, and the next sane driver finds it working.
 
 use ballast_tests::{PAGE, number, wait_until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::pair::{MAX, Pair};
 use super::{MIB, skipped};
@@ -123,16 +123,23 @@ fn late_features_and_storms_of_kicks_do_nothing() {
     pair.recover();
 }
 
-/// Everything is given and taken back as fast as the guest can, and used in between.
+/// Everything is given and taken back as fast as the guest can, and used in between. It is let do so for a moment, and then
+/// it waits for its balloon; an event says so.
 #[test]
 fn floods_of_inflating_and_deflating_stay_within_the_limit() {
     if skipped("flood") {
         return;
     }
     let mut pair = Pair::start(json!({}));
-    pair.attack(&["balloon evil flood 32M 48M rounds=20 touch=1", "balloon evil flood 32M 48M rounds=100"]);
+    pair.attack(&["balloon evil flood 32M 48M rounds=3 touch=1", "balloon evil flood 32M 4M rounds=4"]);
+    let told = wait_until("an event says so", 10, || {
+        let (_, events) = pair.serve.raw("GET", "/events?follow=false", None);
+        let mut events = events.lines().map(|line| serde_json::from_str::<Value>(line).expect("an event is JSON"));
+        events.find(|event| event["event"] == "guest_misbehaves")
+    });
+    assert_eq!((&told["vm"], &told["guest_errors"]), (&json!("evil"), &told["guest_errors_total"]), "the first one");
     let vm = pair.recover();
-    assert!(number(&vm, "faults.discarded_pages") >= 20 * 48 * MIB / PAGE, "{vm}");
+    assert!(number(&vm, "faults.discarded_pages") >= 2 * 48 * MIB / PAGE, "{vm}");
 }
 
 /// Whatever was in flight when the device was reset: the page is either discarded or it is not, and charged accordingly.

@@ -431,7 +431,7 @@ impl Actor {
         vm.granted_total = held;
         vm.returned_total = 0;
         vm.report = Report { answers: None, epoch: 0, granted_total: held, returned_total: 0, ..hello.report };
-        vm.balloon.adopted(hello.report.oom_deflated);
+        vm.balloon.adopted(&hello.report);
         vm.reported = vm.adopted;
         if hello.started {
             vm.state = if vm.paused_by.is_some() { VmState::Paused } else { VmState::Running };

@@ -8,6 +8,8 @@
 //!
 //! With `deflate_on_oom` a guest that is out of memory takes pages back. That is an event, one a second at most, and
 //! nothing is asked of this guest for a while. The pages are charged when they are touched, like any other.
+//!
+//! What a guest claims and its worker refuses is an event too: the first time, and each time that there is twice as much.
 
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ use super::events::EventKind;
 use super::host;
 use super::view::VmState;
 use super::vm::{Vm, VmId};
-use crate::worker::protocol::ToWorker;
+use crate::worker::protocol::{Report, ToWorker};
 
 /// Time between two events about one guest that takes pages back.
 const TAKEN_BACK_EVERY: Duration = Duration::from_secs(1);
@@ -39,12 +41,14 @@ pub(super) struct BalloonAsking {
     taken_back: u64,
     /// When the next such event may come: somebody waits for that time.
     taken_back_next: Option<Instant>,
+    /// Guest errors, as the last event has said.
+    errors: u64,
 }
 
 impl Default for BalloonAsking {
     fn default() -> Self {
         let (asking, at) = (Asking::new(), Instant::now());
-        Self { asking, ran: Duration::ZERO, at, runs: false, taken_back: 0, taken_back_next: None }
+        Self { asking, ran: Duration::ZERO, at, runs: false, taken_back: 0, taken_back_next: None, errors: 0 }
     }
 }
 
@@ -79,9 +83,9 @@ impl BalloonAsking {
         Some(self.at + host::scaled(next).saturating_sub(self.ran))
     }
 
-    /// A worker is taken over: what its guest has taken back so far was told by somebody else.
-    pub fn adopted(&mut self, taken_back: u64) {
-        self.taken_back = taken_back;
+    /// A worker is taken over: what its guest has taken back so far, and got wrong, was told by somebody else.
+    pub fn adopted(&mut self, report: &Report) {
+        (self.taken_back, self.errors) = (report.oom_deflated, report.faults.guest_errors);
     }
 }
 
@@ -162,6 +166,19 @@ impl Actor {
         let details = json!({ "taken_bytes": Pages(taken).bytes(), "taken_total_bytes": Pages(total).bytes() });
         let (name, details) = (vm.name.clone(), self.account(id, details));
         self.event(EventKind::GuestDeflatedOnOom, Some(&name), details);
+    }
+
+    /// Says that the guest has claimed what was refused, unless that was said when there was half as much.
+    pub fn tell_guest_errors(&mut self, id: VmId) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let total = vm.report.faults.guest_errors;
+        if total == 0 || total / 2 < vm.balloon.errors {
+            return;
+        }
+        let more = total - std::mem::replace(&mut vm.balloon.errors, total);
+        let (name, details) = (vm.name.clone(), json!({ "guest_errors": more, "guest_errors_total": total }));
+        let details = self.account(id, details);
+        self.event(EventKind::GuestMisbehaves, Some(&name), details);
     }
 
     /// Looks again at a guest that was asked for pages.

@@ -61,6 +61,9 @@ pub enum EventKind {
     Uncooperative,
     /// The guest was out of memory and has taken pages back from its balloon.
     GuestDeflatedOnOom,
+    /// The guest has claimed something that was refused, or made its balloon work more than anybody had asked for; told the
+    /// first time, and when that has happened twice as often.
+    GuestMisbehaves,
     /// The VM was paused.
     Paused,
     /// The VM goes on.
@@ -85,7 +88,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -103,6 +106,7 @@ impl EventKind {
         Self::TargetStalled,
         Self::Uncooperative,
         Self::GuestDeflatedOnOom,
+        Self::GuestMisbehaves,
         Self::Paused,
         Self::Resumed,
         Self::ResumeRefused,

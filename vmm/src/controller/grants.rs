@@ -88,6 +88,7 @@ impl Actor {
         self.serve_refused_but(Some(id));
         self.serve(id, true);
         self.tell_evicted(id);
+        self.tell_guest_errors(id);
         self.look_above(id);
     }
 

@@ -12,17 +12,20 @@
 //! A queue that was left because memory could not be had is *deferred*: it is looked at again when the guest notifies
 //! or when [`BalloonHandle::retry`] is called, and never in a loop. Whoever refuses an access must therefore call
 //! `retry` when it would no longer refuse it; calling it too early or for nothing is harmless.
+//!
+//! A queue on which the guest has done more than it was asked for is *closed* until that is paid for ([`Budget`]): its
+//! doorbell is not watched, so the guest can neither make the device work nor wake it. That counts as a guest error.
 
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use balloon::{Balloon, Counters, GuestPages, GuestStats, Options, Progress, QueueKind, StatsRequest};
+use balloon::{Balloon, Budget, Counters, GuestPages, GuestStats, Options, Progress, QueueKind, StatsRequest};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -83,6 +86,9 @@ struct Shared {
     actual: AtomicU32,
     ready: AtomicBool,
     deferred: AtomicBool,
+    /// What the guest did wrong in queues, configuration space and registers, and how often a queue was closed.
+    errors: AtomicU64,
+    closed: AtomicU64,
     published: Mutex<Published>,
     control: EventFd,
     retry: EventFd,
@@ -93,7 +99,6 @@ struct Shared {
 #[derive(Clone, Copy, Debug, Default)]
 struct Published {
     counters: Counters,
-    violations: u64,
     stats: Option<(GuestStats, Instant)>,
 }
 
@@ -103,9 +108,10 @@ impl Shared {
         let balloon = mmio.device();
         self.actual.store(balloon.actual(), Ordering::Release);
         self.ready.store(mmio.is_live(), Ordering::Release);
+        let wrong = balloon.counters().faults.total() + mmio.violations();
+        self.errors.store(wrong + self.closed.load(Ordering::Relaxed), Ordering::Release);
         let mut published = lock(&self.published);
         published.counters = *balloon.counters();
-        published.violations = mmio.violations();
         if new_stats {
             published.stats = balloon.stats().map(|stats| (*stats, Instant::now()));
         }
@@ -159,10 +165,10 @@ impl BalloonHandle {
         lock(&self.0.published).counters
     }
 
-    /// What the guest did wrong so far: in queues, in configuration space and in registers.
+    /// What the guest did wrong so far: in queues, in configuration space and in registers, and by doing more than it was
+    /// asked for.
     pub fn guest_errors(&self) -> u64 {
-        let published = lock(&self.0.published);
-        published.counters.faults.total() + published.violations
+        self.0.errors.load(Ordering::Acquire)
     }
 
     /// Whether a queue waits for [`Self::retry`].
@@ -216,6 +222,16 @@ pub struct BalloonDevice<M, G> {
     pages: G,
     /// By queue number: left because of `WouldBlock`.
     deferred: Vec<bool>,
+    /// What the guest has done beyond what was asked of it.
+    budget: Budget,
+    begun: Instant,
+    /// By queue number: left alone until then, counted from `begun`.
+    closed: Vec<Option<Duration>>,
+    /// Runs until the first of them.
+    opening: TimerFd,
+    /// Rung for who tells of guest errors, each time that there are twice as many.
+    bell: EventFd,
+    told: u64,
     /// Runs from an answer to the next question: nobody is asked, or woken, who has no driver.
     timer: Option<(TimerFd, Duration)>,
 }
@@ -230,9 +246,11 @@ impl<M, G> std::fmt::Debug for BalloonDevice<M, G> {
 const CONTROL: u32 = 0x100;
 const RETRY: u32 = 0x101;
 const TIMER: u32 = 0x102;
+const OPENING: u32 = 0x103;
 
 impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
-    /// A balloon whose rings are in `mem` and whose pages are in the care of `pages`; `interrupt` is its line.
+    /// A balloon whose rings are in `mem` and whose pages are in the care of `pages`; `interrupt` is its line. `bell` is rung
+    /// when there are guest errors to tell of.
     ///
     /// # Errors
     /// When the host has no descriptors left.
@@ -241,6 +259,7 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         mem: M,
         pages: G,
         interrupt: Box<dyn Interrupt>,
+        bell: EventFd,
     ) -> io::Result<(Self, BalloonWindow<M>, BalloonHandle)> {
         let BalloonConfig { deflate_on_oom, reporting, stats_interval, .. } = config;
         let options = Options { stats: stats_interval.is_some(), deflate_on_oom, reporting };
@@ -252,6 +271,8 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
             actual: AtomicU32::new(0),
             ready: AtomicBool::new(false),
             deferred: AtomicBool::new(false),
+            errors: AtomicU64::new(0),
+            closed: AtomicU64::new(0),
             published: Mutex::default(),
             control: event()?,
             retry: event()?,
@@ -265,7 +286,20 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
         };
         let window = BalloonWindow { mmio: mmio.clone(), shared: shared.clone() };
         let handle = BalloonHandle(shared.clone());
-        Ok((BalloonDevice { mmio, shared, pages, deferred: vec![false; queues], timer }, window, handle))
+        let device = BalloonDevice {
+            mmio,
+            shared,
+            pages,
+            deferred: vec![false; queues],
+            budget: Budget::new(config.ram_pages),
+            begun: Instant::now(),
+            closed: vec![None; queues],
+            opening: TimerFd::new()?,
+            bell,
+            told: 0,
+            timer,
+        };
+        Ok((device, window, handle))
     }
 
     /// The event for each queue number, to be registered as an ioeventfd on `QueueNotify` (window + 0x50, 4 bytes)
@@ -275,7 +309,10 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
     }
 
     /// Handles one batch of queue `index`, and comes back to it by its own doorbell if there is more.
-    fn run_queue(&mut self, index: usize) {
+    fn run_queue(&mut self, index: usize, ops: &mut EventOps) {
+        if self.closed[index].is_some() {
+            return;
+        }
         let mut mmio = lock(&self.mmio);
         let kind = balloon::queue_kind(mmio.features(), index);
         let (Some(kind), Some((balloon, queue, mem))) = (kind, mmio.queue(index)) else {
@@ -283,7 +320,12 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
             drop(mmio);
             return self.set_deferred(index, false);
         };
+        if let Some(wait) = self.budget.wait(kind, self.begun.elapsed()) {
+            drop(mmio);
+            return self.close(index, wait, ops);
+        }
         let out = balloon.process(kind, queue, mem, &mut self.pages);
+        self.budget.spend(kind, &out, self.begun.elapsed());
         if out.needs_interrupt {
             mmio.signal_used();
         }
@@ -297,6 +339,50 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
             // Through the event loop, so that no queue keeps the thread, or the lock, for itself.
             ring(&self.shared.doorbells[index]);
         }
+        self.tell();
+    }
+
+    /// Leaves a queue alone for this time. The guest waits for its buffers.
+    fn close(&mut self, index: usize, wait: Duration, ops: &mut EventOps) {
+        self.closed[index] = Some(self.begun.elapsed() + wait);
+        self.watch(index, EventSet::empty(), ops);
+        self.open_later();
+        self.shared.closed.fetch_add(1, Ordering::Relaxed);
+        self.shared.publish(&lock(&self.mmio), false);
+        self.tell();
+    }
+
+    /// Looks again at the queues that were left alone for long enough.
+    fn open(&mut self, ops: &mut EventOps) {
+        let now = self.begun.elapsed();
+        for index in 0..self.closed.len() {
+            if self.closed[index].take_if(|until| *until <= now).is_some() {
+                self.watch(index, EventSet::IN, ops);
+                ring(&self.shared.doorbells[index]);
+            }
+        }
+        self.open_later();
+    }
+
+    fn open_later(&mut self) {
+        if let Some(until) = self.closed.iter().flatten().min() {
+            let wait = until.saturating_sub(self.begun.elapsed()).max(Duration::from_micros(1));
+            self.opening.reset(wait, None).expect("a timer of a minute or so");
+        }
+    }
+
+    fn watch(&self, index: usize, what: EventSet, ops: &mut EventOps) {
+        let doorbell = self.shared.doorbells[index].as_raw_fd();
+        ops.modify(Events::with_data_raw(doorbell, index as u32, what)).expect("the doorbell has been added");
+    }
+
+    /// Rings for who tells of guest errors, when there is news: twice as many as the last time.
+    fn tell(&mut self) {
+        let errors = self.shared.errors.load(Ordering::Relaxed);
+        if errors > 0 && errors / 2 >= self.told {
+            self.told = errors;
+            ring(&self.bell);
+        }
     }
 
     fn set_deferred(&mut self, index: usize, deferred: bool) {
@@ -305,8 +391,10 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
     }
 
     fn apply_target(&mut self) {
+        let target = self.shared.target.load(Ordering::Acquire);
+        self.budget.set_target(target);
         let mut mmio = lock(&self.mmio);
-        if mmio.device_mut().set_target(self.shared.target.load(Ordering::Acquire)) {
+        if mmio.device_mut().set_target(target) {
             mmio.config_changed();
         }
     }
@@ -337,7 +425,7 @@ impl<M: GuestMemory, G: GuestPages> BalloonDevice<M, G> {
 }
 
 impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             CONTROL => {
                 let _ = self.shared.control.read();
@@ -348,9 +436,13 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
                 // Each once: what is refused again waits for the next call.
                 for index in 0..self.deferred.len() {
                     if self.deferred[index] {
-                        self.run_queue(index);
+                        self.run_queue(index, ops);
                     }
                 }
+            }
+            OPENING => {
+                let _ = self.opening.wait();
+                self.open(ops);
             }
             TIMER => {
                 if let Some((timer, _)) = &mut self.timer {
@@ -362,7 +454,7 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
                 let index = index as usize;
                 if let Some(doorbell) = self.shared.doorbells.get(index) {
                     let _ = doorbell.read();
-                    self.run_queue(index);
+                    self.run_queue(index, ops);
                 }
             }
         }
@@ -379,6 +471,7 @@ impl<M: GuestMemory, G: GuestPages> MutEventSubscriber for BalloonDevice<M, G> {
         }
         watch(&self.shared.control, CONTROL);
         watch(&self.shared.retry, RETRY);
+        watch(&self.opening, OPENING);
         if let Some((timer, _)) = &self.timer {
             watch(timer, TIMER);
         }

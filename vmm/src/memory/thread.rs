@@ -147,7 +147,17 @@ struct Told {
     ballooned: u64,
     balloon_actual: u32,
     balloon_ready: bool,
+    /// How often the number of guest errors has doubled.
+    errors: u32,
     owed: bool,
+}
+
+impl Told {
+    fn new(report: &Report, owed: bool) -> Self {
+        let Report { held, returned_total, ballooned, balloon_actual, balloon_ready, .. } = *report;
+        let errors = u64::BITS - report.faults.guest_errors.leading_zeros();
+        Self { held, returned_total, ballooned, balloon_actual, balloon_ready, errors, owed }
+    }
 }
 
 impl FaultThread {
@@ -362,25 +372,10 @@ impl FaultThread {
         }
     }
 
-    /// Tells the controller what it must know: a want, a hold that began or ended, pages given back.
+    /// Tells the controller what it must know: a want, a hold that began or ended, pages given back, guest errors.
     fn speak(&mut self) {
-        let Some(pages) = &mut self.pages else {
-            if std::mem::take(&mut self.told.owed) {
-                self.report(None, 0, 0);
-            }
-            return;
-        };
-        let ask = pages.ask();
-        let now = pages.report();
-        let told = Told {
-            held: now.held,
-            returned_total: now.returned_total,
-            ballooned: now.ballooned,
-            balloon_actual: self.balloon.actual(),
-            balloon_ready: self.balloon.ready(),
-            owed: false,
-        };
-        let news = told != self.told;
+        let ask = self.pages.as_mut().and_then(Pages::ask);
+        let news = Told::new(&self.sketch(), false) != self.told;
         if ask.is_some() || news {
             let (want, want_now) = ask.unwrap_or_default();
             self.report(None, want, want_now);
@@ -402,27 +397,25 @@ impl FaultThread {
         {
             pages.unasked();
         }
-        self.told = Told {
-            held: report.held,
-            returned_total: report.returned_total,
-            ballooned: report.ballooned,
-            balloon_actual: report.balloon_actual,
-            balloon_ready: report.balloon_ready,
-            owed: !sent,
-        };
+        self.told = Told::new(&report, !sent);
     }
 
     /// What the VM holds at this moment.
     fn measure(&self) -> Report {
         let counters = self.balloon.counters();
+        let mut report = Report { oom_deflated: counters.oom_deflated_pages, ..self.sketch() };
+        report.faults.reported_left += counters.poisoned_pages;
+        report
+    }
+
+    /// The part of that which takes no lock.
+    fn sketch(&self) -> Report {
         let mut report = Report {
             balloon_actual: self.balloon.actual(),
             balloon_ready: self.balloon.ready(),
-            oom_deflated: counters.oom_deflated_pages,
             paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
             ..self.pages.as_ref().map(Pages::report).unwrap_or_default()
         };
-        report.faults.reported_left += counters.poisoned_pages;
         report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
         report
     }

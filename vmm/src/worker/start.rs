@@ -234,8 +234,9 @@ fn build(channel: &Channel) -> Result<Built, StartError> {
     };
     let memory = GuestMem::new(ram.clone(), Some(client.clone()), false);
     let interrupt = Box::new(clone_event(&balloon_irq)?);
+    let bell = clone_event(&desk.bell)?;
     let (balloon_device, window, balloon) =
-        BalloonDevice::new(balloon_config, memory, pages, interrupt).map_err(os("the balloon cannot be made"))?;
+        BalloonDevice::new(balloon_config, memory, pages, interrupt, bell).map_err(os("the balloon cannot be made"))?;
 
     let mut buses = Buses::default();
     buses.pio.insert(u64::from(layout::COM1), serial::PORTS, port)?;

@@ -114,3 +114,17 @@ async fn a_guest_that_takes_pages_back_when_it_is_out_of_memory_is_an_event() {
     assert_eq!(bytes, [256 * 4096, 9 * 256 * 4096]);
     assert_eq!(taken[1].details["taken_total_bytes"], 10 * 256 * 4096);
 }
+
+/// What a guest gets wrong is told once, and again when it is twice as much: no flood of events for a flood of errors.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_refused_things_is_an_event_each_time_that_they_have_doubled() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    for errors in 0..100 {
+        worker.report.faults.guest_errors = errors;
+        worker.tell().await;
+    }
+    let events = worker.events().await;
+    let told = events.iter().filter(|event| event.event == EventKind::GuestMisbehaves);
+    let totals: Vec<_> = told.map(|event| event.details["guest_errors_total"].as_u64().unwrap()).collect();
+    assert_eq!(totals, [1, 2, 4, 8, 16, 32, 64]);
+}

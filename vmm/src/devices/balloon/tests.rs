@@ -63,6 +63,7 @@ struct Vm {
     events: EventManager<BalloonDevice<GuestMemoryMmap, Pages>>,
     pages: Pages,
     irq: EventFd,
+    told: EventFd,
     doorbells: Vec<EventFd>,
     avail: [u16; 4],
 }
@@ -82,11 +83,13 @@ impl Vm {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let pages = Pages::default();
         let line = Box::new(irq.try_clone().unwrap());
-        let (device, window, handle) = BalloonDevice::new(config, mem.clone(), pages.clone(), line).unwrap();
+        let bell = EventFd::new(EFD_NONBLOCK).unwrap();
+        let told = bell.try_clone().unwrap();
+        let (device, window, handle) = BalloonDevice::new(config, mem.clone(), pages.clone(), line, bell).unwrap();
         let doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(device);
-        Vm { mem, window, handle, events, pages, irq, doorbells, avail: [0; 4] }
+        Vm { mem, window, handle, events, pages, irq, told, doorbells, avail: [0; 4] }
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -330,6 +333,39 @@ fn a_reset_in_the_middle_leaves_the_old_rings_alone() {
     assert_eq!((vm.pages.inflated.get(), vm.used(INFLATE)), (3, 1));
 }
 
+/// Giving and taking back for ever: the queue is left alone, and so is the device, until that is paid for.
+#[test]
+fn a_queue_on_which_too_much_is_done_is_closed_for_a_while() {
+    let mut vm = Vm::boot(None);
+    let pages = (RAM / 4096) as u32;
+    let mut rounds = 0;
+    while vm.handle.guest_errors() == 0 {
+        for queue in [INFLATE, DEFLATE] {
+            vm.offer_pfns(queue, 0..pages / 2);
+            vm.offer_pfns(queue, pages / 2..pages);
+            vm.kick(queue);
+            vm.run();
+        }
+        rounds += 1;
+        assert!(rounds < 1000, "nobody minds");
+    }
+    let given = vm.pages.inflated.get();
+    assert_eq!(vm.told.read().unwrap(), 1, "it is told of");
+    for _ in 0..10 {
+        vm.kick(INFLATE);
+        assert_eq!((vm.events.run_with_timeout(0).unwrap(), vm.pages.inflated.get()), (0, given), "nobody is woken");
+    }
+    // Not so those that are not to blame.
+    assert_eq!(vm.pages.deflated.get(), given + u64::from(pages), "what was given is taken back");
+    let start = Instant::now();
+    while vm.pages.inflated.get() == given {
+        assert!(start.elapsed() < Duration::from_secs(60), "the queue stays closed");
+        vm.events.run_with_timeout(1000).unwrap();
+    }
+    vm.run();
+    assert_eq!(vm.used(INFLATE), (2 * rounds) as u16, "no buffer is lost");
+}
+
 /// An idle guest without a driver wakes nobody.
 #[test]
 fn without_a_driver_there_are_no_ticks() {
@@ -415,7 +451,8 @@ fn resets_race_with_the_device_thread() {
     let config =
         BalloonConfig { ram_pages: (RAM / 4096) as u32, deflate_on_oom: false, reporting: true, stats_interval: None };
     let line = Box::new(vm.irq.try_clone().unwrap());
-    let (device, window, handle) = BalloonDevice::new(config, vm.mem.clone(), Slow(calls.clone()), line).unwrap();
+    let (pages, bell) = (Slow(calls.clone()), vm.told.try_clone().unwrap());
+    let (device, window, handle) = BalloonDevice::new(config, vm.mem.clone(), pages, line, bell).unwrap();
     vm.doorbells = device.doorbells().iter().map(|bell| bell.try_clone().unwrap()).collect();
     (vm.window, vm.handle) = (window, handle.clone());
     let stop = Arc::new(AtomicBool::new(false));
@@ -458,5 +495,5 @@ fn resets_race_with_the_device_thread() {
     handle.retry();
     thread.join().unwrap();
     assert!(calls.load(Ordering::Relaxed) > 0);
-    assert_eq!(handle.guest_errors(), 0);
+    assert_eq!(handle.counters().faults.total(), 0);
 }
