@@ -91,7 +91,7 @@ pub struct Parts {
 
 /// A huge page that was put in place counts as so many faults, when it is asked how many there were since the thread has
 /// looked for its place.
-const AS_FAULTS: usize = 64;
+const AS_FAULTS: usize = 2;
 
 /// Accounting that is to begin.
 #[derive(Debug)]
