@@ -350,6 +350,45 @@ fn a_vm_and_a_group_move_with_equal_counts() {
     assert_eq!(events.lines().filter(|line| line.contains("\"event\":\"moved\"")).count(), 4, "{events}");
 }
 
+/// Memory of a group comes back from its VMs together, and nobody else's. No limit is needed for it, and nothing is lost.
+/// Semantics: 41.
+#[test]
+fn memory_of_a_group_is_reclaimed_from_its_vms() {
+    if skipped("groups-reclaim") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/pair", json!({ "track": true }));
+    let mut consoles = [("one", "/pair"), ("two", "/pair"), ("other", "/")].map(|(name, group)| {
+        let config = guest(group, "touch 16M 32M seed=7; shell", json!({ "swap_max_bytes": null, "track": true }));
+        let console = Console::of(&serve.create_with(name, &config));
+        console.expect("READY", 20);
+        console
+    });
+    let used = || number(&serve.group("/pair"), "memory.current_bytes");
+    let evicted = || ["one", "two", "other"].map(|name| number(&serve.show(name), "cold.evicted_bytes"));
+    let before = used();
+    let (status, text) = serve.words(&["reclaim", "/pair", "40M", "--json"]);
+    assert_eq!(status, Some(0), "{text}");
+    let reclaimed: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((number(&reclaimed, "reclaimed_bytes"), &reclaimed["vm"]), (40 * MIB, &Value::Null));
+    assert_eq!(
+        (&reclaimed["group"]["path"], &reclaimed["group"]["memory"]["max_bytes"]),
+        (&json!("/pair"), &Value::Null)
+    );
+    // Their stock may be there again: one for each.
+    assert!(used() <= before - 20 * MIB, "{before} before, {} after", used());
+    let [one, two, other] = evicted();
+    assert!(one > 8 * MIB && two > 8 * MIB && other == 0, "{one}, {two} and {other}");
+    let (status, text) = serve.words(&["reclaim", "/", "40M"]);
+    assert_eq!(status, Some(0), "{text}");
+    assert!(evicted()[2] > 4 * MIB, "{:?}", evicted());
+    for console in &mut consoles {
+        console.send("verify 16M 32M seed=7");
+        assert!(console.expect("OK verify", 20).contains("bad=0"));
+    }
+}
+
 #[test]
 fn the_command_line_has_groups() {
     if skipped("groups-cli") {
@@ -375,6 +414,8 @@ fn the_command_line_has_groups() {
     assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), ["GROUP", "/", "/gold", "/gold/web"], "{ls}");
     assert_eq!((rows[2][1], rows[2][3], rows[2][4]), ("1", "16M", "256M"), "{ls}");
     assert!(ok(&["group", "show", "/gold"]).contains("1 VM, 1 group below"));
+    ok(&["reclaim", "/gold", "0"]);
+    ok(&["reclaim", "/", "0"]);
     let json: Value = serde_json::from_str(&ok(&["group", "show", "/gold", "--json"])).expect("JSON");
     assert_eq!(number(&json, "memory.max_bytes"), 256 * MIB);
     let list: Value = serde_json::from_str(&ok(&["group", "ls", "--json"])).expect("JSON");
@@ -386,6 +427,9 @@ fn the_command_line_has_groups() {
         (&["group", "set", "/gold", "memory.min=300M"], 1, "choose a lower memory.min or a higher memory.max"),
         (&["group", "rm", "/gold"], 1, "has members (1 VMs, 1 groups below)"),
         (&["group", "show", "/none"], 1, "there is no group /none"),
+        (&["reclaim", "/none", "4K"], 1, "there is no group /none"),
+        (&["reclaim", "/gold", "1G", "--wait", "1s"], 3, "nothing more could be had"),
+        (&["group", "create", "/gold/reclaim"], 2, "no group is called \"reclaim\""),
         (&["group", "create", "/none/x"], 1, "group create /none"),
     ] {
         let (got, text) = serve.words(words);

@@ -42,6 +42,7 @@ const WEB: &str = r#"{"kernel":"KERNEL","cmdline":"shell","debug_port":true,"cpu
 const OTHER: &str = r#"{"kernel":"KERNEL","cmdline":"shell","debug_port":true,"memory":{"size_bytes":134217728}}"#;
 const RELATIVE: &str = r#"{"kernel":"payload.bin","memory":{"size_bytes":67108864}}"#;
 const MEMORY: &str = "PATCH /vms/{name}/memory";
+const GROUP_RECLAIM: &str = "POST /groups/{path}/reclaim";
 
 /// All of them. A route of the document without a line of each kind fails the test.
 pub const CALLS: &[Call] = &[
@@ -128,6 +129,10 @@ pub const CALLS: &[Call] = &[
     call("PATCH /groups/{path}", "/groups/silver", "{}", Refused(404, "not_found")),
     call("POST /groups/{path}/move", "/groups/gold/batch/move", r#"{"parent":"/gold"}"#, Twice(200, 200)),
     call("POST /groups/{path}/move", "/groups/gold/move", r#"{"parent":"/gold/batch"}"#, Refused(409, "wrong_state")),
+    call(GROUP_RECLAIM, "/groups/gold/reclaim?bytes=0&wait_ms=1000", "", Twice(200, 200)),
+    call(GROUP_RECLAIM, "/groups/gold%2Fbatch/reclaim", "", Refused(400, "bad_request")),
+    call(GROUP_RECLAIM, "/groups/gold/reclaim?bytes=1&wait_ms=99999999999", "", Refused(400, "bad_request")),
+    call(GROUP_RECLAIM, "/groups/silver/reclaim?bytes=4096", "", Refused(404, "not_found")),
     call("DELETE /groups/{path}", "/groups/gold", "", Refused(409, "not_empty")),
     call("DELETE /groups/{path}", "/groups/gold/apps", "", Twice(204, 404)),
     call("GET /events", "/events?since=0&follow=false", "", Done(200)),

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use utoipa::openapi::OpenApi;
 
 use crate::controller::error::{Code, Refusal};
+use crate::controller::groups;
 
 /// The methods that a path may have, as the document writes them.
 const METHODS: [&str; 7] = ["get", "put", "post", "delete", "patch", "head", "options"];
@@ -83,6 +84,12 @@ pub(super) async fn refuse_unknown_queries(
     let mut path = path.as_str().replace("{*", "{");
     if path.ends_with('/') {
         path.push_str("{path}");
+    } else if path.ends_with("{path}")
+        && let Some((_, name)) = request.uri().path().rsplit_once('/')
+        && groups::REQUESTS.contains(&name)
+    {
+        path.push('/');
+        path.push_str(name);
     }
     let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
     let known = || with_query.contains(&(path.clone(), method.as_str().to_owned()));

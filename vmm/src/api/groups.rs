@@ -1,4 +1,4 @@
-//! Groups: `GET /groups`, `GET|PUT|PATCH|DELETE /groups/{path}`, and `POST /groups/{path}/move`.
+//! Groups: `GET /groups`, `GET|PUT|PATCH|DELETE /groups/{path}`, and `POST /groups/{path}/{move,reclaim}`.
 //!
 //! A path is written as it is, `/groups/gold/web`, or with its slashes encoded, as clients do that are generated from
 //! the document: `/groups/gold%2Fweb`. The root is `/groups/`.
@@ -15,13 +15,16 @@ use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
 use super::memory::{ChangeQuery, MemoryPatch};
+use super::reclaim::{self, ReclaimQuery};
 use super::{Contents, Shared};
 use crate::controller::error::{Code, Refusal};
+use crate::controller::groups::REQUESTS;
+use crate::controller::reclaim::ReclaimedView;
 use crate::controller::view::GroupView;
 
 /// The paths are described here, because the document has no word for the rest of a path.
 #[derive(OpenApi)]
-#[openapi(paths(list, show, put, patch, delete, move_to))]
+#[openapi(paths(list, show, put, patch, delete, move_to, reclaim))]
 struct Document;
 
 /// The routes.
@@ -30,7 +33,7 @@ pub(super) fn described() -> OpenApiRouter<Shared> {
     OpenApiRouter::with_openapi(Document::openapi())
         .route("/groups", get(list))
         .route("/groups/", one())
-        .route("/groups/{*path}", one().post(move_to))
+        .route("/groups/{*path}", one().post(posted))
 }
 
 /// The path of a group at the end of a URI. It is checked by the controller.
@@ -45,8 +48,9 @@ impl<S: Send + Sync> FromRequestParts<S> for GroupPath {
             Err(error) => return Err(Refusal::new(Code::BadRequest, format!("the path: {}", error.body_text()))),
         };
         let path = if path.starts_with('/') { path } else { format!("/{path}") };
-        // The rest of a path is matched as a whole, this one too; no group has that name.
-        if path.ends_with("/move") && parts.method != Method::POST {
+        // The rest of a path is matched as a whole, these too; no group has such a name.
+        let asks = path.rsplit_once('/').is_some_and(|(_, name)| REQUESTS.contains(&name));
+        if asks && parts.method != Method::POST {
             let message = format!("/groups{path} has no method {}", parts.method);
             return Err(Refusal::new(Code::MethodNotAllowed, message));
         }
@@ -125,18 +129,46 @@ struct MoveGroup {
         (status = 409, description = "no such group, or it does not fit: nothing has changed", body = Refusal),
         (status = 503, body = Refusal)),
 )]
-async fn move_to(
+async fn move_to(shared: &Shared, path: &str, body: &Contents) -> Result<Response, Refusal> {
+    let MoveGroup { parent } = body.object("{\"parent\": \"/gold\"}")?;
+    shared.controller.move_group(path, &parent).await.map(|view| Json(view).into_response())
+}
+
+/// Takes memory back from the VMs of a group together, as from one VM: each gives by what it uses above its protection. Of
+/// `/`: from all VMs of the host.
+#[utoipa::path(
+    post, path = "/groups/{path}/reclaim",
+    params(("path" = String, Path, description = "path of the group"), ReclaimQuery),
+    responses((status = 200, description = "all of it", body = ReclaimedView),
+        (status = 202, description = "less", body = ReclaimedView),
+        (status = 400, body = Refusal), (status = 404, body = Refusal), (status = 409, body = Refusal)),
+)]
+async fn reclaim(
+    shared: &Shared,
+    path: &str,
+    query: Result<Query<ReclaimQuery>, QueryRejection>,
+) -> Result<Response, Refusal> {
+    let (bytes, wait) = reclaim::asked(query)?;
+    shared.controller.reclaim_group(path, bytes, wait).await.map(reclaim::answer)
+}
+
+/// What is posted to a group: the rest of a path is matched as a whole, and says at its end what it is.
+async fn posted(
     State(shared): State<Shared>,
     GroupPath(path): GroupPath,
+    query: Result<Query<ReclaimQuery>, QueryRejection>,
     body: Contents,
-) -> Result<Json<GroupView>, Refusal> {
-    // The rest of a path is matched as a whole.
-    let Some(path) = path.strip_suffix("/move") else {
-        let message = format!("nothing can be posted to /groups{path}; there is /groups/PATH/move");
-        return Err(Refusal::new(Code::MethodNotAllowed, message));
-    };
-    let MoveGroup { parent } = body.object("{\"parent\": \"/gold\"}")?;
-    shared.controller.move_group(if path.is_empty() { "/" } else { path }, &parent).await.map(Json)
+) -> Result<Response, Refusal> {
+    let (group, request) = path.rsplit_once('/').unwrap_or_default();
+    let group = if group.is_empty() { "/" } else { group };
+    match request {
+        "move" => move_to(&shared, group, &body).await,
+        "reclaim" => reclaim(&shared, group, query).await,
+        _ => {
+            let message = format!("nothing can be posted to /groups{path}; there are /groups/PATH/move and …/reclaim");
+            Err(Refusal::new(Code::MethodNotAllowed, message))
+        }
+    }
 }
 
 /// Removes a group with nothing in it. What was charged in it by VMs that have ended keeps it in the list, as dying,

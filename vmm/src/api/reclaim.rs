@@ -1,4 +1,4 @@
-//! `POST /vms/{name}/reclaim`.
+//! `POST /vms/{name}/reclaim`, and what a group's has in common with it.
 
 use std::time::Duration;
 
@@ -42,13 +42,26 @@ pub(super) async fn reclaim(
     Name(name): Name,
     query: Result<Query<ReclaimQuery>, QueryRejection>,
 ) -> Result<Response, Refusal> {
+    let (bytes, wait) = asked(query)?;
+    shared.controller.reclaim(&name, bytes, wait).await.map(answer)
+}
+
+/// How much is asked for, in bytes, and for how long.
+///
+/// # Errors
+/// When that makes no sense.
+pub(super) fn asked(query: Result<Query<ReclaimQuery>, QueryRejection>) -> Result<(u64, Duration), Refusal> {
     let wrong = |message: String| Refusal::new(Code::BadRequest, message);
     let Query(query) = query.map_err(|error| wrong(format!("the query: {}", error.body_text())))?;
     let wait = query.wait_ms.map_or_else(|| scaled(DEADLINE), Duration::from_millis);
     if wait > MAX_WAIT {
         return Err(wrong("wait_ms is longer than a day".to_owned()));
     }
-    let reclaimed = shared.controller.reclaim(&name, query.bytes, wait).await?;
+    Ok((query.bytes, wait))
+}
+
+/// What has come of it.
+pub(super) fn answer(reclaimed: ReclaimedView) -> Response {
     let status = if reclaimed.is_reached() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    Ok((status, Json(reclaimed)).into_response())
+    (status, Json(reclaimed)).into_response()
 }

@@ -1,4 +1,4 @@
-//! `ballast reclaim`: memory back from a VM, now.
+//! `ballast reclaim`: memory back from a VM or a group, now.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use hyper::Method;
 use memcg_core::units::{SizeArg, human, parse_size};
 
-use super::options::{duration, name};
+use super::options::{duration, group_path, name};
 use super::{DONE, Failure, NOT_REACHED, SocketArg, client, output, socket};
 use crate::controller::reclaim::ReclaimedView;
-use crate::controller::view::{ReclaimRung, VmView};
+use crate::controller::view::{ReclaimRung, ReclaimView};
 
 /// Time between two looks at how far it has got.
 const LOOK: Duration = Duration::from_millis(250);
@@ -18,7 +18,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// `ballast reclaim`.
 #[derive(Debug, clap::Args)]
 pub struct ReclaimArgs {
-    /// Name of the VM
+    /// Name of the VM, or path of a group such as /gold; / is the whole host
     pub name: String,
     /// By how much its usage is to fall, such as 64M
     #[arg(value_name = "SIZE")]
@@ -35,16 +35,21 @@ pub struct ReclaimArgs {
 
 /// Takes memory back, and says how much. On a terminal what is being done is shown meanwhile.
 pub async fn reclaim(args: ReclaimArgs) -> Result<u8, Failure> {
-    let vm = name(&args.name).map_err(Failure::usage)?;
     let bytes = size(&args.size).map_err(Failure::usage)?;
-    let socket = socket::to_reach(&args.socket, &vm)?;
+    let (socket, place) = if args.name.starts_with('/') {
+        let path = group_path(&args.name).map_err(Failure::usage)?;
+        (socket::to_reach_service(&args.socket)?, format!("/groups{path}"))
+    } else {
+        let vm = name(&args.name).map_err(Failure::usage)?;
+        (socket::to_reach(&args.socket, &vm)?, format!("/vms/{vm}"))
+    };
     let wait = crate::controller::host::scaled(args.wait);
-    let target = format!("/vms/{vm}/reclaim?bytes={bytes}&wait_ms={}", wait.as_millis());
+    let target = format!("{place}/reclaim?bytes={bytes}&wait_ms={}", wait.as_millis());
     let asked = client::request(&socket, Method::POST, &target, String::new());
     let (status, body) = if std::io::stderr().is_terminal() {
         let answer = tokio::select! {
             answer = asked => answer,
-            never = progress(&socket, &vm) => never,
+            never = progress(&socket, &place) => never,
         };
         show("");
         answer
@@ -55,9 +60,10 @@ pub async fn reclaim(args: ReclaimArgs) -> Result<u8, Failure> {
     if args.json {
         output::json(&reclaimed)?;
     }
-    let usage = human(reclaimed.vm.memory.current_bytes);
     if status == hyper::StatusCode::ACCEPTED {
         let (got, wanted) = (human(reclaimed.reclaimed_bytes), human(reclaimed.requested_bytes));
+        let vm = reclaimed.vm.map(|vm| vm.memory.current_bytes);
+        let usage = vm.or(reclaimed.group.map(|group| group.memory.current_bytes)).map_or("?".to_owned(), human);
         eprintln!("ballast: {got} of {wanted} came back, {usage} is in use: nothing more could be had in this time");
         return Ok(NOT_REACHED);
     }
@@ -74,11 +80,21 @@ fn size(word: &str) -> Result<u64, String> {
 }
 
 /// Shows on stderr what is being done, until somebody stops it.
-async fn progress<T>(socket: &Path, vm: &str) -> Result<T, Failure> {
+async fn progress<T>(socket: &Path, place: &str) -> Result<T, Failure> {
+    /// What a VM and a group have in common.
+    #[derive(serde::Deserialize)]
+    struct View {
+        memory: Memory,
+        reclaim: ReclaimView,
+    }
+    #[derive(serde::Deserialize)]
+    struct Memory {
+        current_bytes: u64,
+    }
     loop {
         tokio::time::sleep(LOOK).await;
-        let (_, body) = client::request(socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
-        let view: VmView = client::decode(&body)?;
+        let (_, body) = client::request(socket, Method::GET, place, String::new()).await?;
+        let view: View = client::decode(&body)?;
         show(&format!("{}, {} in use", doing(view.reclaim.rung), human(view.memory.current_bytes)));
     }
 }

@@ -38,6 +38,9 @@ const MOST: usize = 1024;
 /// Levels of groups below the root: a VM is one more.
 pub(super) const DEEPEST: usize = MAX_LEVELS - 2;
 
+/// What can be asked of a group by a name behind its path. No group is called like that.
+pub const REQUESTS: [&str; 2] = ["move", "reclaim"];
+
 /// A path of a group in its one form: `/`, or `/` before every name.
 ///
 /// # Errors
@@ -53,8 +56,8 @@ pub fn path(text: &str) -> Result<String, Refusal> {
     if names.split('/').count() > DEEPEST {
         return Err(wrong(format!("the path of a group has at most {DEEPEST} names, this has more: {text:?}")));
     }
-    if names.split('/').any(|name| name == "move") {
-        return Err(wrong(format!("the path {text:?}: no group is called \"move\": /groups/PATH/move is a request")));
+    if let Some(name) = names.split('/').find(|name| REQUESTS.contains(name)) {
+        return Err(wrong(format!("the path {text:?}: no group is called {name:?}: /groups/PATH/{name} is a request")));
     }
     let mut tree = Tree::new(Limit::Max);
     for name in names.split('/') {
@@ -198,6 +201,8 @@ impl Actor {
             );
             Refusal::new(Code::NotEmpty, message)
         })?;
+        let gone = Refusal::new(Code::NotFound, format!("the group {path} was removed meanwhile"));
+        self.abandon_reclaims(Target::Group(node), &gone);
         self.reap();
         self.remember(Entry::GroupGone { path: path.clone() });
         self.event_of(EventKind::Removed, Subject::Group(&path), json!({}));

@@ -1,7 +1,7 @@
-//! `reclaim`: memory that somebody wants back now, whatever the limits.
+//! `reclaim`: memory that somebody wants back now from a VM or a group, whatever the limits.
 //!
 //! As `memory.reclaim` of cgroup v2: usage is to fall by so many bytes, by all means that do not hurt: stock, balloon,
-//! eviction. Nothing is held for it, no limit changes, and the guest may take everything again. Asked for is a *goal*
+//! eviction. What a group is to give is divided among its VMs as it is for a limit. Nothing is held for it, no limit changes, and the guest may take everything again. Asked for is a *goal*
 //! of the ladder (`ladders.rs`); the answer comes when usage has been there, or with how far it got, when the time is
 //! over or nothing more can be had.
 
@@ -17,7 +17,7 @@ use super::Controller;
 use super::actor::{Actor, answer};
 use super::changes::Target;
 use super::error::{Code, Refusal};
-use super::view::VmView;
+use super::view::{GroupView, VmView};
 use super::vm::Reply;
 
 /// What came of a request for memory.
@@ -27,8 +27,12 @@ pub struct ReclaimedView {
     pub requested_bytes: u64,
     /// By how much usage has fallen at its lowest.
     pub reclaimed_bytes: u64,
-    /// The VM now.
-    pub vm: VmView,
+    /// The VM now, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<VmView>,
+    /// The group now, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupView>,
 }
 
 impl ReclaimedView {
@@ -64,27 +68,63 @@ impl Controller {
     /// See [`Code`]: there is no such VM, it is not charged, or it is just starting.
     pub async fn reclaim(&self, name: &str, bytes: u64, wait: Duration) -> Result<ReclaimedView, Refusal> {
         let name = name.to_owned();
-        self.ask(move |actor, reply| actor.reclaim(&name, Pages::from_bytes_ceil(bytes), wait, reply)).await
+        let target = move |actor: &Actor| actor.reclaimable_vm(&name);
+        self.ask(move |actor, reply| actor.reclaim(target(actor), Pages::from_bytes_ceil(bytes), wait, reply)).await
+    }
+
+    /// Takes `bytes` back from the VMs of a group together; as [`Self::reclaim`].
+    ///
+    /// # Errors
+    /// See [`Code`]: there is no such group, or none of its VMs is charged.
+    pub async fn reclaim_group(&self, path: &str, bytes: u64, wait: Duration) -> Result<ReclaimedView, Refusal> {
+        let path = path.to_owned();
+        let target = move |actor: &Actor| actor.reclaimable_group(&path);
+        self.ask(move |actor, reply| actor.reclaim(target(actor), Pages::from_bytes_ceil(bytes), wait, reply)).await
     }
 }
 
 impl Actor {
-    fn reclaim(&mut self, name: &str, wanted: Pages, wait: Duration, reply: Reply<ReclaimedView>) {
-        let id = match self.find_alive(name) {
-            Ok(id) => id,
-            Err(refusal) => return answer(reply, Err(refusal)),
-        };
-        let target = Target::Vm(id);
+    /// The VM of this name, if it can be asked for memory.
+    fn reclaimable_vm(&self, name: &str) -> Result<Target, Refusal> {
+        let id = self.find_alive(name)?;
         if !self.vms[&id].accounted() {
             let message = format!("what the VM {name:?} uses is not known: `ballast set {name} track=on` first");
-            return answer(reply, Err(Refusal::new(Code::NotAccounted, message)));
+            return Err(Refusal::new(Code::NotAccounted, message));
         }
-        if !self.may_climb(target) {
-            return answer(reply, Err(Refusal::new(Code::WrongState, format!("the VM {name:?} is still starting"))));
+        if !self.may_climb(Target::Vm(id)) {
+            return Err(Refusal::new(Code::WrongState, format!("the VM {name:?} is still starting")));
         }
-        let from = self.tree.usage(self.vms[&id].node);
+        Ok(Target::Vm(id))
+    }
+
+    /// The group at this path, if its VMs can be asked for memory.
+    fn reclaimable_group(&self, path: &str) -> Result<Target, Refusal> {
+        let target = Target::Group(self.find_group(path)?);
+        let vms = self.vms_of(target);
+        if !vms.is_empty() && !vms.iter().any(|id| self.vms[id].accounted()) {
+            let message = format!("what the VMs in {path} use is not known: `ballast group set {path} track=on` first");
+            return Err(Refusal::new(Code::NotAccounted, message));
+        }
+        self.check_there(target)?;
+        Ok(target)
+    }
+
+    fn reclaim(&mut self, target: Result<Target, Refusal>, wanted: Pages, wait: Duration, reply: Reply<ReclaimedView>) {
+        let target = match target {
+            Ok(target) => target,
+            Err(refusal) => return answer(reply, Err(refusal)),
+        };
+        let from = self.tree.usage(self.node_of(target));
         let (lowest, goal, until) = (from, from.saturating_sub(wanted), Instant::now() + wait);
         self.reclaims.push(Reclaiming { target, from, lowest, goal, wanted, until, reply });
+        self.goal_changed(target);
+    }
+
+    /// Somebody wants another usage of a target than before, or nobody does any more.
+    fn goal_changed(&mut self, target: Target) {
+        if let Target::Group(node) = target {
+            self.squeeze(node);
+        }
         self.look_soon(target);
     }
 
@@ -115,19 +155,16 @@ impl Actor {
         };
         let over: Vec<_> = self.reclaims.extract_if(.., over).collect();
         if !over.is_empty() {
-            // Another goal, or none.
-            self.look_soon(target);
+            self.goal_changed(target);
         }
         for Reclaiming { from, lowest, wanted, reply, .. } in over {
-            let Target::Vm(id) = target else { continue };
-            answer(
-                reply,
-                Ok(ReclaimedView {
-                    requested_bytes: wanted.bytes(),
-                    reclaimed_bytes: from.saturating_sub(lowest).min(wanted).bytes(),
-                    vm: self.vm_view(id, false),
-                }),
-            );
+            let (vm, group) = match target {
+                Target::Vm(id) => (Some(self.vm_view(id, false)), None),
+                Target::Group(node) => (None, Some(self.group_view(node))),
+            };
+            let reclaimed = from.saturating_sub(lowest).min(wanted);
+            let (requested_bytes, reclaimed_bytes) = (wanted.bytes(), reclaimed.bytes());
+            answer(reply, Ok(ReclaimedView { requested_bytes, reclaimed_bytes, vm, group }));
         }
     }
 

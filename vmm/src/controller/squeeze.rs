@@ -12,6 +12,8 @@
 //!                                            └─► every VM has what it would have without the group: no aims any more
 //! ```
 //!
+//! Memory that somebody asks of the group is like a lower high until the answer.
+//!
 //! An aim is a usage that a VM should come down to; its balloon follows the smallest of its own `high` and of its aims
 //! ([`Actor::balloon_target`]). A guest without a balloon driver is not asked, and gives nothing. One that has stalled keeps its
 //! aim, and the others are asked for what it does not give. Nothing of this is needed for the limit to hold: it only keeps
@@ -57,7 +59,9 @@ impl Actor {
 
     /// Looks at a group whose usage or limits have changed.
     pub fn squeeze(&mut self, group: NodeId) {
-        let high = self.tree.reclaim_high(group).as_pages();
+        // Memory that somebody has asked for (`reclaim.rs`) is like a lower high for so long.
+        let asked = self.reclaim_goal(Target::Group(group)).map(|(goal, _)| goal);
+        let high = self.tree.reclaim_high(group).as_pages().into_iter().chain(asked).min();
         let usage = self.tree.usage(group);
         let mut before = self.squeezed.remove(&group).map(|squeeze| squeeze.aims).unwrap_or_default();
         before.retain(|id, _| self.is_alive(*id) && self.tree.is_within(self.vms[id].node, group));

@@ -298,6 +298,79 @@ async fn memory_is_reclaimed_on_request() {
     assert_eq!(view.reclaim.rung, Rest);
 }
 
+/// What is asked of a group its members give together, by what they use; nobody else does. No limit has changed, and when all
+/// of it is there nobody is asked any more.
+/// Semantics: 41.
+#[tokio::test(start_paused = true)]
+async fn memory_of_a_group_is_reclaimed_on_request() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(Limit::Max)).await.expect("made");
+    let mut a = evicting(&controller, "a", "/gold", Limit::Max, 3000).await;
+    let mut b = evicting(&controller, "b", "/gold", Limit::Max, 1500).await;
+    let mut c = evicting(&controller, "c", "/", Limit::Max, 2000).await;
+    b.report.balloon_ready = true;
+    b.tell().await;
+    let used = async || controller.group("/gold").await.expect("shown").memory.current_bytes / 4096;
+    let (asked, goal) = (controller.clone(), used().await - 3000);
+    let answer = tokio::spawn(async move { asked.reclaim_group("/gold", 3000 * 4096, Duration::from_secs(60)).await });
+    b.obey_for(50).await;
+    let targets = async || {
+        let vms = controller.list().await.expect("listed");
+        vms.iter().map(|vm| vm.balloon.target_bytes > 0).collect::<Vec<_>>()
+    };
+    assert_eq!(targets().await, [false, true, false], "its driver is asked at once");
+    while controller.group("/gold").await.expect("shown").reclaim.rung != Evict {
+        for worker in [&mut a, &mut b, &mut c] {
+            worker.obey_for(50).await;
+        }
+    }
+    for worker in [&mut a, &mut b, &mut c] {
+        worker.obey().await;
+    }
+    let usage = |worker: &FakeWorker| worker.report.held().expect("a number");
+    let gives = |worker: &FakeWorker| usage(worker).saturating_sub(worker.aim);
+    let above = used().await - goal;
+    assert!(gives(&a) > gives(&b) && gives(&b) > 0, "{} and {}", gives(&a), gives(&b));
+    assert!((above..=above + 8).contains(&(gives(&a) + gives(&b))), "{} and {} of {above}", gives(&a), gives(&b));
+    assert_eq!(c.aim, u64::MAX, "it is elsewhere");
+    a.evict_and_return(gives(&a) / 3 * 4 + 100).await;
+    b.evict_and_return(gives(&b) / 3 * 4 + 100).await;
+    let reclaimed = answer.await.expect("no panic").expect("reached");
+    assert!(reclaimed.is_reached() && reclaimed.vm.is_none(), "{reclaimed:?}");
+    assert_eq!(reclaimed.group.expect("a group").memory.max_bytes, None);
+    for worker in [&mut a, &mut b] {
+        worker.obey_for(100).await;
+        assert_eq!(worker.aim, u64::MAX);
+    }
+    assert_eq!(targets().await, [false; 3]);
+}
+
+/// Whoever waits for memory of a group hears that it is gone, and nobody is asked whose memory is not known.
+#[tokio::test(start_paused = true)]
+async fn a_request_for_memory_of_a_group_ends_with_the_group() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(Limit::Max)).await.expect("made");
+    let reclaim = |path: &'static str, pages: u64| {
+        let controller = controller.clone();
+        tokio::spawn(async move { controller.reclaim_group(path, pages * 4096, Duration::from_secs(60)).await })
+    };
+    let nothing = reclaim("/gold", 1).await.expect("no panic").expect("nothing is there");
+    assert_eq!((nothing.is_reached(), nothing.reclaimed_bytes), (false, 0));
+    assert_eq!(reclaim("/none", 1).await.expect("no panic").expect_err("refused").code, Code::NotFound);
+    let mut worker = evicting(&controller, "vm", "/gold", pages(MAX), 1000).await;
+    let answer = reclaim("/gold", 900);
+    worker.obey_for(100).await;
+    controller.move_vm("vm", "/").await.expect("it fits");
+    let left = answer.await.expect("no panic").expect("as a move takes all of it away");
+    assert!(left.is_reached());
+    controller.remove_group("/gold").await.expect("it is empty");
+    let setup = Setup { max: Limit::Max, accounting: false, ..Setup::default() };
+    let (controller, _) = Controller::start(Limit::Max);
+    let _worker = FakeWorker::add_to(&controller, "vm", setup).await.expect("added");
+    let refusal = controller.reclaim_group("/", 4096, Duration::from_secs(1)).await.expect_err("refused");
+    assert_eq!(refusal.code, Code::NotAccounted);
+}
+
 /// As much as there was, and not a word later than it is clear that there is no more.
 /// Semantics: 44.
 #[tokio::test(start_paused = true)]
