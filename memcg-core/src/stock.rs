@@ -177,7 +177,7 @@ impl Stock {
     /// then faults are faster than the round trip.
     fn judge_batch(&mut self) {
         let batch = self.effective_batch();
-        let dry = self.stock + self.ahead < part(batch, 4) && self.used >= part(batch, 2);
+        let dry = self.whole_stock() < part(batch, 4) && self.used >= part(batch, 2);
         if !batch.is_zero() && (dry || self.used >= batch) {
             // From what was really in force: a batch that a limit kept small must not grow unseen behind it.
             self.batch = Pages(batch.0 * 2).min(STOCK_CAP);
@@ -318,9 +318,10 @@ impl Stock {
         real
     }
 
-    /// Stock above what the controller allows, to be given back.
-    pub fn surplus(&self) -> Pages {
-        (self.stock + self.ahead).saturating_sub(self.stock_max).min(self.stock)
+    /// Stock above what the controller allows, and above a `margin` that is to stay all the same: to be given back, as far as
+    /// it has no memory yet.
+    pub fn surplus(&self, margin: Pages) -> Pages {
+        self.whole_stock().saturating_sub(self.stock_max.max(margin)).min(self.stock)
     }
 
     /// Gives back up to `pages` of the stock; returns how many. They are no longer the worker's once this returns; the
@@ -352,7 +353,7 @@ impl Stock {
     /// least one page while any stock is allowed.
     pub fn want(&self, waiting: Pages) -> Pages {
         let now = self.want_now(waiting);
-        let left = (self.stock + self.ahead).saturating_sub(waiting);
+        let left = self.whole_stock().saturating_sub(waiting);
         let batch = self.effective_batch();
         // What has memory already is used fast, and in large pieces.
         let enough = if self.ahead.is_zero() { part(batch, 2) } else { batch.saturating_sub(part(batch, 4)) };
@@ -383,6 +384,11 @@ impl Stock {
     /// Pages of the stock that have memory already, or are to get it.
     pub fn ahead(&self) -> Pages {
         self.ahead
+    }
+
+    /// Pages charged ahead of need, with memory or without.
+    pub fn whole_stock(&self) -> Pages {
+        self.stock + self.ahead
     }
 
     /// Pages left in the reserve.

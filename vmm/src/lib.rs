@@ -5,6 +5,7 @@ mod chain;
 pub mod cli;
 pub mod controller;
 pub mod devices;
+mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod worker;

@@ -44,7 +44,7 @@ impl Vm {
     /// A beat without faults: the worker asks ahead of need, and gives back what it may not hold.
     fn refill(&mut self, tree: &mut Tree) -> Pages {
         let got = self.ask(tree, 0);
-        self.stock.give_back(self.stock.surplus());
+        self.stock.give_back(self.stock.surplus(Pages::ZERO));
         self.report(tree);
         got
     }
@@ -73,7 +73,7 @@ impl Vm {
                 break;
             }
         }
-        self.stock.give_back(self.stock.surplus());
+        self.stock.give_back(self.stock.surplus(Pages::ZERO));
         self.report(tree);
         pages - left
     }

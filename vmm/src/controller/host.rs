@@ -15,6 +15,8 @@ use linux_raw_sys::general::{
 use linux_raw_sys::ioctl::UFFDIO_API;
 use rustix::process::{Resource, Rlimit};
 
+use crate::kernel;
+
 /// Oldest kernel that works: the first long-term one in which `UFFDIO_MOVE` has its fixes.
 pub const OLDEST_KERNEL: (u32, u32) = (6, 12);
 
@@ -60,33 +62,18 @@ pub fn scaled(base: Duration) -> Duration {
     base * slowness()
 }
 
-/// The running kernel's release, as `uname -r` prints it.
-///
-/// # Errors
-/// When procfs is not mounted.
-pub fn kernel_release() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned())
-}
-
-/// Major and minor version out of a release such as `6.12.95+deb13-amd64`.
-pub fn kernel_version(release: &str) -> Option<(u32, u32)> {
-    let mut parts = release.split(['.', '-', '+', '~']);
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
 /// Checks that the kernel is new enough and returns its release.
 ///
 /// # Errors
 /// A kernel older than [`OLDEST_KERNEL`], or one whose version cannot be read.
 pub fn check_kernel() -> Result<String, Problem> {
-    let release = kernel_release()
-        .map_err(|e| Problem::new(format!("the kernel version cannot be read ({e})"), "mount -t proc proc /proc"))?;
+    let release = kernel::release();
     check_release(&release)?;
     Ok(release)
 }
 
 fn check_release(release: &str) -> Result<(), Problem> {
-    match kernel_version(release) {
+    match kernel::version_of(release) {
         Some(version) if version >= OLDEST_KERNEL => Ok(()),
         _ => Err(Problem::new(
             format!("Linux {}.{} or newer is required, this is {release}", OLDEST_KERNEL.0, OLDEST_KERNEL.1),
@@ -235,16 +222,6 @@ pub async fn memory_settled() {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn kernel_versions_are_read_from_releases() {
-        assert_eq!(kernel_version("6.12.95+deb13-amd64"), Some((6, 12)));
-        assert_eq!(kernel_version("6.18.44-fc-v595"), Some((6, 18)));
-        assert_eq!(kernel_version("7.0-rc1"), Some((7, 0)));
-        assert_eq!(kernel_version("6.12~rc1"), Some((6, 12)));
-        assert_eq!(kernel_version("unknown"), None);
-        assert_eq!(kernel_version(""), None);
-    }
 
     #[test]
     fn an_old_kernel_is_refused_with_a_sentence_that_names_both_versions() {

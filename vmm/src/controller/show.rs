@@ -14,6 +14,7 @@ use super::view::{
     OomView, OverheadView, VmState, VmView,
 };
 use super::vm::{Vm, VmId};
+use crate::kernel;
 
 impl Actor {
     /// A VM as its worker last reported it and as the tree has it now. Pages that are on their way to the worker are
@@ -125,7 +126,7 @@ impl Actor {
         HostView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            kernel: host::kernel_release().unwrap_or_default(),
+            kernel: kernel::release(),
             total_bytes: memory.total,
             available_bytes: memory.available,
             budget_bytes: root.limits.max.as_bytes(),

@@ -95,6 +95,8 @@ pub enum Done {
         incompressible: u64,
         /// Pages of memory that the store has now.
         store: u64,
+        /// Writes to the store's file that failed since the thread has started.
+        failed_writes: u64,
     },
     /// [`Load::fetched`] has the contents, but for this one, if any.
     Fetched(Option<(u32, Corrupt)>),
@@ -113,8 +115,6 @@ pub struct Load {
     pub copied: Vec<Moved>,
     /// What is read from the store's file.
     pub fetched: Fetched,
-    /// Writes to the store's file that failed since the thread has started.
-    pub failed_writes: u64,
 }
 
 /// Pages and what the store's file has of them. Goes to the reclaim thread with the pages, and comes back with the contents.

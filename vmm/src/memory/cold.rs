@@ -221,7 +221,7 @@ impl Pages {
 
     /// Pages that can be filled before the limit is met.
     fn free(&self) -> u64 {
-        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.stock() + self.stock.ahead()).0)
+        self.stock.room().map_or(u64::MAX, |room| (room + self.stock.whole_stock()).0)
     }
 
     /// Stock that is to be given back: what exceeds its cap, but for the margin of a VM that lives at its limit.
@@ -229,8 +229,7 @@ impl Pages {
         // A stopped guest needs no margin, and one with more room gets what it needs ahead of need.
         self.reclaim.pressed &= self.free() <= 4 * self.low() && self.gate.open();
         let margin = if self.reclaim.pressed { 2 * self.low() } else { 0 };
-        let stock = self.stock.stock() + self.stock.ahead();
-        stock.saturating_sub(self.stock.stock_max().max(Count(margin)))
+        self.stock.surplus(Count(margin))
     }
 
     /// Whether pages may go to the store now.
@@ -266,13 +265,13 @@ impl Pages {
                 self.stock.owe(self.cost());
                 self.settle()
             }
-            Done::Evicted { incompressible, store } => {
+            Done::Evicted { incompressible, store, failed_writes } => {
                 for page in &load.stored {
                     self.frames.set(page.page as usize, FrameState::Swapped);
                     self.frames.set_place(page.page as usize, page.place.raw());
                     self.reclaim.counts.file += u64::from(page.place.slot().is_some());
                 }
-                self.reclaim.counts.failed_writes = load.failed_writes;
+                self.reclaim.counts.failed_writes = failed_writes;
                 load.copied.iter().for_each(|copied| self.copied(copied));
                 let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
                 self.evicted(load.stored.len() as u64, stayed, incompressible, store)

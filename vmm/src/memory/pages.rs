@@ -630,7 +630,7 @@ impl Pages {
             granted_total: self.stock.granted_total(),
             returned_total: self.stock.returned_total(),
             guest: self.stock.guest().0,
-            stock: (self.stock.stock() + self.stock.ahead()).0,
+            stock: self.stock.whole_stock().0,
             reserve: self.stock.reserve().0,
             tables: self.stock.paid().tables.0,
             records: self.stock.paid().records.0,

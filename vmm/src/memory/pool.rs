@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ram::{HUGE, advise, reserve};
-use crate::controller::host::kernel_version;
+use crate::kernel;
 use crate::worker::broken;
 use crate::worker::protocol::Area;
 
@@ -62,8 +62,7 @@ const TAKES_TABLES: (u32, u32) = (6, 14);
 
 /// Whether this host leaves huge pages whole that are moved to a block that was touched.
 pub fn stays_whole() -> bool {
-    let release = rustix::system::uname();
-    kernel_version(&release.release().to_string_lossy()).is_some_and(|version| version >= TAKES_TABLES)
+    kernel::version().is_some_and(|version| version >= TAKES_TABLES)
 }
 
 /// The pool of one VM. Stays mapped until the process ends.

@@ -173,8 +173,7 @@ impl ReclaimThread {
         self.put(store_max, discarder, &mut load.stored);
         self.write(discarder, &mut load.stored);
         self.clean(before, store_max, load);
-        load.failed_writes = self.failed_writes;
-        Done::Evicted { incompressible, store: self.store.resident_pages() }
+        Done::Evicted { incompressible, store: self.store.resident_pages(), failed_writes: self.failed_writes }
     }
 
     /// Reads pages from the file.

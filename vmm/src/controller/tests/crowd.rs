@@ -64,7 +64,7 @@ impl Honest {
                 let new = self.stock.grant(epoch, granted_total, Pages(stock_max), room).expect("consistent");
                 self.asked.answered(new, refused);
                 self.held &= self.stock.debt() > Pages(0);
-                self.stock.give_back(self.stock.surplus());
+                self.stock.give_back(self.stock.surplus(Pages::ZERO));
                 if refused {
                     self.hold_if_short();
                 }
