@@ -26,6 +26,8 @@ const START: u64 = 16 * MIB;
 const SIZE: u64 = 1024 * MIB;
 /// A period of the guest.
 const PERIOD_MS: u64 = 250;
+/// A guest is as fast as before when it does so much in the same time: a slow host is not what is looked for.
+const AS_FAST: f64 = 0.8;
 
 /// How long is looked at it, and how often at what the guest uses.
 #[derive(Clone, Copy, Debug)]
@@ -36,13 +38,15 @@ pub struct Tempo {
     pub before: usize,
     /// Periods after it is in force.
     pub after: usize,
+    /// So many more are waited for until one is as fast as before: a busy host slows down some, and not all.
+    pub patience: usize,
 }
 
 impl Tempo {
     /// To be shown: the generation is the default, so that there is no estimate of the working set yet.
-    pub const SHOWN: Self = Self { ageing: "30s", before: 12, after: 24 };
+    pub const SHOWN: Self = Self { ageing: "30s", before: 12, after: 24, patience: 96 };
     /// To be drawn: several generations before, during and after the change.
-    pub const DRAWN: Self = Self { ageing: "2s", before: 60, after: 100 };
+    pub const DRAWN: Self = Self { ageing: "2s", before: 60, after: 100, patience: 0 };
 }
 
 /// What is seen at one moment, in bytes.
@@ -95,21 +99,40 @@ pub struct Story {
 }
 
 impl Story {
-    /// Median cycles of 1000 accesses before the limit was lowered, until it was in force, and after that: of the second
-    /// half of the periods each, when what changed has settled; of all of them in the middle.
+    /// Cycles of 1000 accesses before the limit was lowered, until it was in force, and after that: the median of the second
+    /// half of the periods before, when what changed has settled; the median of those in the middle; the best after it.
     pub fn cycles(&self) -> [f64; 3] {
-        let (from, to) = self.lowered;
-        let of = |within: &dyn Fn(f64) -> bool, settled: bool| {
-            let mut cycles: Vec<f64> = self.periods.iter().filter(|p| within(p.ms)).map(|p| p.cycles).collect();
-            let half = if settled { cycles.len() / 2 } else { 0 };
-            let mut cycles = cycles.split_off(half);
-            cycles.sort_by(f64::total_cmp);
-            cycles.get(cycles.len() / 2).copied().unwrap_or(f64::NAN)
-        };
-        // The first period that is over after the answer was at work before it.
-        let during = to + PERIOD_MS as f64;
-        [of(&|ms| ms < from, true), of(&|ms| (from..during).contains(&ms), false), of(&|ms| ms >= during, true)]
+        cycles(&self.periods, self.lowered)
     }
+
+    /// Whether the guest was as fast in the end as it was, but for what a shared machine does to both.
+    pub fn is_fast_again(&self) -> bool {
+        is_fast_again(&self.periods, self.lowered)
+    }
+}
+
+/// See [`Story::cycles`].
+fn cycles(periods: &[Period], (from, to): (f64, f64)) -> [f64; 3] {
+    let of = |within: &dyn Fn(f64) -> bool| -> Vec<f64> {
+        periods.iter().filter(|period| within(period.ms)).map(|period| period.cycles).collect()
+    };
+    // The first period that is over after the answer was at work before it.
+    let during = to + PERIOD_MS as f64;
+    let mut before = of(&|ms| ms < from);
+    let settled = before.split_off(before.len() / 2);
+    let best = of(&|ms| ms >= during).into_iter().fold(f64::NAN, f64::min);
+    [median(settled), median(of(&|ms| (from..during).contains(&ms))), best]
+}
+
+/// See [`Story::is_fast_again`].
+fn is_fast_again(periods: &[Period], lowered: (f64, f64)) -> bool {
+    let [before, _, after] = cycles(periods, lowered);
+    before / after >= AS_FAST
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of.get(of.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Plays it at a tempo; `look` sees the VM at every moment.
@@ -146,8 +169,12 @@ pub fn play(tempo: Tempo, mut look: impl FnMut(&Value)) -> Story {
         let (status, body) = request.join().expect("it asks").expect("the socket answers");
         (status, serde_json::from_str(&body).unwrap_or(Value::Null), eyes.ms())
     });
-    let periods = eyes.periods.len();
-    eyes.until("the guest goes on", &vm, &mut look, |eyes, _| eyes.periods.len() >= periods + tempo.after);
+    let least = eyes.periods.len() + tempo.after;
+    eyes.until("the guest goes on", &vm, &mut look, |eyes, _| {
+        let periods = eyes.periods.len();
+        let enough = periods >= least + tempo.patience || is_fast_again(&eyes.periods, (lowered, answered));
+        periods >= least && enough
+    });
     vm.send("echo enough");
     let accessed = vm.expect("OK access", 60);
     let verified = vm.command(&format!("verify {all} seed=1"), 120);
@@ -210,5 +237,25 @@ impl Eyes {
             store: number(&vm, "memory.stat.store_bytes"),
         });
         vm
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One period of three, or of all, is slow because others use the machine.
+    #[test]
+    fn a_guest_is_as_fast_as_before_when_one_period_says_so() {
+        let of = |cycles: &[f64]| -> Vec<Period> {
+            cycles.iter().enumerate().map(|(at, &cycles)| Period { ms: 1000.0 * at as f64, cycles }).collect()
+        };
+        let lowered = (3500.0, 4100.0);
+        let busy = of(&[90.0, 90.0, 37.0, 150.0, 400.0, 52.0, 180.0, 40.0, 60.0]);
+        assert_eq!(cycles(&busy, lowered), [150.0, 400.0, 40.0]);
+        let slow = of(&[90.0, 30.0, 36.0, 35.0, 400.0, 52.0, 180.0, 48.0, 60.0]);
+        assert_eq!(cycles(&slow, lowered), [36.0, 400.0, 48.0]);
+        assert_eq!([&busy, &slow].map(|periods| is_fast_again(periods, lowered)), [true, false]);
+        assert!(!is_fast_again(&[], lowered), "one that says nothing is not fast");
     }
 }

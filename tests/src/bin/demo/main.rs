@@ -3,14 +3,15 @@
 //! when others, or it, are killed.
 //!
 //! `demo native` and `demo cold` run a freestanding guest; `demo fleet` forty of them; `demo linux KERNEL INITRD` and `demo
-//! cold KERNEL INITRD` a Debian kernel. Every step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`; a step that fails ends the scene, and the steps behind
-//! it are skipped.
+//! cold KERNEL INITRD` a Debian kernel. Every step ends in one line `DEMO <step> PASS|FAIL|SKIP key=value …`. A step that
+//! fails ends the scene, and the steps behind it are skipped; but the steps of a cold scene look at what has been played
+//! already, and each is looked at.
 
 mod cold;
 mod fleet;
 mod single;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -23,18 +24,29 @@ fn main() -> ExitCode {
     }));
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (tally, arguments) = match arguments[..] {
+        ["--tally", file, ref scene @ ..] => (Some(Path::new(file)), scene.to_vec()),
+        _ => (None, arguments),
+    };
+    let scene = |steps: &[&'static str], failed, play: fn(&mut Step, &[&str])| {
+        scene(steps, failed, tally, |step| play(step, &arguments[1..]))
+    };
     let ok = match arguments[..] {
-        ["native"] => scene(&["native-limit", "native-raise", "native-verify"], single::native),
-        ["cold"] => scene(&cold::STEPS, cold::native),
-        ["cold", kernel, initrd] => {
-            scene(&cold::LINUX_STEPS, |step| cold::linux(step, Path::new(kernel), Path::new(initrd)))
+        ["native"] => {
+            scene(&["native-limit", "native-raise", "native-verify"], Failed::Ends, |step, _| single::native(step))
         }
-        ["fleet"] => scene(&fleet::STEPS, fleet::fleet),
-        ["linux", kernel, initrd] => {
-            scene(&["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"], |step| {
-                single::linux(step, Path::new(kernel), Path::new(initrd))
-            })
-        }
+        ["cold"] => scene(&cold::STEPS, Failed::GoesOn, |step, _| cold::native(step)),
+        ["cold", _, _] => scene(&cold::LINUX_STEPS, Failed::GoesOn, |step, files| {
+            cold::linux(step, Path::new(files[0]), Path::new(files[1]));
+        }),
+        ["fleet"] => scene(&fleet::STEPS, Failed::Ends, |step, _| fleet::fleet(step)),
+        ["linux", _, _] => scene(
+            &["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"],
+            Failed::Ends,
+            |step, files| {
+                single::linux(step, Path::new(files[0]), Path::new(files[1]));
+            },
+        ),
         _ => {
             eprintln!("usage: demo native | demo fleet | demo cold [KERNEL INITRD] | demo linux KERNEL INITRD");
             return ExitCode::from(2);
@@ -46,28 +58,48 @@ fn main() -> ExitCode {
 /// Reports the end of a step: its name, whether it passed, and the numbers.
 type Step<'a> = dyn FnMut(&'static str, bool, &str) + 'a;
 
-/// Plays a scene. Steps that it did not reach are printed as skipped.
-fn scene(steps: &[&'static str], play: impl FnOnce(&mut Step) + std::panic::UnwindSafe) -> bool {
+/// What a step that failed does to its scene.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Failed {
+    /// The steps behind it cannot be played.
+    Ends,
+    /// They do not depend on it.
+    GoesOn,
+}
+
+/// Plays a scene. Steps that it did not reach are printed as skipped. The lines of its steps go to the end of `tally` too.
+fn scene(steps: &[&'static str], failed: Failed, tally: Option<&Path>, play: impl FnOnce(&mut Step)) -> bool {
     let mut done: Vec<(&str, bool)> = Vec::new();
     let reached = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         play(&mut |step, pass, numbers| {
             let word = if pass { "PASS" } else { "FAIL" };
-            println!("{}DEMO {step} {word} {numbers}", clear());
+            say(tally, &format!("DEMO {step} {word} {numbers}"));
             done.push((step, pass));
-            assert!(pass, "step {step} failed");
+            assert!(pass || failed == Failed::GoesOn, "step {step} failed");
         });
     }));
+    let ended_by_step = failed == Failed::Ends && done.iter().any(|(_, pass)| !pass);
     if reached.is_err()
-        && done.iter().all(|(_, pass)| *pass)
+        && !ended_by_step
         && let Some(step) = steps.get(done.len())
     {
-        println!("{}DEMO {step} FAIL reason=see-the-messages-above", clear());
+        say(tally, &format!("DEMO {step} FAIL reason=see-the-messages-above"));
         done.push((step, false));
     }
     for step in &steps[done.len()..] {
-        println!("DEMO {step} SKIP reason=an-earlier-step-failed");
+        say(tally, &format!("DEMO {step} SKIP reason=an-earlier-step-failed"));
     }
     done.len() == steps.len() && done.iter().all(|(_, pass)| *pass)
+}
+
+/// Says how a step ended.
+fn say(tally: Option<&Path>, line: &str) {
+    println!("{}{line}", clear());
+    let Some(file) = tally else { return };
+    let kept = std::fs::OpenOptions::new().append(true).create(true).open(file);
+    if let Err(error) = kept.and_then(|mut file| writeln!(file, "{line}")) {
+        eprintln!("demo: {}: {error}", file.display());
+    }
 }
 
 /// On a terminal, what erases the live line; nothing in a pipe.
