@@ -60,9 +60,10 @@ pub enum Back {
 /// page that is moved to the block is split.
 const TAKES_TABLES: (u32, u32) = (6, 14);
 
-/// Whether this host leaves huge pages whole that are moved to a block that was touched.
-pub fn stays_whole() -> bool {
-    kernel::version().is_some_and(|version| version >= TAKES_TABLES)
+/// Whether this host gives huge pages, and leaves those whole that are moved to a block that was touched. Blocks of small
+/// pages are not worth it: ageing would move 512 of them for one, and the guest would have to map them all again.
+pub fn pays() -> bool {
+    kernel::version().is_some_and(|version| version >= TAKES_TABLES) && kernel::gives_huge_pages()
 }
 
 /// The pool of one VM. Stays mapped until the process ends.
@@ -99,7 +100,7 @@ impl Pool {
             slots: [const { AtomicU8::new(EMPTY) }; SLOTS],
             bell,
             called: AtomicBool::new(false),
-            pays: stays_whole(),
+            pays: pays(),
         })
     }
 
