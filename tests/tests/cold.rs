@@ -92,6 +92,33 @@ fn a_store_has_a_limit_of_its_own() {
     assert!(number(&exact(&vm), "memory.stat.store_bytes") > MIB / 4);
 }
 
+/// Least share of a minute that is worth an alert, in per cent: docs/operations.md has it.
+const ALERT: f64 = 5.0;
+
+/// A guest that uses more than its limit waits for its pages again and again, and that is pressure; one whose working set
+/// fits has none.
+#[test]
+fn a_guest_whose_working_set_does_not_fit_has_pressure() {
+    if skipped("cold-pressure") {
+        return;
+    }
+    let guest = |name: &str, hot: &str| {
+        let mut vm = shell(name, "size=256M,max=80M,swap=max,ageing=off", "1");
+        ok(&mut vm, "touch 16M 120M seed=3");
+        vm.send(&format!("access hot 16M 120M hot={hot} period=1000"));
+        vm.expect("ACCESS n=3 ", 60);
+        vm
+    };
+    let some = |vm: &TestVm| vm.show()["pressure"]["some"].clone();
+    let tight = guest("tight", "100M");
+    let share =
+        wait_until("it has pressure", 30, || some(&tight)["avg10"].as_f64().filter(|share| *share > 3.0 * ALERT));
+    assert!(share <= 100.0);
+    drop(tight);
+    let fitting = guest("fitting", "20M");
+    wait_until("it has none", 60, || some(&fitting)["avg10"].as_f64().filter(|share| *share < ALERT / 5.0));
+}
+
 /// Generations of the guests here, and the periods after which they say what they have used, in seconds.
 const PERIOD_S: u64 = 3;
 

@@ -2,7 +2,8 @@
 //!
 //! A worker says when a hold begins and when it ends, and with everything else how long its vCPUs were held in all. So the
 //! actor knows a hold that lasts while it lasts, and one that was over before anybody heard of it by its length: it
-//! is booked as the time before the report. Nobody is woken to be asked; [`Pressure`] works out the time in which nothing
+//! is booked as the time before the report. So is the time in which vCPUs waited for evicted pages to come back: which of
+//! them is not known, so that of several vCPUs one waits. Nobody is woken to be asked; [`Pressure`] works out the time in which nothing
 //! changed when somebody looks.
 //!
 //! A VM counts while it would run: running, held, or paused because it has no memory. One that a user has paused would
@@ -24,6 +25,8 @@ pub(super) struct Stall {
     member: Member,
     /// Time that its vCPUs were held in all, as its worker says.
     held_us: u64,
+    /// Time that they waited for evicted pages in all, likewise.
+    refault_us: u64,
 }
 
 impl Stall {
@@ -40,7 +43,7 @@ impl Stall {
             // A hold is of every vCPU.
             (true, true) => Member::Fully,
         };
-        Self { member, held_us: vm.report.held_us }
+        Self { member, held_us: vm.report.held_us, refault_us: vm.report.refault_us }
     }
 }
 
@@ -92,12 +95,20 @@ impl Actor {
             counted.places = places;
         }
         let mut before = counted.stall.member;
-        let unheard = stall.held_us.saturating_sub(counted.stall.held_us);
-        if before == Member::Running && unheard > 0 {
-            // A hold that has begun since the last report, and that may be over.
-            let since = now.saturating_sub(Duration::from_micros(unheard));
-            self.pressures.change(&counted.places, since, before, Member::Fully);
-            before = Member::Fully;
+        if before == Member::Running {
+            let ago = |us| now.saturating_sub(Duration::from_micros(us));
+            let held = stall.held_us.saturating_sub(counted.stall.held_us);
+            let refaults = stall.refault_us.saturating_sub(counted.stall.refault_us);
+            let waits = if vm.cpus == 1 { Member::Fully } else { Member::Partly };
+            // A hold that has begun since the last report, and that may be over, and before it what was waited for.
+            for (us, since, state) in
+                [(refaults, ago(held.saturating_add(refaults)), waits), (held, ago(held), Member::Fully)]
+            {
+                if us > 0 {
+                    self.pressures.change(&counted.places, since, before, state);
+                    before = state;
+                }
+            }
         }
         self.pressures.change(&counted.places, now, before, stall.member);
         counted.stall = stall;

@@ -460,7 +460,8 @@ pub struct HeldView {
 }
 
 /// `memory.pressure` of a VM or of a group, as the kernel's PSI has it. A group's is that of all its VMs together: `some`
-/// while any vCPU waits, `full` while all that would run do.
+/// while any vCPU waits, `full` while all that would run do. A vCPU waits while it is held for want of memory, and while
+/// a page comes back that was evicted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PressureView {
     /// At least one vCPU waits for memory.

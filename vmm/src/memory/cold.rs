@@ -37,8 +37,9 @@ use memcg_core::frame::{BLOCK, FrameState, List, Scan};
 use memcg_core::units::{PAGE_SIZE, Pages as Count};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::around::Window;
 use super::client::{Done, Fetched, Load, Reply, Run, Work};
-use super::pages::Pages;
+use super::pages::{Charged, Pages};
 use super::store::{Corrupt, Moved, Place, Reader, Stored};
 use super::uffd::{Fill, Move};
 use crate::worker::broken;
@@ -67,14 +68,14 @@ const RETRY: Duration = Duration::from_secs(1);
 const TURN: Duration = Duration::from_millis(1);
 
 /// Pages around a refault that come back with it, at most.
-pub const READ_AROUND: u64 = 16;
+const READ_AROUND: u64 = 16;
 
 /// Pages that are read from the file at once, at most.
 const FETCH: usize = 64;
 
 /// What became of a touch of an evicted page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refault {
+enum Refault {
     /// So many pages came back, the touched one first.
     Back(u64),
     /// There was nothing to charge it to.
@@ -466,12 +467,31 @@ impl Pages {
         }
     }
 
+    /// Brings an evicted page back, and some behind it when the guest walks. When its content is lost, the guest will be
+    /// ended, and the page stays as it is.
+    pub(super) fn refault(&mut self, page: u64, reserve: bool) -> Charged {
+        let most = if self.stock.debt() > Count(0) { 1 } else { READ_AROUND };
+        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
+        match self.read_back(page, window.first..window.first + window.pages, reserve) {
+            Ok(Refault::Dry) => Charged::Dry,
+            Ok(Refault::Later) => Charged::Later,
+            Ok(Refault::Back(pages)) => {
+                self.around.filled(stream, Window { first: page, pages });
+                Charged::Served
+            }
+            Err(corrupt) => {
+                self.corrupt = Some(corrupt);
+                Charged::Served
+            }
+        }
+    }
+
     /// Brings an evicted page back, charged like any touch, and those of `around` that follow it and are evicted too, as
     /// long as there is stock for them.
     ///
     /// # Errors
     /// When a content is not in the store any more: the guest cannot go on.
-    pub(super) fn read_back(&mut self, page: u64, around: Range<u64>, reserve: bool) -> Result<Refault, Corrupt> {
+    fn read_back(&mut self, page: u64, around: Range<u64>, reserve: bool) -> Result<Refault, Corrupt> {
         let found = self.refault_one(page, reserve)?;
         if found == Refault::Dry {
             return Ok(found);

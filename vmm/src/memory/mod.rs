@@ -21,6 +21,7 @@
 //! | `discard` | vectored discards |
 //! | `histogram` | how long faults and holds take |
 //! | `place` | where the fault thread runs |
+//! | `stall` | how long vCPUs wait for evicted pages |
 //! | `store` | compressed contents of evicted pages |
 
 pub mod activation;
@@ -41,6 +42,7 @@ pub mod place;
 pub mod pool;
 pub mod ram;
 pub mod reclaim;
+mod stall;
 pub mod store;
 pub mod thread;
 pub mod uffd;

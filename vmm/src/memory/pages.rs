@@ -36,10 +36,11 @@ use super::ageing::{Ageing, Plan};
 use super::around::{Around, Window};
 use super::asked::Asked;
 use super::client::{Reply, Run};
-use super::cold::{READ_AROUND, Reclaim, Refault};
+use super::cold::Reclaim;
 use super::histogram::Histogram;
 use super::huge::{Blocks, Due, Patience};
 use super::ram::Ram;
+use super::stall::Stall;
 use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
 use crate::devices::balloon::BalloonHandle;
@@ -94,7 +95,7 @@ impl Default for Batch {
 
 /// What became of a touch of a page that has no memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Charged {
+pub(super) enum Charged {
     /// It is charged and there.
     Served,
     /// There was nothing left to charge it to.
@@ -113,7 +114,7 @@ pub struct Pages {
     pub(super) reclaim: Reclaim,
     pub(super) ageing: Ageing,
     pub(super) gate: Arc<Gate>,
-    around: Around,
+    pub(super) around: Around,
     /// It walks through new memory, and has not stopped that for a second.
     pub(super) walks: bool,
     pub(super) due: Option<Due>,
@@ -136,6 +137,7 @@ pub struct Pages {
     balloon: BalloonHandle,
     held_since: Option<u64>,
     held_ns: u64,
+    stall: Stall,
     /// The gate was closed and the last vCPU has not come out yet.
     leaving: bool,
     pub(super) answer_times: Histogram,
@@ -182,6 +184,7 @@ impl Pages {
             balloon,
             held_since: None,
             held_ns: 0,
+            stall: Stall::default(),
             leaving: false,
             answer_times: Histogram::default(),
             hold_times: Histogram::default(),
@@ -240,11 +243,16 @@ impl Pages {
             // Nobody but us knows of the stage, and there nothing that is missing is touched.
             let page = self.ram.index_of_hva(address);
             let page = page.unwrap_or_else(|| broken(format_args!("a fault at {address:#x}, which is no RAM")));
+            let evicted = self.frames.state(page as usize) == FrameState::Swapped;
             self.serve(page);
             if self.is_due() {
                 self.due_since(woken_ns);
-            } else {
-                self.answer_times.record(monotonic_ns().saturating_sub(woken_ns));
+                continue;
+            }
+            let now = monotonic_ns();
+            self.answer_times.record(now.saturating_sub(woken_ns));
+            if evicted {
+                self.stall.refault(woken_ns, now, self.frames.wanted(page as usize));
             }
         }
         self.batch.served - before
@@ -310,25 +318,6 @@ impl Pages {
             self.around.filled(stream, window);
         }
         self.ageing.answered(monotonic_ns().saturating_sub(begin));
-    }
-
-    /// Brings an evicted page back, and some behind it when the guest walks. When its content is lost, the guest will be
-    /// ended, and the page stays as it is.
-    fn refault(&mut self, page: u64, reserve: bool) -> Charged {
-        let most = if self.stock.debt() > Count(0) { 1 } else { READ_AROUND };
-        let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
-        match self.read_back(page, window.first..window.first + window.pages, reserve) {
-            Ok(Refault::Dry) => Charged::Dry,
-            Ok(Refault::Later) => Charged::Later,
-            Ok(Refault::Back(pages)) => {
-                self.around.filled(stream, Window { first: page, pages });
-                Charged::Served
-            }
-            Err(corrupt) => {
-                self.corrupt = Some(corrupt);
-                Charged::Served
-            }
-        }
     }
 
     /// Charges and fills the touched page, and what lies around it when that is promising.
@@ -463,7 +452,7 @@ impl Pages {
     /// Serves what waits, as far as the stock goes, opens the gate when nothing is owed any more, and gives back what
     /// exceeds the stock's cap. Returns the loader's answer when there is one.
     pub(super) fn settle(&mut self) -> Option<(usize, Reply)> {
-        let mut kept = 0;
+        let (mut kept, mut evicted) = (0, false);
         for i in 0..self.waiting.len() {
             let page = self.waiting[i];
             self.fill_due();
@@ -482,11 +471,13 @@ impl Pages {
             if served {
                 self.frames.set_wanted(page as usize, false);
             } else {
+                evicted |= self.frames.state(page as usize) == FrameState::Swapped;
                 self.waiting[kept] = page;
                 kept += 1;
             }
         }
         self.waiting.truncate(kept);
+        self.stall.looked(monotonic_ns(), evicted);
         if self.waiting.is_empty() {
             self.patience.served();
         }
@@ -642,6 +633,7 @@ impl Pages {
             cold: self.cold(),
             held,
             held_us: (self.held_ns + running) / 1000,
+            refault_us: self.stall.total_us(),
             faults: FaultCounts {
                 answer: self.answer_times.quantiles(),
                 hold: self.hold_times.quantiles(),

@@ -149,6 +149,8 @@ struct Told {
     balloon_ready: bool,
     /// How often the number of guest errors has doubled.
     errors: u32,
+    /// Tenths of a second that vCPUs have waited for evicted pages.
+    refaults: u64,
     owed: bool,
 }
 
@@ -156,7 +158,8 @@ impl Told {
     fn new(report: &Report, owed: bool) -> Self {
         let Report { held, returned_total, ballooned, balloon_actual, balloon_ready, .. } = *report;
         let errors = u64::BITS - report.faults.guest_errors.leading_zeros();
-        Self { held, returned_total, ballooned, balloon_actual, balloon_ready, errors, owed }
+        let refaults = report.refault_us / 100_000;
+        Self { held, returned_total, ballooned, balloon_actual, balloon_ready, errors, refaults, owed }
     }
 }
 

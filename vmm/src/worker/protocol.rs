@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 7;
+pub const VERSION: u8 = 8;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -187,6 +187,8 @@ pub struct Report {
     pub paused: bool,
     /// Time that vCPUs have been held for lack of memory since the start, in microseconds.
     pub held_us: u64,
+    /// Time that at least one vCPU has waited for an evicted page to come back since the start, in microseconds.
+    pub refault_us: u64,
     /// Counters of the fault path since the start.
     pub faults: FaultCounts,
     /// What is known of its cold pages.

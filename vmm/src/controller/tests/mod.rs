@@ -92,6 +92,7 @@ struct FakeWorker {
 
 /// How the VM under test is made.
 struct Setup {
+    cpus: u32,
     max: Limit,
     accounting: bool,
     oom: OomPolicy,
@@ -107,7 +108,17 @@ impl Default for Setup {
     fn default() -> Self {
         let oom = OomPolicy { action: OomAction::Pause, deadline: Duration::from_secs(5), ..OomPolicy::default() };
         let max = Limit::Pages(Pages(4096));
-        Self { max, accounting: true, oom, overhead: Vec::new(), config: None, group: "/", queue: 64, evicts: false }
+        Self {
+            cpus: 1,
+            max,
+            accounting: true,
+            oom,
+            overhead: Vec::new(),
+            config: None,
+            group: "/",
+            queue: 64,
+            evicts: false,
+        }
     }
 }
 
@@ -158,6 +169,7 @@ impl FakeWorker {
         let killed = Arc::new(AtomicBool::new(false));
         let spec = VmSpec {
             group: setup.group.to_owned(),
+            cpus: setup.cpus,
             accounting: setup.accounting,
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
             oom: setup.oom,

@@ -66,6 +66,39 @@ async fn a_hold_that_was_over_before_the_report_counts_with_its_length() {
     assert_eq!(full_ms(&pressures(&controller).await.1[0]), 1_250, "no time has passed");
 }
 
+/// Reports the time that vCPUs have waited for evicted pages in all.
+async fn refaults(worker: &mut FakeWorker, refault_us: u64) {
+    worker.report.refault_us = refault_us;
+    hold(worker, false, worker.report.held_us).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_evicted_pages_is_stalled() {
+    for (cpus, all) in [(1, true), (2, false)] {
+        let mut worker = FakeWorker::running(Setup { cpus, ..patient() }).await;
+        let controller = worker.controller.clone();
+        for second in 1..=10 {
+            pass(1_000).await;
+            refaults(&mut worker, second * 600_000).await;
+        }
+        let (host, vms) = pressures(&controller).await;
+        assert_eq!(host, vms[0], "there is no other VM");
+        assert_eq!((host.some.total_us, full_ms(&host)), (6_000_000, if all { 6_000 } else { 0 }));
+        assert!(host.some.avg10 > 30.0, "{host:?}");
+        // A hold is told with it, and neither can be longer than the time that has passed.
+        pass(1_000).await;
+        worker.report.held_us = 300_000;
+        refaults(&mut worker, 6_500_000).await;
+        let (host, _) = pressures(&controller).await;
+        assert_eq!((host.some.total_us, full_ms(&host)), (6_800_000, if all { 6_800 } else { 300 }));
+        pass(1_000).await;
+        refaults(&mut worker, u64::MAX).await;
+        assert_eq!(pressures(&controller).await.0.some.total_us, 7_800_000);
+        pass(1_000).await;
+        assert_eq!(pressures(&controller).await.0.some.total_us, 7_800_000, "it is over");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn of_two_vms_some_is_either_and_full_is_both_of_those_that_would_run() {
     let mut a = FakeWorker::running(patient()).await;

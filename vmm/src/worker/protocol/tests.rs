@@ -52,6 +52,7 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
         held: !odd,
         paused: odd,
         held_us: n.next(),
+        refault_us: n.next(),
         faults: FaultCounts {
             events: n.next(),
             stale: n.next(),

@@ -92,7 +92,7 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
     // What nobody can check.
     for _ in 0..random.below(4) {
         let value = random.number(&known);
-        match random.below(13) {
+        match random.below(14) {
             0 => report.answers = Some(random.below(12) as u32),
             1 => report.epoch = value as u32,
             2 => report.debt = value,
@@ -105,6 +105,7 @@ fn report(random: &mut Random, liar: &Liar) -> Report {
             9 => report.cold.aim = value,
             10 => report.cold.stuck = !report.cold.stuck,
             11 => (report.cold.evicted, report.cold.working_set) = (value, Some(value)),
+            12 => report.refault_us = value,
             _ => report.held_us = value,
         }
     }
