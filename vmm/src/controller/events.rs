@@ -43,7 +43,7 @@ pub enum EventKind {
     LimitChanged,
     /// Memory was not given back in time; the old limit is still in force.
     LimitNotReached,
-    /// Usage has risen above `high`.
+    /// Usage has risen above a `high` that was set. The one that `max` implies is only counted.
     HighCrossed,
     /// Usage is above what it should be, and something else is done about it from now on: `rung` says what. The same rung of
     /// one VM or group is told once a minute.

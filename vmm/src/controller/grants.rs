@@ -220,13 +220,19 @@ impl Actor {
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.granted_total += charge.pages.0;
         let (node, name) = (vm.node, vm.name.clone());
+        // A VM that is evicted from crosses the one that `max` implies all the time. The tree counts that.
+        let is_set = |tree: &Tree, at| tree.limits(at).high != Limit::Max;
         if charge.crossed_high.iter().any(|at| at == node) {
-            let details = self.account(id, json!({}));
-            self.event(EventKind::HighCrossed, Some(&name), details);
+            if is_set(&self.tree, node) {
+                let details = self.account(id, json!({}));
+                self.event(EventKind::HighCrossed, Some(&name), details);
+            }
             self.look_soon(Target::Vm(id));
         }
         for group in charge.crossed_high.iter().filter(|at| *at != node) {
-            self.target_event(EventKind::HighCrossed, Target::Group(group), json!({}));
+            if is_set(&self.tree, group) {
+                self.target_event(EventKind::HighCrossed, Target::Group(group), json!({}));
+            }
             self.squeeze_soon(group);
             self.look_soon(Target::Group(group));
         }

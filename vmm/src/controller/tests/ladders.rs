@@ -118,7 +118,9 @@ async fn a_guest_that_gives_has_its_time_first() {
     assert_eq!(told(&worker.controller).await, ["\"balloon\"", "\"evict\""]);
 }
 
-/// A VM that usage keeps on its limit climbs a few times in a minute, and its events tell of it once.
+/// A VM that usage keeps on its limit climbs a few times in a minute, and its events tell of it once. Of a `high` that nobody
+/// has set no event tells; of one that was set, each crossing.
+/// Semantics: 115.
 #[tokio::test(start_paused = true)]
 async fn who_hovers_about_its_high_fills_no_log() {
     let mut worker = alone(3300).await;
@@ -136,8 +138,25 @@ async fn who_hovers_about_its_high_fills_no_log() {
     }
     let told = told(&worker.controller).await;
     assert!(told.len() <= 4, "{told:?}");
-    let climbs = worker.events().await.iter().filter(|event| event.event == EventKind::HighCrossed).count();
+    let climbs = worker.view().await.memory.events.high;
     assert!(climbs > 4, "{climbs}");
+    assert!(worker.has_event(EventKind::HighCrossed).await.is_none());
+    let patch = LimitPatch { high: Some(Limit::Pages(Pages(HIGH))), ..LimitPatch::default() };
+    let change = MemoryChange { patch, mode: memcg_core::limit_change::Mode::Reclaim, track: None, wait: None };
+    worker.controller.change("vm", change).await.expect("changed");
+    let before = worker.view().await.memory.events.high;
+    for _ in 0..3 {
+        worker.book();
+        worker.report.returned_total += worker.report.stock;
+        worker.report.stock = 0;
+        worker.free(400).await;
+        while worker.report.guest < 3300 {
+            worker.touch(100).await;
+        }
+    }
+    let crossed = worker.view().await.memory.events.high - before;
+    let told = worker.events().await.iter().filter(|event| event.event == EventKind::HighCrossed).count();
+    assert!(crossed > 0 && told as u64 == crossed, "{told} of {crossed}");
 }
 
 /// One that can be neither asked nor evicted is shown as stuck, and tried again when something comes back.
@@ -277,7 +296,7 @@ fn reclaim(worker: &FakeWorker, wanted: u64, wait: u64) -> Reclaimed {
 }
 
 /// What is asked for is taken by all means that do not hurt, and no limit has changed.
-/// Semantics: 112.
+/// Semantics: 41, 43.
 #[tokio::test(start_paused = true)]
 async fn memory_is_reclaimed_on_request() {
     let mut worker = alone(2000).await;
