@@ -25,6 +25,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use memcg_core::units::{SizeArg, parse_size};
 use serde_json::Value;
 
 /// Bytes of a page.
@@ -85,16 +86,41 @@ pub fn payload() -> PathBuf {
     guest_file("payload.bin")
 }
 
-/// A directory in which a swap file can be made.
+/// A directory in which a swap file can be made. It is beside this program, which is on a disk, while `/tmp` may be in memory.
 ///
 /// # Errors
 /// Why there is none, for `SKIP`.
 pub fn swap_directory() -> Result<tempfile::TempDir, String> {
-    let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
-    match ballast::memory::store::spill::create(directory.path(), 1) {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let beside = program.parent().ok_or("this program is nowhere")?;
+    let directory = tempfile::tempdir_in(beside).map_err(|error| error.to_string())?;
+    match ballast::controller::config::swap_file(directory.path(), 1) {
         Ok(_) => Ok(directory),
-        Err(error) => Err(format!("no-swap-file-in-{} ({error})", directory.path().display())),
+        Err(refusal) => Err(refusal.message.replace(' ', "-")),
     }
+}
+
+/// The limit in bytes that a refused VM's message names as enough.
+///
+/// # Panics
+/// When it names none.
+pub fn enough(message: &str) -> u64 {
+    let named = message.split_once("raise it to ").and_then(|(_, rest)| rest.split(',').next());
+    match named.map(parse_size) {
+        Some(Ok(SizeArg::Bytes(bytes))) => bytes,
+        _ => panic!("no limit is named: {message}"),
+    }
+}
+
+/// A limit that pays for what the message of a refused VM says that it costs beside its pages, and for little more: less than
+/// its kernel needs.
+///
+/// # Panics
+/// When it does not say so in MiB.
+pub fn bare(message: &str) -> u64 {
+    let costs = message.split_once(" needs ").and_then(|(_, rest)| rest.split_once("M beside its pages"));
+    let mib: f64 = costs.and_then(|(mib, _)| mib.parse().ok()).unwrap_or_else(|| panic!("no cost is named: {message}"));
+    ((mib + 0.1) * 256.0) as u64 * PAGE
 }
 
 /// Says that a test, or a part of one, proves nothing here, and why.

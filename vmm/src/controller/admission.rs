@@ -22,6 +22,7 @@ use super::cold::Leases;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
+use super::floor::in_mib;
 use super::journal::Entry;
 use super::overhead::{self, Part};
 use super::view::{AreaView, VmState};
@@ -125,31 +126,29 @@ impl Actor {
             let kind = Kind::Overhead(Overhead::PageTables);
             if let Err(refused) = self.tree.try_charge_as(level, kind, more, Mode::Wait) {
                 let least = refused.usage + more;
-                return Err(self.too_dear(spec, full, &refused, "vmm.max", &format!("to {}", exact(least.bytes()))));
+                return Err(self.too_dear(spec, full, &refused, "vmm.max", least));
             }
         }
         for part in &spec.overhead {
             let charged = self.tree.try_charge_as(node, Kind::Overhead(part.kind), part.pages(), Mode::Wait);
             if let Err(refused) = charged {
-                // What was there before, and all of it: the parts charged so far are in both. What the guest needs to be
-                // loaded only its worker knows.
+                // What was there before, and all of it: the parts charged so far are in both.
                 let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
-                let least = others + fixed + reserve(spec.cpus);
-                let enough = format!("above {}", exact(least.bytes()));
-                return Err(self.too_dear(spec, fixed, &refused, "memory.max", &enough));
+                let least = others + fixed + reserve(spec.cpus) + spec.loading;
+                return Err(self.too_dear(spec, fixed, &refused, "memory.max", least));
             }
         }
         Ok(())
     }
 
-    fn too_dear(&self, spec: &VmSpec, cost: Pages, refused: &Refused, knob: &str, enough: &str) -> Refusal {
+    fn too_dear(&self, spec: &VmSpec, cost: Pages, refused: &Refused, knob: &str, least: Pages) -> Refusal {
         let message = format!(
-            "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it {enough}, or use fewer vCPUs or less \
-             RAM",
+            "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it to {}, or use fewer vCPUs or less RAM",
             spec.name,
             human(cost.bytes()),
             self.tree.path(refused.level),
             refused.limit,
+            exact(in_mib(least).bytes()),
         );
         Refusal::new(Code::OverheadRefused, message)
     }

@@ -218,7 +218,7 @@ impl Actor {
 
     /// Tests a request, begins accounting where it needs that, and recalls the stocks when they could be in the way.
     fn request(&mut self, requested: Requested) {
-        let unaccounted = match self.check_request(&requested.parts) {
+        let unaccounted = match self.check_request(&requested.parts, requested.mode) {
             Ok(unaccounted) => unaccounted,
             Err(refusal) => return (requested.done)(self, Err(refusal)),
         };
@@ -250,7 +250,7 @@ impl Actor {
     }
 
     /// Whether a request can be made. Returns the VMs that have to be accounted first.
-    fn check_request(&self, parts: &[Part]) -> Result<Vec<VmId>, Refusal> {
+    fn check_request(&self, parts: &[Part], mode: Mode) -> Result<Vec<VmId>, Refusal> {
         let mut unaccounted = BTreeSet::new();
         let mut named = BTreeSet::new();
         for part in parts {
@@ -277,6 +277,9 @@ impl Actor {
             unaccounted
                 .extend(vms.filter(|id| wanted && !self.vms[id].accounted() || self.vms[id].awaits_accounting()));
         }
+        if mode == Mode::Reclaim {
+            self.check_floor(parts)?;
+        }
         self.check_patches(&parts.iter().map(|part| (self.node_of(part.target), part.patch)).collect::<Vec<_>>())?;
         Ok(unaccounted.into_iter().collect())
     }
@@ -294,7 +297,7 @@ impl Actor {
     /// The stocks are back, or will not come: begin.
     fn begin(&mut self, requested: Requested) {
         // Time has passed since it was tested.
-        if let Err(refusal) = self.check_request(&requested.parts) {
+        if let Err(refusal) = self.check_request(&requested.parts, requested.mode) {
             return (requested.done)(self, Err(refusal));
         }
         let Requested { mut parts, mode, wait, until, done } = requested;

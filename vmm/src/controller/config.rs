@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use balloon::QueueKind;
+use memcg_core::frame::{BLOCK, Cost};
 use memcg_core::tree::{LimitPatch, Limits};
 use memcg_core::units::{Limit, Pages, SizeArg, human};
 use serde::de::value::MapAccessDeserializer;
@@ -283,6 +284,12 @@ impl From<OomConfig> for OomPolicy {
     }
 }
 
+/// Pages that are loaded beside the files: tables of the firmware, page tables, command line, and ends of segments.
+const BESIDE_FILES: Pages = Pages(64);
+
+/// Places in RAM at which files and tables begin, at most; each may be in a block of 2 MiB of its own.
+const PLACES: u64 = 8;
+
 /// Seconds of a generation, unless somebody says otherwise.
 const AGEING_S: u32 = 30;
 
@@ -307,23 +314,13 @@ impl VmConfig {
     /// # Errors
     /// What makes no sense, or the file that cannot be opened.
     pub fn plan(&self, name: &str) -> Result<Plan, Refusal> {
-        let spec = self.spec(name)?;
+        let mut spec = self.spec(name)?;
         let kernel = open("kernel", &self.kernel)?;
         let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+        spec.loading = loading([Some(&kernel), initrd.as_ref()].into_iter().flatten());
         let swap_file_pages = self.swap_file_pages(&spec.limits, spec.size);
-        let make = |directory: &Path| {
-            spill::create(directory, swap_file_pages).map_err(|error| {
-                let (directory, size) = (directory.display(), human(Pages(swap_file_pages.into()).bytes()));
-                Refusal::new(
-                    Code::StartFailed,
-                    format!(
-                        "no swap file of {size} can be made in {directory} ({error}): give another directory with \
-                         --swap-dir, or less swap"
-                    ),
-                )
-            })
-        };
-        let swap_file = self.swap_dir.as_deref().filter(|_| swap_file_pages > 0).map(make).transpose()?;
+        let directory = self.swap_dir.as_deref().filter(|_| swap_file_pages > 0);
+        let swap_file = directory.map(|directory| swap_file(directory, swap_file_pages)).transpose()?;
         let worker = WorkerConfig {
             name: name.to_owned(),
             size_bytes: spec.size.bytes(),
@@ -383,11 +380,40 @@ impl VmConfig {
             limits,
             oom,
             overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32, self.swap_file_pages(&limits, size)),
+            loading: Pages::ZERO,
             instance: RandomState::new().hash_one(name),
             config: None,
             console: None,
         })
     }
+}
+
+/// File systems whose files are memory, which nobody would be charged for: their magic numbers and names.
+const IN_MEMORY: [(u32, &str); 2] = [(0x0102_1994, "tmpfs"), (0x8584_58f6, "ramfs")];
+
+/// Makes the swap file of a VM in a directory, for so many pages.
+///
+/// # Errors
+/// Why it cannot be made there.
+pub fn swap_file(directory: &Path, pages: u32) -> Result<OwnedFd, Refusal> {
+    let refused = |why: String| {
+        let (directory, size) = (directory.display(), human(Pages(pages.into()).bytes()));
+        let instead = "give another directory with --swap-dir, or less swap";
+        Refusal::new(Code::StartFailed, format!("no swap file of {size} can be made in {directory} ({why}): {instead}"))
+    };
+    // Before it has a size: that would be memory already.
+    let kind = rustix::fs::statfs(directory).map_err(|error| refused(error.to_string()))?.f_type as u32;
+    if let Some((_, name)) = IN_MEMORY.iter().find(|(magic, _)| *magic == kind) {
+        return Err(refused(format!("it is on a {name}, whose files are memory that no VM is charged for")));
+    }
+    spill::create(directory, pages).map_err(|error| refused(error.to_string()))
+}
+
+/// Pages that are written to load these files, at most, with what those cost. What is in the files only the worker reads.
+fn loading<'a>(files: impl Iterator<Item = &'a File>) -> Pages {
+    let bytes = files.map(|file| file.metadata().map_or(0, |meta| meta.len()));
+    let pages = bytes.map(Pages::from_bytes_ceil).sum::<Pages>() + BESIDE_FILES;
+    pages + Cost::of(pages.0.div_ceil(BLOCK as u64) + PLACES, 0).total()
 }
 
 /// Opens a file that the guest gets.
@@ -407,6 +433,21 @@ mod tests {
 
     fn config(json: &str) -> VmConfig {
         serde_json::from_str(json).expect("understood")
+    }
+
+    /// What is moved there would be in memory again, and outside every limit.
+    #[test]
+    fn a_swap_file_is_not_made_in_memory() {
+        let memory = Path::new("/dev/shm");
+        if !rustix::fs::statfs(memory).is_ok_and(|stat| stat.f_type as u32 == IN_MEMORY[0].0) {
+            println!("SKIP swap-in-memory reason=/dev/shm-is-no-tmpfs");
+            return;
+        }
+        let refusal = swap_file(memory, 1).expect_err("refused");
+        assert_eq!(refusal.code, Code::StartFailed);
+        assert!(refusal.message.contains("it is on a tmpfs"), "{refusal}");
+        let refusal = swap_file(Path::new("/none"), 1).expect_err("refused");
+        assert!(refusal.message.contains("No such file"), "{refusal}");
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod config;
 pub mod console;
 pub mod error;
 pub mod events;
+mod floor;
 mod grants;
 pub mod groups;
 pub mod host;
@@ -99,6 +100,8 @@ pub struct VmSpec {
     pub oom: OomPolicy,
     /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.
     pub overhead: Vec<overhead::Part>,
+    /// Pages that its kernel and its ramdisk take once they are loaded, at most; what they cost is in it.
+    pub loading: Pages,
     /// What its worker calls itself, drawn at random.
     pub instance: u64,
     /// As it was asked for, so that the same request is known again.

@@ -92,8 +92,9 @@ async fn a_refusal_names_the_limit_that_is_enough() {
             let named = named.split([' ', ',']).nth(1).expect("a limit");
             let Ok(SizeArg::Bytes(enough)) = parse_size(named) else { panic!("{named}") };
             let enough = Pages::from_bytes_ceil(enough);
-            // With room for the reserve, which the worker will ask for.
-            assert_eq!(enough.0, cost() + if knob == "vmm.max" { growth() } else { super::RESERVE });
+            // With room for the reserve, which the worker will ask for, in whole MiB.
+            let least = cost() + if knob == "vmm.max" { growth() } else { super::RESERVE };
+            assert_eq!(enough.0, least.next_multiple_of(256));
             let id = controller.create(spec("web", limit(Limit::Pages(enough)))).await.expect("it is enough");
             controller.withdraw(id).await.expect("it waits for a worker");
         }

@@ -194,6 +194,7 @@ async fn another_user_is_turned_away_even_where_the_file_lets_him_in() {
 #[tokio::test(start_paused = true)]
 async fn a_server_that_stops_answers_what_it_was_asked_before() {
     let mut site = Site::new(Setup::default()).await;
+    site.worker.touch(1000).await;
     let pause = b"POST /vms/vm/pause HTTP/1.1\r\nhost: x\r\n\r\n";
     let asking = tokio::spawn({
         let mut stream = connect(&site).await;
@@ -203,7 +204,7 @@ async fn a_server_that_stops_answers_what_it_was_asked_before() {
     // Nobody will answer this one: the limit is below what is used, and the guest gives nothing.
     let waiting = tokio::spawn({
         let mut stream = connect(&site).await;
-        let body = r#"{"max_bytes":4096}"#;
+        let body = r#"{"max_bytes":3145728}"#;
         let patch = format!("PATCH /vms/vm/memory HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         async move { to_the_end(&mut stream, patch.as_bytes()).await.0 }
     });

@@ -2,6 +2,7 @@
 
 use memcg_core::limit_change::Mode;
 
+use super::super::changes::NodeChange;
 use super::super::error::Code;
 use super::super::{Changed, MemoryChange};
 use super::*;
@@ -118,6 +119,34 @@ async fn reclaim_commits_when_the_guest_has_given_enough_back() {
     let kinds: Vec<_> = worker.events().await.iter().map(|event| event.event).collect();
     let last = [EventKind::LimitRequested, EventKind::Reclaim, EventKind::LimitChanged];
     assert!(kinds.ends_with(&last), "{kinds:?}");
+}
+
+/// Neither its reserve nor its overhead comes back: a limit below both is refused before anybody is asked for anything.
+/// Semantics: 44, 118.
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_reached_is_refused_at_once_with_what_can() {
+    let mut worker = with_guest(1000).await;
+    let group = worker.controller.put_group("/g", change(pages(5000))).await;
+    assert!(group.is_ok());
+    let refusal = worker.controller.change("vm", change(pages(RESERVE - 1))).await.expect_err("refused");
+    assert_eq!((refusal.code, refusal.usage_bytes), (Code::OverheadRefused, Some(worker.grant.0 * 4096)));
+    assert!(refusal.message.contains("memory.max=2M is the smallest"), "{}", refusal.message);
+    // In a transaction nothing is changed elsewhere either.
+    let nodes = vec![NodeChange::group("/g", &change(pages(4000))), NodeChange::vm("vm", &change(pages(RESERVE - 1)))];
+    let refusal = worker.controller.change_many(nodes, Mode::Reclaim, None).await.expect_err("refused");
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    assert_eq!(worker.try_next().await, None, "not even its stock was recalled");
+    let view = worker.view().await;
+    assert_eq!((view.memory.max_bytes, view.memory.max_pending_bytes), (Some(4096 * 4096), None));
+    // The host's budget is the limit of a group.
+    let refusal = worker.controller.change_group("/", change(pages(RESERVE - 1))).await.expect_err("refused");
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    let answer = ask(&worker, change(pages(512)));
+    worker.answer_recall().await;
+    worker.free(1000 + RESERVE - 512).await;
+    assert!(answer.await.expect("no panic").expect("reached").in_force, "2M");
+    let force = MemoryChange { mode: Mode::Force, ..change(pages(RESERVE - 1)) };
+    assert!(worker.controller.change("vm", force).await.expect("forced").in_force);
 }
 
 /// Semantics: 44, 118, B83.

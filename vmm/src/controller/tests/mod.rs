@@ -147,6 +147,7 @@ fn plain(name: &str) -> VmSpec {
         limits: LimitPatch::default(),
         oom: OomPolicy::default(),
         overhead: Vec::new(),
+        loading: Pages::ZERO,
         instance: INSTANCE,
         config: None,
         console: None,
