@@ -267,6 +267,23 @@ fn the_need_of_a_group_is_divided_below_it() {
     assert_eq!(some, (vec![(family.sibling, Pages(60))], Pages::ZERO));
 }
 
+/// Whoever is busy loses next to nothing as long as a neighbour has idle pages, and its part when it has not.
+/// Semantics: 41, 63.
+#[test]
+fn idle_pages_of_a_neighbour_are_evicted_before_those_in_use() {
+    let mut family = family();
+    for (id, pages) in [(family.vm, 900), (family.sibling, 300)] {
+        let _ = family.tree.try_charge(id, Pages(pages), Mode::Wait).expect("no limit");
+    }
+    let gives = |idle| {
+        let of = |id| Facts { idle: Pages(if id == family.sibling { idle } else { 0 }), ..Facts::default() };
+        let (aims, _) = aims(&family.tree, family.group, Pages(200), |id| Some(of(id)));
+        [900 - aims[0].1.0, 300 - aims[1].1.0]
+    };
+    assert_eq!(gives(300), [6, 194]);
+    assert_eq!(gives(0), [150, 50]);
+}
+
 fn means() -> impl Strategy<Value = Means> {
     let driver = prop::sample::select(vec![Driver::Absent, Driver::Stalled, Driver::Slow, Driver::Cooperating]);
     let eviction = prop::sample::select(vec![Eviction::Stuck, Eviction::Possible]);
