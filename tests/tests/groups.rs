@@ -389,6 +389,29 @@ fn memory_of_a_group_is_reclaimed_from_its_vms() {
     }
 }
 
+/// What a VM needs that has become busy in a full group comes from its neighbour, of which it is known that it is idle. It does
+/// not have to evict what it uses itself.
+/// Semantics: 41, 63.
+#[test]
+fn cold_pages_of_a_neighbour_go_before_those_that_are_used() {
+    if skipped("groups-cold-neighbour") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/pair", json!({ "max_bytes": 200 * MIB }));
+    let create = |name: &str, cmdline: &str| {
+        let memory = json!({ "size_bytes": 256 * MIB, "swap_max_bytes": null, "ageing_s": 1 });
+        Console::of(&serve.create_with(name, &guest("/pair", cmdline, memory)))
+    };
+    let _idle = create("idle", "touch 16M 150M seed=3; park");
+    wait_until("it is idle", 60, || (number(&serve.show("idle"), "memory.stat.idle_bytes") >= 120 * MIB).then_some(()));
+    let busy = create("busy", "touch 16M 100M seed=3; access hot 16M 100M hot=90M period=1000");
+    while !busy.expect("ACCESS", 60).contains(&format!(" distinct={} ", 90 * MIB / 4096)) {}
+    let evicted = ["idle", "busy"].map(|name| number(&serve.show(name), "cold.evicted_bytes"));
+    assert!(evicted[0] > 40 * MIB && evicted[1] < evicted[0] / 2, "{evicted:?}");
+    assert_eq!(number(&serve.show("idle"), "cold.refaulted_bytes"), 0);
+}
+
 #[test]
 fn the_command_line_has_groups() {
     if skipped("groups-cli") {

@@ -265,6 +265,8 @@ impl Actor {
 
     /// Tells a worker what it has and how much room there is.
     pub fn send_grant(&mut self, id: VmId, refused: bool) {
+        // Before the grant, or the worker would evict what it is granted.
+        self.raise_aim(id);
         let (stock_max, leases) = (self.stock_max(id), self.leases(id));
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.leases = leases;

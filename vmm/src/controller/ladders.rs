@@ -15,6 +15,10 @@
 //! group: cold pages of the neighbours are evicted for it. The hold itself, and what the policy does at its end, is in
 //! `grants.rs`; as long as eviction gets somewhere, that end is put off ([`Actor::gives`]).
 //!
+//! What a group wants of a VM is an amount: its aim rises with each page that the VM is granted ([`Part`]). An aim that
+//! stayed where it was would make a VM that grows evict all that it touches, while its neighbours have cold pages. The need
+//! is divided anew as soon as half of what was asked for has come, so whoever has cold pages gives as fast as it can.
+//!
 //! What the limits want of balloons is sent at once, whatever the rung (`squeeze.rs` says what a group's limits want): a
 //! guest that gives is faster than anything else. What the rung decides is when that is not waited for any more.
 //!
@@ -42,7 +46,7 @@ use super::view::{ReclaimRung, ReclaimView, VmState};
 use super::vm::{Vm, VmId};
 use crate::worker::protocol::ToWorker;
 
-/// Time between the end of a climb and the next that nobody waits for, and between two divisions of a need.
+/// Time between the end of a climb and the next that nobody waits for, and the longest between two divisions of a need.
 const EVERY: Duration = Duration::from_secs(1);
 
 /// Time between two looks at a group.
@@ -62,8 +66,8 @@ pub(super) struct Climb {
     ladder: Ladder,
     /// The stock was recalled for this climb.
     recalled: bool,
-    /// What the VMs of a group should come down to by eviction, and when that was worked out.
-    evict: BTreeMap<VmId, Pages>,
+    /// What the VMs of a group should give by eviction, and when that was worked out.
+    evict: BTreeMap<VmId, Part>,
     spread_at: Option<Instant>,
     /// When it is looked at again.
     next: Option<Instant>,
@@ -74,6 +78,22 @@ pub(super) struct Climb {
     told: BTreeMap<ReclaimRung, Instant>,
     /// As the climb began: when, usage, and what had been given and evicted so far.
     began: (Instant, Pages, Given),
+}
+
+/// The part of one VM in what its group is to give. What the VM is granted meanwhile it may keep: others give for that.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    /// What it was to come down to when the need was divided.
+    aim: Pages,
+    /// What it had been granted until then.
+    granted: u64,
+}
+
+impl Part {
+    /// What the VM should come down to now.
+    fn aim(self, vm: &Vm) -> Pages {
+        self.aim + Pages(vm.granted_total.saturating_sub(self.granted))
+    }
 }
 
 /// Memory that VMs have given so far, by how.
@@ -291,14 +311,15 @@ impl Actor {
             holders.retain(|id| self.vms[id].spare() > 0);
             self.recall(&holders, move |actor| actor.look_soon(target));
         }
-        let divide = moved || climb.spread_at.is_none_or(|at| now >= at + host::scaled(EVERY));
-        if let (Target::Group(group), Some(goal)) = (target, asks.evict)
-            && divide
-        {
-            // Who has come down stays down.
-            climb.evict.retain(|id, _| self.is_alive(*id) && self.tree.is_within(self.vms[id].node, group));
-            climb.evict.extend(self.divide(group, sample.usage.saturating_sub(goal)));
-            climb.spread_at = Some(now);
+        if let (Target::Group(group), Some(goal)) = (target, asks.evict) {
+            let need = sample.usage.saturating_sub(goal);
+            let late = climb.spread_at.is_none_or(|at| now >= at + host::scaled(EVERY));
+            if moved || late || self.to_come(climb).0 < need.0 / 2 {
+                climb.evict.retain(|id, _| self.is_alive(*id) && self.tree.is_within(self.vms[id].node, group));
+                let part = |(id, aim)| (id, Part { aim, granted: self.vms[&id].granted_total });
+                climb.evict.extend(self.divide(group, need).into_iter().map(part));
+                climb.spread_at = Some(now);
+            }
         }
         self.ask(climb, target);
         if asks.evict.is_none() {
@@ -322,10 +343,17 @@ impl Actor {
         for id in asked {
             let aim = match target {
                 Target::Vm(_) => climb.ladder.asks().evict,
-                Target::Group(_) => climb.evict.get(&id).copied().filter(|_| asks),
+                Target::Group(_) => climb.evict.get(&id).map(|part| part.aim(&self.vms[&id])).filter(|_| asks),
             };
             self.aim_reclaim(id, Some((target, aim)));
         }
+    }
+
+    /// What the VMs of a group were told to give by eviction and have not given yet.
+    fn to_come(&self, climb: &Climb) -> Pages {
+        let can = |id: &VmId| self.is_alive(*id) && eviction(&self.vms[id]) == Eviction::Possible;
+        let parts = climb.evict.iter().filter(|(id, _)| can(id)).map(|(id, part)| (&self.vms[id], part));
+        parts.map(|(vm, part)| self.tree.usage(vm.node).saturating_sub(part.aim(vm))).sum()
     }
 
     /// What the VMs of a group should come down to so that they give `need` by eviction.
@@ -352,7 +380,7 @@ impl Actor {
             _ => {
                 let climb = self.ladders.get(&target)?;
                 let goal = climb.ladder.asks().evict?;
-                if target == Target::Vm(id) { Some(goal) } else { climb.evict.get(&id).copied() }
+                if target == Target::Vm(id) { Some(goal) } else { climb.evict.get(&id).map(|part| part.aim(vm)) }
             }
         });
         // What it costs from the start is no concern of its worker.
@@ -362,6 +390,13 @@ impl Actor {
         if vm.reclaim_aim != aim {
             vm.reclaim_aim = aim;
             vm.reclaim_due = !vm.send(ToWorker::Reclaim { aim });
+        }
+    }
+
+    /// A VM is told what it has been granted: what a group wants of it is an amount, so its aim rises by as much.
+    pub fn raise_aim(&mut self, id: VmId) {
+        if self.ladders.values().any(|climb| climb.evict.contains_key(&id)) {
+            self.aim_reclaim(id, None);
         }
     }
 

@@ -244,6 +244,38 @@ async fn a_group_s_need_is_evicted_from_its_members() {
     assert_eq!(a.aim, u64::MAX);
 }
 
+/// What a VM of a group is granted while its group gives is its own: it is not told to evict what it has just touched. Its
+/// neighbour with cold pages is told to give more as soon as it has given half, not a second later.
+/// Semantics: 41, 63.
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_grows_in_a_full_group_keeps_what_it_is_granted() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut idle = evicting(&controller, "idle", "/gold", Limit::Max, 3500).await;
+    idle.report.idle = 3000;
+    idle.tell().await;
+    let mut busy = evicting(&controller, "busy", "/gold", Limit::Max, 1600).await;
+    let usage = |worker: &FakeWorker| worker.report.held().expect("a number");
+    for _ in 0..4 {
+        idle.obey_for(50).await;
+        busy.obey_for(50).await;
+    }
+    assert_eq!(controller.group("/gold").await.expect("shown").reclaim.rung, Evict);
+    let (part, before) = (usage(&busy).saturating_sub(busy.aim), usage(&busy));
+    for _ in 0..3 {
+        let (aim, gives) = (idle.aim, usage(&idle) - idle.aim);
+        idle.report.idle -= gives;
+        idle.evict_and_return(gives).await;
+        busy.touch(gives).await;
+        idle.obey_for(50).await;
+        busy.obey_for(100).await;
+        idle.obey().await;
+        assert!(idle.aim < aim, "{} after {aim}", idle.aim);
+        assert!(usage(&busy).saturating_sub(busy.aim) <= part + 16, "{} of {}, {part} before", busy.aim, usage(&busy));
+    }
+    assert!(usage(&busy) >= before + 200, "{} after {before}", usage(&busy));
+}
+
 /// A lower limit with little time: eviction begins before half of it is over, although the driver gives.
 /// Semantics: 118, B83.
 #[tokio::test(start_paused = true)]
