@@ -117,6 +117,20 @@ impl Tree {
         *self.node(id).limits()
     }
 
+    /// The same, but for those that are being lowered: they are what they will be.
+    pub fn coming_limits(&self, id: NodeId) -> Limits {
+        let limits = self.limits(id);
+        let Some(pending) = &self.node(id).pending else { return limits };
+        let lower = |now: Limit, new: Option<Limit>| new.map_or(now, |new| now.min(new));
+        Limits {
+            max: lower(limits.max, pending.patch.max),
+            swap_max: lower(limits.swap_max, pending.patch.swap_max),
+            store_max: lower(limits.store_max, pending.patch.store_max),
+            vmm_max: lower(limits.vmm_max, pending.patch.vmm_max),
+            ..limits
+        }
+    }
+
     /// Number of changes of `id`'s limits so far.
     pub fn generation(&self, id: NodeId) -> u64 {
         self.node(id).generation

@@ -17,8 +17,9 @@
 //! together stay below; the parts become smaller as the room does, and whoever has been promised much more than its part
 //! now is told ([`Actor::settle_cold`]). One that is above a limit, because that was lowered, may only come down.
 //!
-//! Nobody sets a limit of the store (`store.max`), mostly: then it is half of `memory.max`. A store that is larger than what it leaves
-//! the guest takes more from pages that are in use than it gives to those that are not.
+//! Nobody sets a limit of the store (`store.max`), mostly: then it is half of `memory.max`, of the VM's and of each group's,
+//! and of what these are being lowered to. A store that is larger than what it leaves the guest takes more from pages that are
+//! in use than it gives to those that are not.
 
 use memcg_core::tree::{Counter, NodeId};
 use memcg_core::units::{Limit, Pages};
@@ -93,7 +94,7 @@ impl Actor {
     pub fn leases(&self, id: VmId) -> Leases {
         let vm = &self.vms[&id];
         Leases {
-            swap: self.lease(vm, Counter::Swap, |at| self.tree.limits(at).swap_max),
+            swap: self.lease(vm, Counter::Swap, |at| self.tree.coming_limits(at).swap_max),
             store: self.lease(vm, Counter::Store, |at| self.store_max(at)),
         }
     }
@@ -113,12 +114,11 @@ impl Actor {
         self.tree.ancestry(vm.node).filter_map(allows).min().unwrap_or(u64::MAX)
     }
 
-    /// The limit of the store of a VM or a group: what was set, or for a VM its part of `memory.max`.
+    /// The limit of the store of a VM or a group: what was set, or its part of `memory.max`.
     fn store_max(&self, at: NodeId) -> Limit {
-        let limits = self.tree.limits(at);
-        let is_vm = at != self.root && !self.groups.contains(&at);
+        let limits = self.tree.coming_limits(at);
         match (limits.store_max, limits.max) {
-            (Limit::Max, Limit::Pages(max)) if is_vm => Limit::Pages(Pages(max.0 / STORE_SHARE)),
+            (Limit::Max, Limit::Pages(max)) => Limit::Pages(Pages(max.0 / STORE_SHARE)),
             (set, _) => set,
         }
     }

@@ -65,7 +65,7 @@ macro_rules! with_limits {
             #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
             #[schema(value_type = Option<u64>)]
             pub swap_max_bytes: Option<Option<u64>>,
-            /// The memory that contents of evicted pages take is no more than this. `null` of a VM: half of `max_bytes`.
+            /// The memory that contents of evicted pages take is no more than this. `null`: half of `max_bytes`.
             #[serde(default, deserialize_with = "crate::controller::config::present", skip_serializing_if = "Option::is_none")]
             #[schema(value_type = Option<u64>)]
             pub store_max_bytes: Option<Option<u64>>,

@@ -133,6 +133,46 @@ async fn a_store_may_have_a_limit_of_its_own() {
     assert_eq!((memory.store_max_bytes, memory.store_bytes), (Some(bytes(150)), bytes(100)));
 }
 
+/// What a limit is being lowered to counts from the start: a store that had filled half of the old one would leave nothing of
+/// the new one to the guest.
+/// Semantics: 115, 118.
+#[tokio::test(start_paused = true)]
+async fn a_store_may_have_half_of_what_a_limit_is_being_lowered_to() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    worker.touch(3000).await;
+    worker.tell().await;
+    let controller = worker.controller.clone();
+    let lowering = tokio::spawn(async move { controller.change("vm", change(pages(1000))).await });
+    worker.answer_recall().await;
+    worker.evict(8, 1).await;
+    while worker.try_next().await.is_some() {}
+    assert_eq!(worker.leases.1, 500);
+    assert!(!lowering.is_finished());
+}
+
+/// The stores of a group's members are within half of what the group may use, also when none of them has a limit itself.
+/// Semantics: 63.
+#[tokio::test(start_paused = true)]
+async fn the_stores_of_a_group_have_half_of_its_memory() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(4000))).await.expect("made");
+    let mut members = Vec::new();
+    for name in ["a", "b"] {
+        let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
+        let mut worker = FakeWorker::add_to(&controller, name, setup).await.expect("added");
+        worker.hello().await;
+        worker.say(FromWorker::Loaded { plan: 0 }).await;
+        members.push(worker);
+    }
+    let [one, other] = &mut members[..] else { panic!("two") };
+    one.touch(1000).await;
+    one.evict(400, 100).await;
+    for worker in [&mut *one, &mut *other] {
+        while worker.try_next().await.is_some() {}
+    }
+    assert_eq!((one.leases.1, other.leases.1), (2000 / 4, 2000 / 4), "its part of half of what is left");
+}
+
 /// The members of a group are promised no more swap together than it may have, however they use it.
 /// Semantics: 63.
 #[tokio::test(start_paused = true)]
