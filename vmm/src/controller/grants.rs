@@ -143,12 +143,14 @@ impl Actor {
         let want = vm.report.want.max(vm.report.want_now).saturating_sub(vm.in_flight()).min(vm.useful()).max(need);
         let was_refused = vm.refused();
         let new = fresh && need > vm.missing;
+        let recalled = self.is_recalled(id);
         let got = self.charge_need(id, need, if new { Mode::Wait } else { Mode::Again });
         let vm = self.vms.get_mut(&id).expect("checked");
         let refused = got < need;
         vm.set_missing(need - got);
         let mut ahead = 0;
-        if !refused {
+        // Whoever asked before it had the recall would have again what is decided over: it will ask once more.
+        if !refused && !recalled {
             let held_stock = vm.report.stock + vm.in_flight().saturating_sub(got);
             ahead = self.charge_ahead(id, (want - need).min(self.stock_max(id).saturating_sub(held_stock)));
         }

@@ -377,7 +377,8 @@ impl FaultThread {
 
     /// Tells the controller what it must know: a want, a hold that began or ended, pages given back, guest errors.
     fn speak(&mut self) {
-        let ask = self.pages.as_mut().and_then(Pages::ask);
+        // Nothing is wanted ahead while what there was is on its way back.
+        let ask = if self.recall_seq.is_some() { None } else { self.pages.as_mut().and_then(Pages::ask) };
         let news = Told::new(&self.sketch(), false) != self.told;
         if ask.is_some() || news {
             let (want, want_now) = ask.unwrap_or_default();

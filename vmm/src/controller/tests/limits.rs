@@ -68,6 +68,23 @@ async fn stock_is_recalled_before_a_limit_is_compared_with_usage() {
     assert_eq!(changed.view.memory.current_bytes, (1000 + RESERVE) * 4096);
 }
 
+/// What a worker asked for before it had the recall is not granted before that is decided: it would count against it.
+/// Semantics: 60.
+#[tokio::test(start_paused = true)]
+async fn nothing_is_granted_ahead_while_stock_is_recalled() {
+    let mut worker = with_guest(1000).await;
+    let refuse = MemoryChange { mode: Mode::Refuse, ..change(pages(1000 + RESERVE)) };
+    let answer = ask(&worker, refuse);
+    let seq = worker.hear_recall().await;
+    let granted = worker.grant.0;
+    worker.report.want = 512;
+    worker.tell().await;
+    worker.report.want = 0;
+    worker.give_stock_back(seq).await;
+    assert!(answer.await.expect("no panic").expect("fits without the stock").in_force);
+    assert_eq!(worker.grant.0, granted);
+}
+
 /// Semantics: 118, B2.
 #[tokio::test(start_paused = true)]
 async fn refuse_leaves_everything_as_it_was() {

@@ -306,13 +306,23 @@ impl FakeWorker {
 
     /// Answers the recall that must be the next message but grants.
     async fn answer_recall(&mut self) {
-        let seq = loop {
+        let seq = self.hear_recall().await;
+        self.give_stock_back(seq).await;
+    }
+
+    /// The number of the recall that must be the next message but grants.
+    async fn hear_recall(&mut self) -> u32 {
+        loop {
             match self.next().await {
-                ToWorker::Recall { seq } => break seq,
+                ToWorker::Recall { seq } => return seq,
                 ToWorker::Grant { .. } | ToWorker::BalloonTarget { .. } => {}
                 other => panic!("{other:?} instead of a recall"),
             }
-        };
+        }
+    }
+
+    /// Answers recall `seq` with all of its stock.
+    async fn give_stock_back(&mut self, seq: u32) {
         self.book();
         self.report.returned_total += self.report.stock;
         self.report.stock = 0;
