@@ -4,7 +4,7 @@
 
 use ballast_tests::walk::exact;
 use ballast_tests::{PAGE, TestVm, number, skip, skipped, swap_directory, wait_until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
@@ -82,9 +82,11 @@ fn a_store_has_a_limit_of_its_own() {
     let mut vm = TestVm::builder("store").memory(memory).option("--oom", "deadline=120s").cmdline("shell").start();
     vm.expect("READY", 10);
     vm.send("touch 16M 128M seed=7");
-    let held = wait_until("the guest is held", 20, || Some(vm.show()).filter(|now| now["held"]["now"] == true));
+    // It is held before too, for moments, on a busy host.
+    let full = |now: &Value| now["held"]["now"] == true && number(now, "memory.stat.store_bytes") > 0;
+    let held = wait_until("the guest is held with a store", 20, || Some(vm.show()).filter(full));
     assert_eq!(number(&held, "memory.store_max_bytes"), MIB / 4);
-    assert!((1..=MIB / 4).contains(&number(&held, "memory.stat.store_bytes")), "{held}");
+    assert!(number(&held, "memory.stat.store_bytes") <= MIB / 4, "{held}");
     let (status, body) = vm.patch("", &json!({ "store_max_bytes": null }));
     assert_eq!((status, &body["memory"]["store_max_bytes"]), (200, &json!(null)), "{body}");
     vm.expect("OK touch", 60);
