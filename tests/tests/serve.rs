@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Output;
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
-use ballast_tests::{bare, enough, number, payload, skipped, wait_until};
+use ballast_tests::{TestVm, ballast, bare, enough, number, payload, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -248,4 +248,52 @@ fn verbs_work_on_the_vms_of_serve() {
     let nobody = serve.verb(&["create", "web", "--memory", "size=64M", "--kernel", kernel]);
     assert_eq!(nobody.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("start `ballast serve`"), "{nobody:?}");
+}
+
+/// Two controllers have a VM of one name each. What cannot be undone is done to neither until somebody says to which.
+#[test]
+fn a_name_that_two_vms_have_is_not_killed_by_chance() {
+    if skipped("serve-ambiguous") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    assert_eq!(serve.ask("PUT", "/vms/web", Some(&shell())).0, 201);
+    let mut own = TestVm::builder("web").memory("size=64M,max=48M").cmdline("shell").start();
+    own.wait_state("running", 10);
+    let runtime = tempfile::Builder::new().prefix("ba").tempdir().expect("a temporary directory");
+    let sockets = runtime.path().join("ballast");
+    std::fs::create_dir(&sockets).expect("made");
+    std::os::unix::fs::symlink(serve.socket(), sockets.join("ballast.sock")).expect("made");
+    std::os::unix::fs::symlink(own.socket(), sockets.join("web.sock")).expect("made");
+    let program = |words: &[&str]| {
+        let mut command = std::process::Command::new(ballast());
+        command.args(words).env("XDG_RUNTIME_DIR", runtime.path()).env_remove("BALLAST_SOCKET");
+        let said = command.output().expect("the program runs");
+        (said.status.code(), String::from_utf8_lossy(&said.stderr).into_owned())
+    };
+    for verb in ["kill", "stop", "rm"] {
+        let (status, said) = program(&[verb, "web"]);
+        assert_eq!(status, Some(1), "{verb}: {said}");
+        assert!(said.contains("several VMs are named \"web\"") && said.contains("web.sock"), "{verb}: {said}");
+    }
+    assert_eq!((&serve.show("web")["state"], &own.show()["state"]), (&json!("running"), &json!("running")));
+    let (status, said) = program(&["kill", "web", "--socket", &own.socket().to_string_lossy()]);
+    assert_eq!(status, Some(0), "{said}");
+    own.wait(10);
+    assert_eq!(program(&["kill", "web"]).0, Some(0), "only one is left");
+    // What nobody has ever heard of is said, and not waited for.
+    let at = serve.socket().to_string_lossy().into_owned();
+    let top = ["top", "--batch", "--group", "/nope", "--socket", &at];
+    for words in [&["events", "nope"][..], &["events", "-f", "nope"], &top] {
+        let (status, said) = program(words);
+        assert_eq!(status, Some(1), "{words:?}: {said}");
+        assert!(said.contains("nope"), "{words:?}: {said}");
+    }
+    let (status, said) = program(&["reclaim", "web", "8"]);
+    assert!(status == Some(2) && said.contains("did you mean 8M"), "{said}");
+    let nowhere = runtime.path().join("none/x.sock");
+    let socket = nowhere.to_string_lossy();
+    let (status, said) = program(&["run", "--socket", &socket, "--memory", "size=64M", "--kernel", "/proc/self/exe"]);
+    assert!(status == Some(125) && said.contains("there is no directory"), "{said}");
+    assert!(!runtime.path().join("none").exists(), "nothing was made");
 }

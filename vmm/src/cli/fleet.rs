@@ -4,7 +4,7 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{group_path, name};
-use super::verbs::each;
+use super::verbs::{Harm, each};
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket};
 use crate::controller::view::{VmState, VmView};
@@ -64,7 +64,7 @@ pub async fn move_to(args: MoveArgs) -> Result<u8, Failure> {
 
 /// Ends VMs and forgets them.
 pub async fn rm(args: NamesArg) -> Result<u8, Failure> {
-    each(&args.names, &args.socket, |vm, socket| async move {
+    each(&args.names, &args.socket, Harm::Forgets, |vm, socket| async move {
         client::request(&socket, Method::DELETE, &format!("/vms/{vm}"), String::new()).await?;
         Ok(())
     })

@@ -7,7 +7,7 @@
 //! | 0 | done |
 //! | 1 | error |
 //! | 2 | usage |
-//! | 3 | accepted, but not reached in time |
+//! | 3 | not reached in the time given |
 //! | `run` | the guest's own status; 125 when ballast failed; 137 when the VM was killed; 128 + signal |
 
 mod attach;
@@ -60,7 +60,7 @@ pub const DONE: u8 = 0;
 pub const ERROR: u8 = 1;
 /// The command line makes no sense.
 pub const USAGE: u8 = 2;
-/// Accepted, but not reached in time.
+/// Not reached in the time given.
 pub const NOT_REACHED: u8 = 3;
 /// `run`: ballast failed, not the guest.
 pub const RUN_FAILED: u8 = 125;

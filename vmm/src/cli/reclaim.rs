@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use hyper::Method;
-use memcg_core::units::{SizeArg, human, parse_size};
+use memcg_core::units::{Limit, human};
 
-use super::options::{duration, group_path, name};
+use super::options::{duration, group_path, limit, name};
 use super::{DONE, Failure, NOT_REACHED, SocketArg, client, output, socket};
 use crate::controller::reclaim::ReclaimedView;
 use crate::controller::view::{ReclaimRung, ReclaimView};
@@ -72,10 +72,9 @@ pub async fn reclaim(args: ReclaimArgs) -> Result<u8, Failure> {
 
 /// A size in bytes.
 fn size(word: &str) -> Result<u64, String> {
-    match parse_size(word) {
-        Ok(SizeArg::Bytes(bytes)) => Ok(bytes),
-        Ok(SizeArg::Max) => Err("max is no amount: write for example 64M".to_owned()),
-        Err(error) => Err(error.to_string()),
+    match limit(word)? {
+        Limit::Pages(pages) => Ok(pages.bytes()),
+        Limit::Max => Err("max is no amount: write for example 64M".to_owned()),
     }
 }
 

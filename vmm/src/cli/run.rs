@@ -47,6 +47,7 @@ pub async fn run(args: RunArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::run(chain(error));
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
     spawn::check_socket_path(&spawn::console_socket(&directory)).map_err(|error| as_failure(&error))?;
+    socket::check_place(&args.socket, &listen).map_err(Failure::run)?;
     let memory = config.memory.check().map_err(|error| as_failure(&error))?;
     let plan = config.plan(&vm_name).map_err(|error| as_failure(&error))?;
     host::check_kernel().map_err(|error| as_failure(&error))?;

@@ -47,6 +47,7 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::error(chain(error));
     let listen = socket::to_serve(&args.socket);
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
+    socket::check_place(&args.socket, &listen).map_err(Failure::error)?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
     if args.budget != Limit::Max {

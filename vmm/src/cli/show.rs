@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::options::name;
 use super::reclaim::doing;
 use super::{Failure, SocketArg, client, output, socket};
-use crate::controller::view::{BalloonProgress, OverheadView, PressureLine, ReclaimRung, VmState, VmView};
+use crate::controller::view::{BalloonProgress, OverheadView, PausedBy, PressureLine, ReclaimRung, VmState, VmView};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -122,7 +122,13 @@ fn cold(vm: &VmView) -> Option<String> {
 /// The table.
 fn table(vm: &VmView) -> String {
     let mut out = String::new();
-    let state = state(vm);
+    let state = match vm.paused_by {
+        Some(PausedBy::Policy) if vm.state == VmState::Paused => {
+            "paused by its policy (it goes on when memory.max of it or its groups is raised)"
+        }
+        Some(PausedBy::User) if vm.state == VmState::Paused => "paused on request (resume lets it go on)",
+        _ => state(vm),
+    };
     let mut line = |label: &str, text: String| {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "{label:10}{text}");
@@ -186,7 +192,10 @@ fn table(vm: &VmView) -> String {
             limit(memory.high_bytes),
             limit(memory.max_bytes),
             limit(vm.swap.max_bytes),
-            memory.store_max_bytes.map_or("half".to_owned(), human),
+            match (memory.store_max_bytes, memory.max_bytes) {
+                (None, Some(_)) => "max (half of max)".to_owned(),
+                (set, _) => limit(set),
+            },
             limit(vm.vmm.max_bytes),
             vm.generation
         ),

@@ -3,8 +3,11 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use super::{Failure, SocketArg};
+use hyper::Method;
+
+use super::{Failure, SocketArg, client};
 use crate::api::server::knock;
+use crate::controller::view::{VmState, VmView};
 
 /// The directory for everybody.
 const SYSTEM: &str = "/run/ballast";
@@ -99,6 +102,60 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
     })
 }
 
+/// Where the controller of the only VM of this name listens, for what cannot be undone: two controllers may have one each.
+/// Of those that have ended only `rm` takes notice (`ended`).
+///
+/// # Errors
+/// When there is no such socket, or more than one VM of this name.
+pub async fn to_reach_only(arg: &SocketArg, name: &str, ended: bool) -> Result<PathBuf, Failure> {
+    let places = match &arg.socket {
+        Some(path) if path.is_dir() => vec![path.clone()],
+        Some(_) => return to_reach(arg, name),
+        None => directories(),
+    };
+    let mut there = in_each(&places, name);
+    there.retain(|socket| socket.exists());
+    if there.len() < 2 {
+        return to_reach(arg, name);
+    }
+    let mut holders = Vec::new();
+    for socket in there.into_iter().filter(|socket| knock(socket).is_ok()) {
+        let asked = client::request(&socket, Method::GET, &format!("/vms/{name}"), String::new()).await;
+        let Ok((_, body)) = asked else { continue };
+        let view: VmView = client::decode(&body)?;
+        if ended || view.state != VmState::Ended {
+            holders.push(socket);
+        }
+    }
+    match holders.len() {
+        // Whoever is asked then says what is wrong.
+        0 => to_reach(arg, name),
+        1 => Ok(holders.remove(0)),
+        _ => Err(Failure::error(format!("several VMs are named {name:?}, say which: {}", choices(&holders)))),
+    }
+}
+
+/// What to type to choose one of several controllers.
+fn choices(sockets: &[PathBuf]) -> String {
+    let sockets: Vec<_> = sockets.iter().map(|path| format!("--socket {}", path.display())).collect();
+    sockets.join(" or ")
+}
+
+/// A socket whose place somebody named is made in a directory that is there.
+///
+/// # Errors
+/// When it is not.
+pub fn check_place(arg: &SocketArg, listen: &Path) -> Result<(), String> {
+    match listen.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.is_dir()) {
+        Some(parent) if arg.socket.is_some() => Err(format!(
+            "the socket {} cannot be made: there is no directory {}; make it, or choose another --socket",
+            listen.display(),
+            parent.display()
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// A VM's own socket in each directory, and after those `serve`'s: a VM may be in either.
 fn in_each(directories: &[PathBuf], name: &str) -> Vec<PathBuf> {
     let own = directories.iter().map(|dir| dir.join(socket_name(name)));
@@ -126,10 +183,7 @@ pub fn the_only(arg: &SocketArg) -> Result<PathBuf, Failure> {
     match alive.len() {
         1 => Ok(alive.remove(0)),
         0 => Err(none_runs()),
-        _ => {
-            let sockets: Vec<_> = alive.iter().map(|path| format!("--socket {}", path.display())).collect();
-            Err(Failure::error(format!("several controllers are running, say which: {}", sockets.join(" or "))))
-        }
+        _ => Err(Failure::error(format!("several controllers are running, say which: {}", choices(&alive)))),
     }
 }
 

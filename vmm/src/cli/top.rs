@@ -56,8 +56,13 @@ pub struct TopArgs {
 /// Shows the host until the user has seen enough.
 pub async fn top(args: TopArgs) -> Result<u8, Failure> {
     let mut sources = Sources { arg: args.socket, sockets: Vec::new(), asked: 0 };
-    let mut screen = Screen::new(args.sort, args.group, is_utf8());
     let (overviews, troubles) = sources.ask().await?;
+    if let Some(group) = &args.group
+        && !overviews.iter().any(|overview| overview.groups.iter().any(|known| known.path == *group))
+    {
+        return Err(Failure::error(format!("there is no group {group:?}: ballast group ls has those that are")));
+    }
+    let mut screen = Screen::new(args.sort, args.group, is_utf8());
     screen.show(overviews, troubles);
     if args.batch || !can_move() {
         let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok()).unwrap_or(PAGE_WIDTH);

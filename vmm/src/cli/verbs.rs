@@ -1,6 +1,6 @@
 //! `set`, `start`, `stop`, `pause`, `resume`, `kill`, `events`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
@@ -152,8 +152,8 @@ pub fn changed(late: bool, view: &LimitsView) -> u8 {
         let of = if many { format!("{name}: ") } else { String::new() };
         if late {
             eprintln!(
-                "ballast: {of}accepted, but not reached in time: {} is in use, memory.max goes from {} to {} when it \
-                 fits, and stays as it is if it does not within {} s of the request",
+                "ballast: {of}not reached yet: {} is in use; memory.max goes from {} to {} if that fits within {} s of \
+                 the request, and otherwise stays as it is",
                 human(current),
                 show::limit(max),
                 show::limit(pending),
@@ -169,17 +169,40 @@ pub fn changed(late: bool, view: &LimitsView) -> u8 {
 /// Requests under way at one time.
 const AT_ONCE: usize = 16;
 
+/// What a verb does to a VM, for the choice between two of one name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// Nothing that cannot be undone: the first that is found will do.
+    None,
+    /// It ends the VM.
+    Ends,
+    /// It ends the VM and forgets it, also one that has ended.
+    Forgets,
+}
+
 /// Does something with each of several VMs, many at a time. What fails is said in one line each and keeps no other from being
 /// done; the exit status is that of the last failure.
-pub async fn each<F>(names: &[String], at: &SocketArg, one: impl Fn(String, PathBuf) -> F) -> Result<u8, Failure>
+pub async fn each<F>(
+    names: &[String],
+    at: &SocketArg,
+    harm: Harm,
+    one: impl Fn(String, PathBuf) -> F,
+) -> Result<u8, Failure>
 where
     F: Future<Output = Result<(), Failure>> + Send + 'static,
 {
     let names: Vec<_> = names.iter().map(|text| name(text)).collect::<Result<_, _>>().map_err(Failure::usage)?;
     let mut failed: Option<Failure> = None;
     for some in names.chunks(AT_ONCE) {
-        let begin = |vm: &String| socket::to_reach(at, vm).map(|socket| tokio::spawn(one(vm.clone(), socket)));
-        for begun in some.iter().map(begin).collect::<Vec<_>>() {
+        let mut tasks = Vec::new();
+        for vm in some {
+            let socket = match harm {
+                Harm::None => socket::to_reach(at, vm),
+                Harm::Ends | Harm::Forgets => socket::to_reach_only(at, vm, harm == Harm::Forgets).await,
+            };
+            tasks.push(socket.map(|socket| tokio::spawn(one(vm.clone(), socket))));
+        }
+        for begun in tasks {
             let done = match begun {
                 Ok(task) => task.await.unwrap_or_else(|error| Err(Failure::error(error.to_string()))),
                 Err(failure) => Err(failure),
@@ -196,7 +219,8 @@ where
 
 /// Does one of the verbs that are a word and names.
 pub async fn act(args: NamesArg, verb: &'static str) -> Result<u8, Failure> {
-    each(&args.names, &args.socket, move |vm, socket| async move {
+    let harm = if verb == "kill" { Harm::Ends } else { Harm::None };
+    each(&args.names, &args.socket, harm, move |vm, socket| async move {
         let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
         let view: VmView = client::decode(&body)?;
         if verb == "resume" && view.state == VmState::Running && view.held.now {
@@ -220,7 +244,7 @@ pub struct StopArgs {
 /// Asks guests to power themselves off, and says which had to be killed.
 pub async fn stop(args: StopArgs) -> Result<u8, Failure> {
     let timeout = host::scaled(args.timeout);
-    each(&args.vms.names, &args.vms.socket, move |vm, socket| async move {
+    each(&args.vms.names, &args.vms.socket, Harm::Ends, move |vm, socket| async move {
         let target = format!("/vms/{vm}/stop?timeout_ms={}", timeout.as_millis());
         let (_, body) = client::request(&socket, Method::POST, &target, String::new()).await?;
         let stopped: StopView = client::decode(&body)?;
@@ -257,7 +281,11 @@ pub struct EventsArgs {
 pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
     let only = args.name.or(args.vm);
     let socket = match &only {
-        Some(vm) => socket::to_reach(&args.socket, &name(vm).map_err(Failure::usage)?)?,
+        Some(vm) => {
+            let socket = socket::to_reach(&args.socket, &name(vm).map_err(Failure::usage)?)?;
+            check_known(&socket, vm).await?;
+            socket
+        }
         None => socket::the_only(&args.socket)?,
     };
     let target = format!("/events?since={}&follow={}", args.since, args.follow);
@@ -296,6 +324,25 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
         true if args.follow => Err(ended()),
         true => Ok(DONE),
         false => Err(client::refused(status, &pending)),
+    }
+}
+
+/// Whether a controller has a VM, or has had it since its oldest event.
+///
+/// # Errors
+/// What the controller says of a name that it does not know.
+async fn check_known(socket: &Path, vm: &str) -> Result<(), Failure> {
+    let shown = client::open(socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
+    if shown.status() != hyper::StatusCode::NOT_FOUND {
+        return Ok(());
+    }
+    let unknown = client::awaited(socket, shown.into_body().collect()).await?;
+    let unknown = unknown.map_or_else(|_| Vec::new(), |body| body.to_bytes().to_vec());
+    let (_, body) = client::request(socket, Method::GET, "/events?since=0&follow=false", String::new()).await?;
+    let of_it = |line: &[u8]| serde_json::from_slice::<Event>(line).is_ok_and(|event| event.vm.as_deref() == Some(vm));
+    match body.split(|byte| *byte == b'\n').any(of_it) {
+        true => Ok(()),
+        false => Err(client::refused(hyper::StatusCode::NOT_FOUND, &unknown)),
     }
 }
 

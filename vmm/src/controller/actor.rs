@@ -53,8 +53,8 @@ use super::reclaim::Reclaiming;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
-use super::view::{VmState, VmView};
-use super::vm::{Awaited, KilledBy, PausedBy, Reply, VmEnd, VmId, Waiting};
+use super::view::{PausedBy, VmState, VmView};
+use super::vm::{Awaited, KilledBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;
 use crate::worker::protocol::{Hello, ToWorker};
 

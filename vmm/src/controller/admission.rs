@@ -25,8 +25,8 @@ use super::events::EventKind;
 use super::floor::in_mib;
 use super::journal::Entry;
 use super::overhead::{self, Part};
-use super::view::{AreaView, VmState};
-use super::vm::{PausedBy, Vm, VmEnd, VmId, WorkerProcess, reserve};
+use super::view::{AreaView, PausedBy, VmState};
+use super::vm::{Vm, VmEnd, VmId, WorkerProcess, reserve};
 use super::{VmSpec, activation, host};
 use crate::worker::protocol::{Report, ToWorker};
 

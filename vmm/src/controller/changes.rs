@@ -325,8 +325,10 @@ impl Actor {
                 for part in &mut parts {
                     part.patch.if_generation = None;
                 }
-                let waiters = vec![Waiter { until, done }];
+                // Who waits for all that time hears how it ended: the recall has taken some of it.
+                let whole = wait.is_none_or(|wait| wait >= host::scaled(DEADLINE));
                 let deadline = Instant::now() + deadline;
+                let waiters = vec![Waiter { until: if whole { deadline } else { until }, done }];
                 self.changes.push(Change {
                     pending,
                     parts: parts.clone(),

@@ -151,10 +151,12 @@ with_limits! {
         /// Whether memory is charged. By default it is with a limit, or where the controller has a budget.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub track: Option<bool>,
-        /// Seconds of a generation: how often it is looked at what a guest with a limit uses, 30 by default; 0 for never.
+        /// Seconds of a generation: how often it is looked at what a guest with a limit uses, 30 by default; 0 for never. It
+        /// cannot be changed while the VM runs.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub ageing_s: Option<u32>,
-        /// Whether what has been idle for two generations is evicted before anybody needs the memory; not by default.
+        /// Whether what has been idle for two generations is evicted before anybody needs the memory; not by default. It
+        /// needs ageing, and cannot be changed while the VM runs.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub proactive: Option<bool>,
     }
@@ -315,6 +317,10 @@ impl VmConfig {
     /// What makes no sense, or the file that cannot be opened.
     pub fn plan(&self, name: &str) -> Result<Plan, Refusal> {
         let mut spec = self.spec(name)?;
+        if self.memory.proactive == Some(true) && self.memory.ageing_s == Some(0) {
+            let message = "proactive=on evicts what ageing has found idle, and ageing is off: leave out one of them";
+            return Err(Refusal::new(Code::BadRequest, message));
+        }
         let kernel = open("kernel", &self.kernel)?;
         let initrd = self.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
         spec.loading = loading([Some(&kernel), initrd.as_ref()].into_iter().flatten());
@@ -433,6 +439,19 @@ mod tests {
 
     fn config(json: &str) -> VmConfig {
         serde_json::from_str(json).expect("understood")
+    }
+
+    #[test]
+    fn proactive_needs_ageing() {
+        let with = |words: &str| {
+            let json = format!(r#"{{"kernel": "/proc/self/exe", "memory": {{"size_bytes": 67108864, {words}}}}}"#);
+            config(&json).plan("web").err().map(|refusal| (refusal.code, refusal.message))
+        };
+        let (code, message) = with(r#""proactive": true, "ageing_s": 0"#).expect("refused");
+        assert_eq!(code, Code::BadRequest);
+        assert!(message.contains("ageing is off"), "{message}");
+        assert_eq!(with(r#""proactive": true"#), None);
+        assert_eq!(with(r#""proactive": false, "ageing_s": 0"#), None);
     }
 
     /// What is moved there would be in memory again, and outside every limit.

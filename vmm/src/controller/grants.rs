@@ -37,8 +37,8 @@ use super::cold;
 use super::events::{EventKind, merged};
 use super::host;
 use super::overhead;
-use super::view::{OomAction, VmState};
-use super::vm::{Awaited, Hold, KilledBy, PausedBy, Vm, VmEnd, VmId};
+use super::view::{OomAction, PausedBy, VmState};
+use super::vm::{Awaited, Hold, KilledBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
 
 /// Room beyond what it owes that a VM needs to go on by itself after its policy has paused it.

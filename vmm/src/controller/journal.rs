@@ -32,7 +32,7 @@ use super::actor::Actor;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::groups;
-use super::vm::PausedBy;
+use super::view::PausedBy;
 
 /// Format of the lines. A line that this program does not know is refused whatever the number says; it is for people.
 const FORMAT: u32 = 1;

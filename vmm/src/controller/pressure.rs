@@ -16,8 +16,8 @@ use memcg_core::pressure::{Averages, Member, Pressure};
 use memcg_core::tree::{NodeId, Tree};
 
 use super::actor::Actor;
-use super::view::{PressureLine, PressureView, VmState};
-use super::vm::{PausedBy, Vm, VmId};
+use super::view::{PausedBy, PressureLine, PressureView, VmState};
+use super::vm::{Vm, VmId};
 
 /// What of a VM matters here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -32,6 +32,7 @@ impl Actor {
             cpus: vm.cpus,
             accounting: vm.accounted(),
             end: vm.epitaph.clone(),
+            paused_by: vm.paused_by.filter(|_| vm.state == VmState::Paused),
             console: (vm.state != VmState::Ended)
                 .then(|| vm.process.console())
                 .flatten()

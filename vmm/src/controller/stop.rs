@@ -20,8 +20,8 @@ use super::Controller;
 use super::actor::{Actor, answer};
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
-use super::view::{VmState, VmView};
-use super::vm::{KilledBy, PausedBy, Reply, VmEnd, VmId};
+use super::view::{PausedBy, VmState, VmView};
+use super::vm::{KilledBy, Reply, VmEnd, VmId};
 use crate::worker::protocol::ToWorker;
 
 /// How long a guest has to power itself off when nobody says otherwise, before [`super::host::scaled`].

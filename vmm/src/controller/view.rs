@@ -52,6 +52,9 @@ pub struct VmView {
     /// How it ended, when it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub end: Option<String>,
+    /// Who has paused it, as long as it is paused.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub paused_by: Option<PausedBy>,
     /// Socket at which its console is, as long as it has not ended: a stream with the last of what it printed, then
     /// what it prints; what is written to it is typed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -90,6 +93,16 @@ pub struct VmView {
     pub pool: AreaView,
     /// The fault path since the start.
     pub faults: FaultsView,
+}
+
+/// Who has paused a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PausedBy {
+    /// Somebody at the interface: only they let it go on.
+    User,
+    /// The policy: it goes on when there is room for more than its debt.
+    Policy,
 }
 
 /// What a VM costs beside its pages.

@@ -10,7 +10,6 @@ use memcg_core::frame::Cost;
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -25,7 +24,7 @@ use super::overhead::{self, Part};
 use super::residency::Residency;
 use super::spawn::Death;
 use super::stop::Stopping;
-use super::view::{AreaView, OomAction, OomPreference, RamView, VmState, VmView};
+use super::view::{AreaView, OomAction, OomPreference, PausedBy, RamView, VmState, VmView};
 use crate::worker::protocol::{ExitReason, GuestStats, Report, ToWorker};
 
 /// Time between two lines in the log about one worker that does not read.
@@ -172,16 +171,6 @@ pub(super) struct Hold {
     pub recalled: bool,
     /// It has acted.
     pub acted: bool,
-}
-
-/// Who stopped the vCPUs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PausedBy {
-    /// Somebody at the interface: only they let it go on.
-    User,
-    /// The policy: it goes on when there is room for more than its debt.
-    Policy,
 }
 
 /// One VM.

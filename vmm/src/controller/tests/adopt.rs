@@ -4,7 +4,7 @@ use super::super::actor::Actor;
 use super::super::error::Code;
 use super::super::journal::{Entry, Journal, Remembered, Store};
 use super::super::view::{GroupView, VmState};
-use super::super::{MemoryChange, vm::PausedBy};
+use super::super::{MemoryChange, view::PausedBy};
 use super::*;
 use memcg_core::limit_change::Mode;
 use std::io;

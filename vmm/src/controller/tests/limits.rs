@@ -184,6 +184,20 @@ async fn what_is_not_reached_by_the_deadline_leaves_the_old_limit() {
     assert_eq!(view.balloon.target_bytes, (SIZE - (4096 - 1024 - RESERVE - super::growth())) * 4096);
 }
 
+/// The time that a recall takes is a part of the client's, not of the guest's: it is not told that a change goes on which is
+/// given up a moment later.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_waits_as_long_as_the_change_hears_its_end() {
+    for wait in [None, Some(super::super::changes::DEADLINE)] {
+        let mut worker = with_guest(1000).await;
+        let answer = ask(&worker, MemoryChange { wait, ..change(pages(600)) });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        worker.answer_recall().await;
+        let refusal = answer.await.expect("no panic").expect_err("not reached");
+        assert_eq!(refusal.code, Code::LimitNotReached, "{wait:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_waits_shorter_is_told_that_it_goes_on() {
     let mut worker = with_guest(1000).await;

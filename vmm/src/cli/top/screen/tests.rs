@@ -10,6 +10,7 @@ const MIB: u64 = 1 << 20;
 fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
     VmView {
         name: name.to_owned(),
+        paused_by: None,
         group: group.to_owned(),
         state: VmState::Running,
         pid: 1,
