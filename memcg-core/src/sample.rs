@@ -5,7 +5,7 @@
 //! that comes back says the same for the price of a few hundred faults.
 //!
 //! ```text
-//!  period      1         2         3         4            resident pages, cut into as many strides as pages are drawn
+//!  period      1         2         3         4            pages that are kept, cut into as many strides as pages are drawn
 //!  cohort A    ├──── observed ─────┤ estimate             ├────·──┼·──────┼──────·┼─·─────┼───·───┤
 //!  cohort B              ├──── observed ─────┤ estimate        one of each stride, at random
 //!  cohort C                        ├──── observed ─────…
@@ -18,8 +18,9 @@
 //!  pages = population × came back / drawn  +  pages that came to the population by a touch meanwhile
 //! ```
 //!
-//! distinct pages. The *population* is what was resident as the cohort was drawn. What was not resident then (absent,
-//! ballooned, swapped out) and is touched needs no sample: its fault is seen anyway and counted as an arrival.
+//! distinct pages. The *population* is what had a content as the cohort was drawn, in memory or evicted: so nothing about it
+//! changes when pages are evicted and come back, however often. What had none (absent, ballooned) and is touched needs no
+//! sample: its fault is seen anyway and counted as an arrival.
 //!
 //! # How sure that is
 //!
@@ -29,6 +30,9 @@
 //! A share of 0 or 1 is not taken for certain: of 3 pages in each `drawn`, none is seen one time in 20. Pages that
 //! fault-around filled count as touched, and are all of them part of the error. A page that was drawn comes back by its
 //! own touch only ([`Sampler::between`]): one that came along with another would count as not used.
+//!
+//! Of too few pages, or when not all strides were drawn from ([`Sampler::spoil`]), nothing is said. Nor is it ever said that
+//! more may have been touched than there is.
 //!
 //! # What lies between
 //!
@@ -51,6 +55,9 @@ use crate::units::Pages;
 /// Pages of a cohort that should come back: the error is then at most 8 % of the estimate.
 pub const RETURNS: u64 = 600;
 
+/// A cohort with fewer pages says nothing, unless these are all that there are.
+pub const FEW: u64 = 16;
+
 /// Least pages of a cohort, where there are as many.
 pub const LEAST: u64 = 1024;
 
@@ -60,7 +67,7 @@ const WIDTH_SQUARED: f64 = 1.96 * 1.96;
 /// Pages in each `drawn` that no draw sees one time in 20, squared.
 const UNSEEN_SQUARED: f64 = 9.0;
 
-/// Pages that came to the population since the start, in totals: those that were not resident and were touched.
+/// Pages that came to the population since the start, in totals: those that had no content and were touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arrivals {
     /// Pages that were touched.
@@ -80,6 +87,19 @@ pub struct Estimate {
     pub drawn: u32,
     /// Of these, pages that were touched.
     pub returned: u32,
+}
+
+impl Estimate {
+    /// The same, where it is known that the truth is at most `most`.
+    pub fn within(self, most: Pages) -> Estimate {
+        let pages = self.pages.min(most);
+        Estimate { pages, error: self.error.min(pages.max(most.saturating_sub(pages))), ..self }
+    }
+
+    /// What it is worth when a period has passed of which nothing is known.
+    pub fn stale(self) -> Estimate {
+        Estimate { error: self.error + self.error.max(Pages(self.pages.0 / 8)), ..self }
+    }
 }
 
 /// The ranks of the pages to be drawn, among those of the population in the order of their numbers; increasing, one in
@@ -132,6 +152,8 @@ struct Cohort {
     /// A bit for each: it has come back.
     back: Vec<u64>,
     population: u64,
+    /// Strides that the population was cut into; 0 when not all were drawn from.
+    strides: u64,
     /// Arrivals before it was drawn.
     before: Arrivals,
 }
@@ -139,13 +161,13 @@ struct Cohort {
 impl Cohort {
     fn new(capacity: usize) -> Cohort {
         let back = vec![0; capacity.div_ceil(64)];
-        Cohort { pages: Vec::with_capacity(capacity), back, population: 0, before: Arrivals::default() }
+        Cohort { pages: Vec::with_capacity(capacity), back, population: 0, strides: 0, before: Arrivals::default() }
     }
 
-    fn begin(&mut self, population: Pages, before: Arrivals) {
+    fn begin(&mut self, population: Pages, strides: u64, before: Arrivals) {
         self.pages.clear();
         self.back.fill(0);
-        (self.population, self.before) = (population.0, before);
+        (self.population, self.strides, self.before) = (population.0, strides, before);
     }
 
     /// Where its pages of `pages` are in it.
@@ -181,23 +203,24 @@ impl Cohort {
 
     fn estimate(&self, now: Arrivals) -> Option<Estimate> {
         let drawn = self.pages.len();
-        if drawn == 0 && self.population > 0 {
+        if self.strides < FEW.min(self.population) {
             return None;
         }
         let returned = (0..drawn).filter(|at| self.is_back(*at)).count();
         let changes = (1..drawn).filter(|at| self.is_back(*at) != self.is_back(at - 1)).count();
         // Pages that each drawn one stands for; and nothing is left to chance where all were drawn.
-        let stride = self.population as f64 / drawn.max(1) as f64;
-        let left_out = 1.0 - (drawn as f64 / self.population.max(1) as f64).min(1.0);
+        let stride = self.population as f64 / self.strides.max(1) as f64;
+        let left_out = 1.0 - self.strides as f64 / self.population.max(1) as f64;
         let chance = stride * ((UNSEEN_SQUARED + WIDTH_SQUARED * changes as f64 / 2.0) * left_out).sqrt();
         let touched = now.touched.saturating_sub(self.before.touched);
         let around = now.around.saturating_sub(self.before.around);
-        Some(Estimate {
+        let estimate = Estimate {
             pages: Pages((stride * returned as f64).round() as u64) + touched + around,
             error: Pages(chance.ceil() as u64) + around,
             drawn: drawn as u32,
             returned: returned as u32,
-        })
+        };
+        Some(estimate.within(Pages(self.population) + touched + around))
     }
 }
 
@@ -223,12 +246,12 @@ impl Sampler {
     }
 
     /// A period ends and the next one begins: what the cohort of two periods ago says, and whom to draw for the new one.
-    /// `population` is how many pages are resident now, `most` how many may be drawn.
+    /// `population` is how many pages are kept now, `most` how many may be drawn.
     ///
-    /// For each rank the caller finds the page ([`FrameTable::resident_at`]), moves it aside, unless it is there already,
-    /// and tells [`Self::add`]; one that cannot be moved is left out.
+    /// For each rank the caller finds the page ([`FrameTable::kept_at`]), moves it aside, unless it is there already or
+    /// evicted, and tells [`Self::add`]; one that cannot be moved is left out.
     ///
-    /// [`FrameTable::resident_at`]: crate::frame::FrameTable::resident_at
+    /// [`FrameTable::kept_at`]: crate::frame::FrameTable::kept_at
     pub fn turn(&mut self, population: Pages, arrivals: Arrivals, most: u64) -> (Option<Estimate>, Ranks) {
         let estimate = (self.periods >= 2).then(|| self.cohorts[0].estimate(arrivals)).flatten();
         if let Some(estimate) = estimate {
@@ -236,11 +259,16 @@ impl Sampler {
         }
         self.periods += 1;
         self.cohorts.swap(0, 1);
-        self.cohorts[1].begin(population, arrivals);
         let size = self.size.min(most).min(population.0);
+        self.cohorts[1].begin(population, size, arrivals);
         // The copy draws from another sequence than the next turn's.
         let random = Random(self.random.next());
         (estimate, Ranks { population: population.0, size, next: 0, random })
+    }
+
+    /// The newest cohort could not be drawn to its end: it will say nothing.
+    pub fn spoil(&mut self) {
+        self.cohorts[1].strides = 0;
     }
 
     /// A page that was drawn for the newest cohort is aside. In increasing order.

@@ -220,3 +220,27 @@ fn an_idle_guest_has_no_working_set() {
     // A sampled page may be one of the few that the payload itself runs in.
     assert!(set <= 2 * MIB && error < 16 * MIB, "{set} ± {error}");
 }
+
+/// What is evicted and comes back does not count twice, nor what was evicted while the sample was drawn: the estimate
+/// stays with the truth while proactive reclaim takes what the guest does not use.
+#[test]
+fn the_working_set_is_found_while_memory_is_evicted() {
+    if skipped("cold-proactive") {
+        return;
+    }
+    let mut vm = shell("proactive", "size=512M,max=400M,swap=max,ageing=2s,proactive=on", "1");
+    ok(&mut vm, "touch 16M 256M seed=3");
+    vm.send("access hot 16M 128M hot=64M period=2000");
+    let mut seen = Vec::new();
+    while seen.len() < 12 {
+        let two = truth(&vm);
+        let swap = number(&vm.show(), "swap.current_bytes");
+        seen.push((estimate(&vm), two, swap));
+    }
+    let far = |((set, error), two): ((u64, u64), u64)| set.abs_diff(two) > error.max(two * 15 / 100);
+    let wrong = |seen: &&(Option<(u64, u64)>, u64, u64)| seen.0.is_some_and(|estimate| far((estimate, seen.1)));
+    // One in twenty may be, and the first ones saw the guest before it did this.
+    let (all, wrong) = (seen.iter().filter(|seen| seen.0.is_some()).count(), seen[3..].iter().filter(wrong).count());
+    assert!(all >= 6 && wrong <= 1, "((estimate, error), truth, swap): {seen:?}");
+    assert!(seen[11].2 > 100 * MIB, "{seen:?}");
+}

@@ -278,3 +278,33 @@ fn what_lies_between_quiet_neighbours_is_quiet() {
     let quiet: Vec<_> = std::iter::from_fn(|| sampler.quiet_after(&mut at)).collect();
     assert_eq!(quiet, [11..20, 41..50]);
 }
+
+/// Of a cohort with few pages, or one that was not drawn to its end, nothing is said.
+#[test]
+fn a_poor_cohort_says_nothing() {
+    let second = |most: u64, spoilt: bool| {
+        let mut sampler = Sampler::new(CAPACITY, 1);
+        for _ in 0..2 {
+            let (_, ranks) = sampler.turn(Pages(100_000), Arrivals::default(), most);
+            ranks.for_each(|rank| sampler.add(rank as u32));
+            if spoilt {
+                sampler.spoil();
+            }
+        }
+        sampler.turn(Pages(100_000), Arrivals::default(), most).0
+    };
+    assert!(second(LEAST, false).is_some());
+    assert_eq!(second(2, false), None);
+    assert_eq!(second(LEAST, true), None);
+}
+
+/// Nobody has touched more than there is, and what is not known now is known less well later.
+#[test]
+fn an_estimate_stays_within_what_can_be() {
+    let estimate = |pages, error| Estimate { pages: Pages(pages), error: Pages(error), drawn: 9, returned: 3 };
+    assert_eq!(estimate(2100, 1800).within(Pages(256)), estimate(256, 256));
+    assert_eq!(estimate(0, 775).within(Pages(512)), estimate(0, 512));
+    assert_eq!(estimate(100, 500).within(Pages(256)), estimate(100, 156));
+    assert_eq!(estimate(100, 10).within(Pages(256)), estimate(100, 10));
+    assert_eq!(estimate(160, 4).stale().stale(), estimate(160, 48));
+}

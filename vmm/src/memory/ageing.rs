@@ -1,7 +1,7 @@
 //! Ageing: what a guest uses, found out while nobody needs its memory.
 //!
-//! Time is cut into periods, which are the generations of the frame table. At the begin of each, a sample of the resident
-//! pages is put aside ([`Sampler`]): which of them come back within two periods says how much memory is in use. Over the
+//! Time is cut into periods, which are the generations of the frame table. At the begin of each, a sample of the pages
+//! that are kept is put aside ([`Sampler`]): which of them come back within two periods says how much memory is in use. Over the
 //! rest of the period, the coldest pages are put aside in steps, those first whose neighbours in the sample of the last
 //! period have not come back: what comes back has proved to be in use, what stays has an age. The [`Governor`] says how
 //! many of both there may be.
@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use memcg_core::frame::{BLOCK, FrameState, List, Walk};
 use memcg_core::governor::{Governor, Seen, Terms};
-use memcg_core::sample::{Arrivals, Estimate, Ranks, Sampler};
+use memcg_core::sample::{Arrivals, Estimate, FEW, Ranks, Sampler};
 use memcg_core::units::Pages as Count;
 
 use super::client::{Load, Run, Work};
@@ -144,6 +144,13 @@ impl Ageing {
         }
     }
 
+    /// An evicted page has been touched.
+    pub fn refaulted(&mut self, page: u64) {
+        if let Some(sampler) = &mut self.sampler {
+            sampler.touched(page as u32..page as u32 + 1);
+        }
+    }
+
     /// The answer to such a fault took so long, in nanoseconds.
     pub fn answered(&mut self, ns: u64) {
         self.answers_ns += ns;
@@ -236,14 +243,19 @@ impl Pages {
             cost: totals.cost(&ageing.before),
         };
         ageing.left = ageing.governor.next(&seen);
-        let arrivals = Arrivals {
-            touched: Count(self.counts.touched + counts.refaulted - counts.read_around),
-            around: Count(self.counts.around + counts.read_around),
-        };
+        let arrivals = Arrivals { touched: Count(self.counts.touched), around: Count(self.counts.around) };
         let sampler = ageing.sampler.get_or_insert_with(|| Sampler::new(SAMPLE, now));
-        // The other half is for what is known to be cold.
-        let (estimate, ranks) = sampler.turn(Count(self.frames.resident()), arrivals, ageing.left.div_ceil(2));
-        ageing.estimate = estimate.or(ageing.estimate);
+        if ageing.drawing.is_some() {
+            sampler.spoil();
+        }
+        // The other half is for what is known to be cold. What is aside or evicted costs nothing to draw.
+        let (kept, active) = (self.frames.kept(), self.frames.count(FrameState::Active));
+        let most = ageing.left.div_ceil(2).saturating_mul(kept) / active.max(1);
+        // With nothing to spare, few: the guest is slow for another reason, and wants to be known all the same.
+        let most = most.max(4 * FEW);
+        let (estimate, ranks) = sampler.turn(Count(kept), arrivals, most);
+        let known = estimate.or(ageing.estimate.map(Estimate::stale));
+        ageing.estimate = known.map(|estimate| estimate.within(Count(self.ram.pages())));
         ageing.drawing = Some((ranks, Walk::default()));
         (ageing.quiet_pages, ageing.quiet_next) = (0..0, 0);
         ageing.quiet = if totals.events == ageing.before.events { (2 * ageing.quiet).clamp(1, RAREST) } else { 0 };
@@ -277,18 +289,24 @@ impl Pages {
     fn draw(&mut self, load: &mut Load) -> bool {
         let Some((mut ranks, mut walk)) = self.ageing.drawing.take() else { return false };
         let Some(mut sampler) = self.ageing.sampler.take() else { return false };
-        let mut claimed = 0;
-        while claimed < BATCH {
-            let Some(page) = ranks.next().and_then(|rank| self.frames.resident_at(&mut walk, rank)) else { break };
-            sampler.add(page as u32);
+        let (mut claimed, mut looks, mut is_over) = (0, 0, false);
+        while claimed < BATCH && looks < BATCH && !is_over {
+            let rank = ranks.next();
+            is_over = rank.is_none();
+            looks += 1;
+            let Some(page) = rank.and_then(|rank| self.frames.kept_at(&mut walk, rank)) else { continue };
             claimed += self.claim_one(page, load);
+            // One that stays where it is says nothing of its touches.
+            if self.frames.state(page) != FrameState::Active {
+                sampler.add(page as u32);
+            }
         }
         self.ageing.sampler = Some(sampler);
         self.ageing.left = self.ageing.left.saturating_sub(claimed);
-        if claimed > 0 {
+        if !is_over {
             self.ageing.drawing = Some((ranks, walk));
         }
-        claimed > 0
+        !is_over || claimed > 0
     }
 
     /// Claims a page to be moved aside, unless it is in no state for that; the whole block where that is one huge page,

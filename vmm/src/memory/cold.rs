@@ -472,10 +472,12 @@ impl Pages {
     pub(super) fn refault(&mut self, page: u64, reserve: bool) -> Charged {
         let most = if self.stock.debt() > Count(0) { 1 } else { READ_AROUND };
         let (window, stream) = self.around.window(page, self.ram.contiguous(page), most);
-        match self.read_back(page, window.first..window.first + window.pages, reserve) {
+        let around = self.ageing.unwatched(page, window.first..window.first + window.pages);
+        match self.read_back(page, around, reserve) {
             Ok(Refault::Dry) => Charged::Dry,
             Ok(Refault::Later) => Charged::Later,
             Ok(Refault::Back(pages)) => {
+                self.ageing.refaulted(page);
                 self.around.filled(stream, Window { first: page, pages });
                 Charged::Served
             }
