@@ -244,3 +244,22 @@ fn the_working_set_is_found_while_memory_is_evicted() {
     assert!(all >= 6 && wrong <= 1, "((estimate, error), truth, swap): {seen:?}");
     assert!(seen[11].2 > 100 * MIB, "{seen:?}");
 }
+
+/// That nothing could be evicted before is forgotten when somebody allows it.
+#[test]
+fn memory_is_reclaimed_after_a_request_that_got_nothing() {
+    if skipped("cold-again") {
+        return;
+    }
+    let mut vm = shell("again", "size=256M,max=200M,swap=0", "1");
+    ok(&mut vm, "touch 16M 96M seed=5");
+    let reclaim = |bytes: u64| {
+        let (status, body) = vm.post(&format!("reclaim?bytes={bytes}"));
+        assert!(matches!(status, 200 | 202), "{body}");
+        number(&body, "reclaimed_bytes")
+    };
+    assert!(reclaim(64 * MIB) < 64 * MIB, "there is nowhere to go");
+    let (status, body) = vm.patch("", &json!({ "swap_max_bytes": null }));
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(reclaim(48 * MIB), 48 * MIB);
+}

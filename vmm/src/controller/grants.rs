@@ -271,6 +271,8 @@ impl Actor {
         self.raise_aim(id);
         let (stock_max, leases) = (self.stock_max(id), self.leases(id));
         let vm = self.vms.get_mut(&id).expect("checked");
+        // With more room for evicted pages, it is not stuck as far as is known.
+        vm.report.cold.stuck &= leases.swap <= vm.leases.swap && leases.store <= vm.leases.store;
         vm.leases = leases;
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;

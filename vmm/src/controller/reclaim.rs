@@ -114,6 +114,10 @@ impl Actor {
             Ok(target) => target,
             Err(refusal) => return answer(reply, Err(refusal)),
         };
+        // What was stuck before may not be now: each request is an attempt of its own.
+        for id in self.vms_of(target) {
+            self.vms.get_mut(&id).expect("listed").report.cold.stuck = false;
+        }
         let from = self.tree.usage(self.node_of(target));
         let (lowest, goal, until) = (from, from.saturating_sub(wanted), Instant::now() + wait);
         self.reclaims.push(Reclaiming { target, from, lowest, goal, wanted, until, reply });

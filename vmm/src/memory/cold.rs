@@ -189,15 +189,20 @@ impl Reclaim {
     pub fn set_limits(&mut self, swap_max: u64, store_max: u64) {
         if (swap_max, store_max) != (self.swap_max, self.store_max) {
             (self.swap_max, self.store_max) = (swap_max, store_max);
-            self.stuck_until = None;
+            self.try_again();
         }
     }
 
     /// The controller's aim.
     pub fn set_aim(&mut self, aim: u64) {
         self.aim = aim;
-        self.stuck_until = None;
+        self.try_again();
         self.counts.aim = aim;
+    }
+
+    /// What could not be evicted before may be evicted now.
+    fn try_again(&mut self) {
+        (self.stuck_until, self.counts.stuck, self.refused) = (None, false, 0);
     }
 }
 
