@@ -343,7 +343,10 @@ impl Actor {
         for id in asked {
             let aim = match target {
                 Target::Vm(_) => climb.ladder.asks().evict,
-                Target::Group(_) => climb.evict.get(&id).map(|part| part.aim(&self.vms[&id])).filter(|_| asks),
+                // One that is gone since the need was divided is asked for nothing.
+                Target::Group(_) => {
+                    self.vms.get(&id).filter(|_| asks).zip(climb.evict.get(&id)).map(|(vm, part)| part.aim(vm))
+                }
             };
             self.aim_reclaim(id, Some((target, aim)));
         }

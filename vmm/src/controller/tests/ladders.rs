@@ -276,6 +276,27 @@ async fn a_vm_that_grows_in_a_full_group_keeps_what_it_is_granted() {
     assert!(usage(&busy) >= before + 200, "{} after {before}", usage(&busy));
 }
 
+/// A VM of a group that evicts may be gone before the need is divided anew: the others are asked all the same.
+/// Semantics: 41.
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_is_gone_is_asked_for_nothing() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut stays = evicting(&controller, "stays", "/gold", Limit::Max, 3500).await;
+    let mut goes = evicting(&controller, "goes", "/gold", Limit::Max, 1600).await;
+    for _ in 0..4 {
+        stays.obey_for(50).await;
+        goes.obey_for(50).await;
+    }
+    assert_eq!(controller.group("/gold").await.expect("shown").reclaim.rung, Evict);
+    goes.exit(ExitReason::PowerOff).await;
+    controller.remove("goes").await.expect("it has ended");
+    for _ in 0..40 {
+        stays.obey_for(50).await;
+    }
+    assert!(controller.group("/gold").await.is_ok(), "the controller lives");
+}
+
 /// A lower limit with little time: eviction begins before half of it is over, although the driver gives.
 /// Semantics: 118, B83.
 #[tokio::test(start_paused = true)]
