@@ -288,8 +288,8 @@ impl Walk {
         // Not a `high` above `max`.
         assert!([200, 202, 409].contains(&status) || body["code"] == "invalid_limit", "{body}");
         if limits["swap_max_bytes"].is_u64() {
-            // With what is being evicted as the worker hears of it.
-            self.swapped = number(&body, "swap.current_bytes") + BATCH;
+            // The worker has heard of it before it was asked this; it may be in the middle of a batch.
+            self.swapped = number(&self.vm.show(), "swap.current_bytes") + BATCH;
         }
         if !self.swap {
             self.relieve();

@@ -72,13 +72,17 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let journal = state.join(JOURNAL);
     let (remembered, opened) = Journal::open(&journal).map_err(|error| as_failure(&error))?;
 
-    let (controller, actor) = Controller::start_with(args.budget, opened);
+    let (controller, mut actor) = Controller::start_with(args.budget, opened);
     controller.take_over(&state, &remembered).await.map_err(|error| as_failure(&error))?;
     let service = Arc::new(Service::new(&state, log, cgroups));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
     notify::ready();
-    let signal = signals.next().await;
+    let signal = tokio::select! {
+        signal = signals.next() => signal,
+        // It has said why. Nothing is tidied up: the VMs run on as after a kill, and the next controller takes them over.
+        _ = &mut actor => std::process::abort(),
+    };
     if args.leave_running {
         tracing::info!(signal, "leaving all VMs running");
         service.close().await;
