@@ -150,24 +150,28 @@ async fn a_store_may_have_half_of_what_a_limit_is_being_lowered_to() {
     assert!(!lowering.is_finished());
 }
 
+/// Two VMs without limits of their own in the group `/gold`, which run.
+async fn two_in_gold(controller: &Controller) -> [FakeWorker; 2] {
+    let member = async |name| {
+        let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
+        let mut worker = FakeWorker::add_to(controller, name, setup).await.expect("added");
+        worker.hello().await;
+        worker.say(FromWorker::Loaded { plan: 0 }).await;
+        worker
+    };
+    [member("a").await, member("b").await]
+}
+
 /// The stores of a group's members are within half of what the group may use, also when none of them has a limit itself.
 /// Semantics: 63.
 #[tokio::test(start_paused = true)]
 async fn the_stores_of_a_group_have_half_of_its_memory() {
     let (controller, _) = Controller::start(Limit::Max);
     controller.put_group("/gold", change(pages(4000))).await.expect("made");
-    let mut members = Vec::new();
-    for name in ["a", "b"] {
-        let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
-        let mut worker = FakeWorker::add_to(&controller, name, setup).await.expect("added");
-        worker.hello().await;
-        worker.say(FromWorker::Loaded { plan: 0 }).await;
-        members.push(worker);
-    }
-    let [one, other] = &mut members[..] else { panic!("two") };
+    let [mut one, mut other] = two_in_gold(&controller).await;
     one.touch(1000).await;
     one.evict(400, 100).await;
-    for worker in [&mut *one, &mut *other] {
+    for worker in [&mut one, &mut other] {
         while worker.try_next().await.is_some() {}
     }
     assert_eq!((one.leases.1, other.leases.1), (2000 / 4, 2000 / 4), "its part of half of what is left");
@@ -179,15 +183,10 @@ async fn the_stores_of_a_group_have_half_of_its_memory() {
 async fn the_members_of_a_group_share_its_swap() {
     let (controller, _) = Controller::start(Limit::Max);
     controller.put_group("/gold", swap_max(1000)).await.expect("made");
-    let mut members = Vec::new();
-    for name in ["a", "b"] {
-        let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
-        let mut worker = FakeWorker::add_to(&controller, name, setup).await.expect("added");
-        worker.hello().await;
-        worker.say(FromWorker::Loaded { plan: 0 }).await;
+    let mut members = two_in_gold(&controller).await;
+    for worker in &mut members {
         worker.touch(2000).await;
         worker.tell().await;
-        members.push(worker);
     }
     let told = |members: &[FakeWorker]| members.iter().map(|worker| worker.leases.0).collect::<Vec<_>>();
     for step in 0..200 {

@@ -118,6 +118,21 @@ async fn a_guest_that_gives_has_its_time_first() {
     assert_eq!(told(&worker.controller).await, ["\"balloon\"", "\"evict\""]);
 }
 
+/// The guest gives 400 pages, and its worker all stock.
+async fn fall(worker: &mut FakeWorker) {
+    worker.book();
+    worker.report.returned_total += worker.report.stock;
+    worker.report.stock = 0;
+    worker.free(400).await;
+}
+
+/// The guest touches pages until it has 3300.
+async fn rise(worker: &mut FakeWorker) {
+    while worker.report.guest < 3300 {
+        worker.touch(100).await;
+    }
+}
+
 /// A VM that usage keeps on its limit climbs a few times in a minute, and its events tell of it once. Of a `high` that nobody
 /// has set no event tells; of one that was set, each crossing.
 /// Semantics: 115.
@@ -127,14 +142,9 @@ async fn who_hovers_about_its_high_fills_no_log() {
     for _ in 0..30 {
         worker.obey_for(200).await;
         if worker.aim != u64::MAX {
-            worker.book();
-            worker.report.returned_total += worker.report.stock;
-            worker.report.stock = 0;
-            worker.free(400).await;
+            fall(&mut worker).await;
         }
-        while worker.report.guest < 3300 {
-            worker.touch(100).await;
-        }
+        rise(&mut worker).await;
     }
     let told = told(&worker.controller).await;
     assert!(told.len() <= 4, "{told:?}");
@@ -146,13 +156,8 @@ async fn who_hovers_about_its_high_fills_no_log() {
     worker.controller.change("vm", change).await.expect("changed");
     let before = worker.view().await.memory.events.high;
     for _ in 0..3 {
-        worker.book();
-        worker.report.returned_total += worker.report.stock;
-        worker.report.stock = 0;
-        worker.free(400).await;
-        while worker.report.guest < 3300 {
-            worker.touch(100).await;
-        }
+        fall(&mut worker).await;
+        rise(&mut worker).await;
     }
     let crossed = worker.view().await.memory.events.high - before;
     let told = worker.events().await.iter().filter(|event| event.event == EventKind::HighCrossed).count();
