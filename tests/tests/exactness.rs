@@ -252,6 +252,22 @@ fn a_walk_near_the_limit_gets_no_huge_pages() {
     }
 }
 
+/// Ageing looks at a huge page as a whole: aside and back, it is one still, and its guest as fast as before.
+#[test]
+fn what_ageing_has_looked_at_is_a_huge_page_still() {
+    let Some(mut vm) = guest("still-huge", "size=256M,max=256M,swap=0,ageing=1s", &[]) else { return };
+    let huge = match huge_blocks_of_a_walk(&mut vm) {
+        Ok(huge) => huge,
+        Err(reason) => return skip("still-huge", reason),
+    };
+    vm.send("access hot 16M 64M hot=64M period=1000");
+    wait_until("all of it was aside", 60, || (number(&vm.show(), "cold.returned_bytes") >= 128 * MIB).then_some(()));
+    let parts = is_part(&vm.show(), 16 * MIB, 64 * MIB).expect("known before");
+    let is_small = |block: &[Option<bool>]| block.contains(&Some(false));
+    let split = parts.chunks(HUGE).zip(huge).filter(|(block, huge)| *huge && is_small(block)).count();
+    assert_eq!(split, 0, "huge pages are small ones now");
+}
+
 /// What the guest has given away is not filled by a walk that comes near.
 /// Semantics: 21.
 #[test]

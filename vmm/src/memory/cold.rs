@@ -40,6 +40,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::around::Window;
 use super::client::{Done, Fetched, Load, Reply, Run, Work};
 use super::pages::{Charged, Pages};
+use super::ram::{HUGE, advise};
 use super::store::{Corrupt, Moved, Place, Reader, Stored};
 use super::uffd::{Fill, Move};
 use crate::worker::broken;
@@ -440,7 +441,8 @@ impl Pages {
         let end = (page + 1..pages.end).take_while(idle).last().map_or(page + 1, |last| last + 1);
         self.frames.set_range(first as usize, end as usize, FrameState::Moving);
         if self.ram.is_huge(page) && end - first == BLOCK as u64 {
-            // As one piece, it stays one.
+            // As one piece it stays one, once the page table is gone that the fault has left.
+            let _ = advise(self.ram.hva(first), HUGE, libc::MADV_DONTNEED);
             self.move_back(first..end);
         } else {
             self.ram.take_huge(page);
