@@ -49,6 +49,10 @@ const LOOK: u64 = 8;
 /// throughput says. Where that is cheaper, less is aged than could be.
 const COST: Duration = Duration::from_micros(400);
 
+/// What each page costs the guest that comes back with such a fault: where the host keeps its page tables for it, they have lost
+/// it, and its next touch is an exit. A block of 2 MiB costs as much as two faults.
+const PAGE_COST: Duration = Duration::from_micros(1);
+
 /// Proactive reclaim stops at so many refaults a minute, in thousandths of the working set.
 const PROMOTIONS: u64 = 2;
 
@@ -98,6 +102,7 @@ pub struct Ageing {
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     aged: u64,
+    returned: u64,
     refaults: u64,
     answers_ns: u64,
     refaulted: u64,
@@ -108,8 +113,9 @@ impl Totals {
     /// What a fault for a page that was aside has cost the guest since `before`.
     fn cost(&self, before: &Totals) -> Duration {
         let answers = Duration::from_nanos(self.answers_ns - before.answers_ns);
+        let pages = u32::try_from(self.returned - before.returned).unwrap_or(u32::MAX);
         let faults = u32::try_from(self.refaults - before.refaults).unwrap_or(u32::MAX);
-        COST + answers.checked_div(faults).unwrap_or_default()
+        COST + (answers + PAGE_COST * pages).checked_div(faults).unwrap_or_default()
     }
 }
 
@@ -227,6 +233,7 @@ impl Pages {
         let counts = self.reclaim.counts;
         let totals = Totals {
             aged: counts.aged,
+            returned: counts.returned,
             refaults: self.ageing.refaults,
             answers_ns: self.ageing.answers_ns,
             refaulted: counts.refaulted,
