@@ -11,8 +11,11 @@ pub const HIGH_MARGIN: Pages = Pages::from_mib(4);
 /// The implied `high` keeps at least one part in so many of `max` free.
 const HIGH_SHARE: u64 = 32;
 
-/// Largest stock that a worker may hold: 8 MiB.
-pub const STOCK_CAP: Pages = Pages::from_mib(8);
+/// Largest stock that a worker may hold: 16 MiB.
+pub const STOCK_CAP: Pages = Pages::from_mib(16);
+
+/// Stock that a VM is given at its start: 8 MiB. One that walks through memory asks for more.
+pub const FIRST_STOCK: Pages = Pages::from_mib(8);
 
 /// A worker's stock is at most one part in so many of the room.
 const STOCK_SHARE: u64 = 8;
@@ -39,7 +42,7 @@ pub fn balloon_target(size: Pages, high: Limit, max: Limit) -> Pages {
     }
 }
 
-/// The stock that one VM may hold: `min(8 MiB, room / 8, group_room / (8 × members))`, and a single page as long as
+/// The stock that one VM may hold: `min(16 MiB, room / 8, group_room / (8 × members))`, and a single page as long as
 /// there is any room at all.
 ///
 /// `room` is what the VM itself could still be charged, `group_room` the same of the tightest group above it, each

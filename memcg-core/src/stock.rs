@@ -348,7 +348,7 @@ impl Stock {
     /// Pages to ask for: [`Self::want_now`], and a batch ahead of need as soon as the stock falls under half of it, or
     /// under three quarters while some has memory already.
     ///
-    /// The batch adapts: it doubles, up to 8 MiB, while faults empty it faster than grants arrive, is halved by each
+    /// The batch adapts: it doubles, up to 16 MiB, while faults empty it faster than grants arrive, is halved by each
     /// idle [`Self::tick`], and is never more than the controller's `stock_max` or one eighth of the room, but at
     /// least one page while any stock is allowed.
     pub fn want(&self, waiting: Pages) -> Pages {

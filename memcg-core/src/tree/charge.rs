@@ -265,7 +265,7 @@ impl Tree {
         rooms.min_by_key(|(room, _)| *room).map(|(_, at)| at)
     }
 
-    /// The stock that the VM `id` may hold: at most 8 MiB, one eighth of its room, and its part of one eighth of each
+    /// The stock that the VM `id` may hold: at most 16 MiB, one eighth of its room, and its part of one eighth of each
     /// group's room ([`reclaim::stock_max`]).
     pub fn stock_max(&self, id: NodeId) -> Pages {
         let own = self.node(id).room(Counter::Memory);

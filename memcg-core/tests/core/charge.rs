@@ -1,5 +1,6 @@
 //! Charges, rule by rule. Sequences of everything are in `model`.
 
+use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, Overhead, Tree};
 use memcg_core::units::{Limit, Pages};
 
@@ -408,7 +409,7 @@ fn swap_has_its_own_limit() {
 #[test]
 fn stock_is_shared_out_among_members() {
     let mut f = family();
-    assert_eq!(f.tree.stock_max(f.vm), Pages::from_mib(8));
+    assert_eq!(f.tree.stock_max(f.vm), STOCK_CAP);
     f.max(f.group, 1600);
     assert_eq!(f.tree.snapshot(f.group).members, 2);
     assert_eq!(f.tree.stock_max(f.vm), Pages(100));

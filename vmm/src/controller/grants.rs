@@ -25,7 +25,7 @@
 
 use std::time::Duration;
 
-use memcg_core::reclaim;
+use memcg_core::reclaim::{self, FIRST_STOCK};
 use memcg_core::tree::{Charge, Event, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::{Value, json};
@@ -122,7 +122,7 @@ impl Actor {
         vm.set_missing(need - got);
         let (short, stock) = (got < need, vm.report.stock);
         if !short {
-            let most = self.stock_max(id);
+            let most = self.stock_max(id).min(FIRST_STOCK.0);
             self.charge_ahead(id, most.saturating_sub(stock));
         }
         self.send_grant(id, short);

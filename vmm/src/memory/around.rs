@@ -7,7 +7,7 @@
 //! fault starts a stream with a granule of one page in the place of the one unused for longest. So a stream never fills
 //! more pages ahead than have been touched in it before.
 
-/// Largest granule in pages (8 MiB, what a full stock holds) for a guest with one vCPU that has walked through as much
+/// Largest granule in pages (8 MiB, half of a full stock) for a guest with one vCPU that has walked through as much
 /// already. Vcpus share it: while one window is filled, the faults of the others wait.
 pub const MAX_GRANULE: u64 = 2048;
 

@@ -32,7 +32,7 @@ const HUGE_PAGES: u64 = HUGE / PAGE_SIZE;
 const ROOM_SHARE: u64 = 8;
 
 /// Blocks that a fault fills where there is room for them, ready or not: a fault costs half of what it takes to zero one.
-const AT_ONCE: usize = 2;
+const AT_ONCE: usize = 4;
 
 /// Pages of the stock that are left when a block is charged: they pay for what it costs beside its pages, and for a touch
 /// elsewhere. Without them there would be a debt, and a guest in debt gets no blocks.
@@ -208,19 +208,11 @@ impl Pages {
         count as u64
     }
 
-    /// Whether the stock has a block's charge.
-    fn has_block(&self) -> bool {
-        self.stock.stock() >= Count(HUGE_PAGES + BESIDE)
-    }
-
     /// Charges a huge page that is to be zeroed now. `None` when there is nothing to charge it to, or no place for it.
     fn charge_one(&mut self) -> Option<Taken> {
         // What is being zeroed is ready sooner than another one would be.
-        while !self.has_block() && self.ram.pool().cancel() {
+        while self.stock.stock() < Count(HUGE_PAGES) && self.ram.pool().cancel() {
             self.stock.put_back(Count(HUGE_PAGES));
-        }
-        if !self.has_block() {
-            return None;
         }
         let reservation = self.stock.prepare(Count(HUGE_PAGES)).filter(|r| r.pages() == Count(HUGE_PAGES))?;
         let taken = self.ram.pool().take_empty()?;
@@ -312,7 +304,11 @@ impl Pages {
     /// Has huge pages zeroed for a guest that walks. A fault that comes before one is ready takes back what is only ordered.
     pub(super) fn order_blocks(&mut self) {
         let mut ordered = false;
-        while self.stock.ahead() + Count(HUGE_PAGES) <= self.pool_max() && self.has_block() && self.ram.pool().order() {
+        let enough = Count(HUGE_PAGES + BESIDE);
+        while self.stock.ahead() + Count(HUGE_PAGES) <= self.pool_max()
+            && self.stock.stock() >= enough
+            && self.ram.pool().order()
+        {
             ordered |= self.stock.set_aside(Count(HUGE_PAGES));
         }
         if ordered {

@@ -32,7 +32,7 @@ use crate::worker::broken;
 use crate::worker::protocol::Area;
 
 /// Slots: as many as a full stock could fill.
-pub const SLOTS: usize = 4;
+pub const SLOTS: usize = 8;
 
 /// Bytes of the mapping.
 pub const BYTES: u64 = SLOTS as u64 * HUGE;

@@ -105,7 +105,7 @@ async fn a_want_for_more_than_the_vm_can_use_is_cut() {
     worker.tell().await;
     while worker.try_next().await.is_some() {}
     let dead = super::super::cold::most_dead(Pages(SIZE)).0;
-    assert_eq!(worker.grant.0, SIZE + super::growth() + RESERVE + 2048 + dead);
+    assert_eq!(worker.grant.0, SIZE + super::growth() + RESERVE + memcg_core::reclaim::STOCK_CAP.0 + dead);
 }
 
 /// What the guest's pages cost comes out of what was granted: usage stays what it is, a part of it becomes overhead, and it
