@@ -72,6 +72,44 @@ fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the file has a name");
 }
 
+/// A store that was filled under a higher limit does not keep a lower one from being reached: what of it is too much moves
+/// to the file, and all of it that has to where the store may be as large as the VM.
+/// Semantics: 24, 118.
+#[test]
+fn a_store_that_is_too_large_for_a_lower_limit_moves_to_the_file() {
+    if skipped("cold-store-file") {
+        return;
+    }
+    let directory = match swap_directory() {
+        Ok(directory) => directory,
+        Err(reason) => return skip("cold-store-file", reason),
+    };
+    for (fill, store) in [("half", ""), ("half", ",store=128M"), ("full", "")] {
+        let vm = TestVm::builder("lowered").memory(&format!("size=128M,max=64M,swap=max{store}")).cmdline("shell");
+        let mut vm = vm.option("--swap-dir", directory.path().to_string_lossy()).start();
+        vm.expect("READY", 10);
+        ok(&mut vm, &format!("touch 16M 88M seed=7 fill={fill}"));
+        for max in [48 * MIB, 32 * MIB] {
+            let (status, body) = vm.patch("?mode=reclaim&wait_ms=20000", &json!({ "max_bytes": max }));
+            assert_eq!(status, 200, "{fill}{store} to {max}: {body}");
+            let now = exact(&vm);
+            assert!(number(&now, "memory.current_bytes") <= max, "{fill}{store}: {now}");
+            let share = if store.is_empty() { max / 2 } else { max };
+            assert!(number(&now, "memory.stat.store_bytes") <= share, "{fill}{store}: {now}");
+        }
+        let (status, report) = vm.http("GET", "/check", None);
+        assert!(status == 200 && !report.contains(r#""ok":false"#), "{fill}{store}: {report}");
+        ok(&mut vm, &format!("verify 16M 8M seed=7 fill={fill}"));
+        // A guest that is left hardly a page of its own is slow.
+        let (status, body) = vm.patch("", &json!({ "max_bytes": null }));
+        assert_eq!(status, 200, "{body}");
+        ok(&mut vm, &format!("verify 16M 88M seed=7 fill={fill}"));
+        let end = exact(&vm);
+        let still = (&end["state"], number(&end, "memory.events.oom"), number(&end, "cold.failed_writes"));
+        assert_eq!(still, (&json!("running"), 0, 0), "{fill}{store}: {end}");
+    }
+}
+
 /// A store takes no more memory than its own limit says, and the guest is held. It goes on when the store may be larger.
 #[test]
 fn a_store_has_a_limit_of_its_own() {

@@ -75,7 +75,7 @@ pub enum Work {
     Age,
     /// Put the contents of the pages that are claimed as EVICTING, and are in the stage, into the store, and discard them.
     Evict {
-        /// Pages of memory that the store may have in all.
+        /// Pages of memory that the store may have in all. When it has more, some of it goes to the file.
         store_max: u64,
     },
     /// Read what [`Load::fetched`] names from the store's file.
@@ -111,7 +111,7 @@ pub struct Load {
     pub moved: Vec<Run>,
     /// What was stored.
     pub stored: Vec<Stored>,
-    /// What was copied within the store.
+    /// What was copied within the store, or from there to its file.
     pub copied: Vec<Moved>,
     /// What is read from the store's file.
     pub fetched: Fetched,

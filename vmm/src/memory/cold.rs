@@ -23,7 +23,9 @@
 //! inactive list of other systems, and its length decides how long a page has for that proof.
 //!
 //! What does not shrink goes to the store's file, where there is one ([`super::store::spill`]). A touch of such a page
-//! waits for the reclaim thread to read it, before anything is charged ([`Work::Fetch`]).
+//! waits for the reclaim thread to read it, before anything is charged ([`Work::Fetch`]). A store that is larger than it may
+//! be, because its limit was lowered, goes there too, batch by batch, and so does what is needed when the guest has nothing
+//! left to evict: as with cleaning, a page that is touched meanwhile comes from its old place, and the copy is released.
 //!
 //! Where there is no need at all, pages are aged ([`super::ageing`]).
 //!
@@ -101,6 +103,10 @@ pub struct Reclaim {
     aim: u64,
     swap_max: u64,
     store_max: u64,
+    /// What the store was to be at most, the last time.
+    store_aim: u64,
+    /// The file took nothing of a store that is too large; until when that is believed, in nanoseconds.
+    full_until: Option<u64>,
     /// What [`Reader::emptied`] said when what has died in the store was last given back.
     emptied: u64,
     /// Nothing could be evicted; until when that is believed, in nanoseconds.
@@ -131,6 +137,8 @@ impl Reclaim {
             aim: u64::MAX,
             swap_max: u64::MAX,
             store_max: u64::MAX,
+            store_aim: u64::MAX,
+            full_until: None,
             emptied: 0,
             stuck_until: None,
             refused: 0,
@@ -203,7 +211,7 @@ impl Reclaim {
 
     /// What could not be evicted before may be evicted now.
     fn try_again(&mut self) {
-        (self.stuck_until, self.counts.stuck, self.refused) = (None, false, 0);
+        (self.stuck_until, self.full_until, self.counts.stuck, self.refused) = (None, None, false, 0);
     }
 }
 
@@ -250,8 +258,9 @@ impl Pages {
     pub fn ring_reclaim(&mut self) {
         let dead = self.reclaim.store.emptied() != self.reclaim.emptied;
         let wants = !self.reclaim.wants.is_empty();
+        let large = self.may_write_back(self.reclaim.store_max);
         if self.reclaim.resting
-            && (wants || dead || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
+            && (wants || dead || large || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
         {
             self.reclaim.resting = false;
             // Fails only when the counter is full: it is awake already.
@@ -280,6 +289,7 @@ impl Pages {
                 }
                 self.reclaim.counts.failed_writes = failed_writes;
                 load.copied.iter().for_each(|copied| self.copied(copied));
+                self.written_back(load.copied.iter().any(|copied| copied.new.slot().is_some()), store);
                 let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
                 self.evicted(load.stored.len() as u64, stayed, incompressible, store)
             }
@@ -317,10 +327,32 @@ impl Pages {
         self.settle()
     }
 
+    /// Whether some of the store may go to the file, because it has more than `most` pages.
+    fn may_write_back(&self, most: u64) -> bool {
+        let is_large = self.stock.store().0 > most && self.reclaim.store.has_file();
+        is_large && self.reclaim.full_until.is_none_or(|until| monotonic_ns() >= until)
+    }
+
+    /// The store has `store` pages after a job in which something went to the file, or nothing.
+    fn written_back(&mut self, some: bool, store: u64) {
+        if some {
+            self.reclaim.try_again();
+        } else if store > self.reclaim.store_aim {
+            self.reclaim.full_until = Some(monotonic_ns() + RETRY.as_nanos() as u64);
+        }
+    }
+
+    /// What is claimed is to be evicted, into a store of at most `store_max` pages.
+    fn evict(&mut self, store_max: u64) -> Work {
+        self.reclaim.store_aim = store_max;
+        Work::Evict { store_max }
+    }
+
     /// An entry of the store has been copied: one of the two is needed.
     fn copied(&mut self, copied: &Moved) {
         let page = copied.page as usize;
         let needed = self.frames.state(page) == FrameState::Swapped && self.frames.place(page) == copied.old.raw();
+        self.reclaim.counts.file += u64::from(copied.new.slot().is_some());
         let useless = if needed { copied.old } else { copied.new };
         if needed {
             self.frames.set_place(page, copied.new.raw());
@@ -367,7 +399,7 @@ impl Pages {
 
     /// What the reclaim thread should do now.
     fn next_work(&mut self, load: &mut Load) -> Work {
-        let now = monotonic_ns();
+        let (now, store_max) = (monotonic_ns(), self.reclaim.store_max);
         self.reclaim.stuck_until = self.reclaim.stuck_until.filter(|until| now < *until);
         load.claimed.clear();
         if !self.reclaim.wants.is_empty() {
@@ -377,14 +409,17 @@ impl Pages {
         }
         if std::mem::replace(&mut self.reclaim.emptied, self.reclaim.store.emptied()) != self.reclaim.emptied {
             // Nothing to evict, only to give back.
-            return Work::Evict { store_max: self.reclaim.store_max };
+            return self.evict(store_max);
+        }
+        if self.may_write_back(store_max) {
+            return self.evict(store_max);
         }
         let need = self.need();
         if need == 0 {
             self.reclaim.counts.stuck = false;
             let cold = self.ageing.proactive().min(BATCH);
             if cold > 0 && self.may_evict() && self.claim(List::Idle, cold, true, &mut load.claimed) {
-                return Work::Evict { store_max: self.reclaim.store_max };
+                return self.evict(store_max);
             }
             return self.next_ageing(load);
         }
@@ -406,7 +441,7 @@ impl Pages {
             }
             let room = self.reclaim.swap_max.saturating_sub(self.frames.count(FrameState::Swapped));
             if self.claim(List::Idle, need.clamp(16, BATCH).min(room), true, &mut load.claimed) {
-                return Work::Evict { store_max: self.reclaim.store_max };
+                return self.evict(store_max);
             }
         }
         // The active pages may be worth more than the idle ones that do not shrink.
@@ -414,6 +449,11 @@ impl Pages {
             let claimed = load.claimed.iter().map(|run| run.pages).sum();
             self.reclaim.refused = self.reclaim.refused.saturating_sub(claimed);
             return Work::Age;
+        }
+        // The guest has nothing left to give; its store may have.
+        let less = self.stock.store().0.saturating_sub(need);
+        if self.may_write_back(less) {
+            return self.evict(less);
         }
         self.reclaim.counts.stuck = true;
         self.reclaim.refused = 0;

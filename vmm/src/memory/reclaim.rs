@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::client::{Client, Done, Fetched, Load, Reply, Request, Run, Work};
 use super::discard::Discarder;
 use super::ram::{HUGE, Ram};
-use super::store::{BATCH, Outcome, Spill, Stored, Writer};
+use super::store::{BATCH, Moved, Outcome, Spill, Stored, Writer};
 use super::thread::borrow;
 use super::uffd::{Move, Uffd};
 use crate::worker::sandbox::{self, Thread};
@@ -208,23 +208,54 @@ impl ReclaimThread {
         match file.write(stored) {
             Ok(()) => discard(&self.ram, discarder, &mut self.spilled, &mut self.runs),
             Err(e) => {
-                if self.failed_writes == 0 {
-                    complain(format_args!("the swap file cannot be written, and its pages stay in memory: {e}"));
-                }
-                self.failed_writes += 1;
+                self.write_failed(&e);
                 self.spilled.clear();
             }
         }
     }
 
+    fn write_failed(&mut self, error: &io::Error) {
+        if self.failed_writes == 0 {
+            complain(format_args!("the swap file cannot be written, and its pages stay in memory: {error}"));
+        }
+        self.failed_writes += 1;
+    }
+
+    /// Writes a batch of what is in the store to the file, if there is one, and adds to `copied` what went there.
+    fn write_back(&mut self, copied: &mut Vec<Moved>) {
+        let Some(file) = &mut self.file else { return };
+        let mut old = Vec::with_capacity(BATCH);
+        let read = self.store.read_out(|page, place, content| {
+            let taken = file.put(page, content);
+            old.extend(taken.then_some(place));
+            taken
+        });
+        let mut stored = Vec::with_capacity(BATCH);
+        let written = file.write(&mut stored);
+        let moved = stored.iter().zip(old).map(|(stored, old)| Moved { page: stored.page, old, new: stored.place });
+        copied.extend(moved);
+        if let Err(corrupt) = read {
+            // The guest is ended when it asks for that page, if it ever does.
+            complain(format_args!("{corrupt}"));
+        }
+        if let Err(e) = written {
+            self.write_failed(&e);
+        }
+    }
+
     /// Gives back what has died in the store, which had `before` pages; where it is too much, what lives is copied
-    /// together first, into no more memory than the evicted pages had.
+    /// together first, into no more memory than the evicted pages had. Of a store that is too large some goes to the file
+    /// instead.
     fn clean(&mut self, before: u64, store_max: u64, load: &mut Load) {
         load.copied.clear();
-        let collected = self.store.collect(KEEP);
+        let is_large = self.store.resident_pages() > store_max;
+        let collected = self.store.collect(if is_large { 0 } else { KEEP });
         let left = store_max.saturating_sub(self.store.resident_pages());
         let share = if left < store_max / FULL_SHARE { DEAD_SHARE_FULL } else { DEAD_SHARE };
-        if self.store.dead_bytes() > self.store.live_bytes() / share {
+        if self.store.resident_pages() > store_max {
+            self.write_back(&mut load.copied);
+        }
+        if load.copied.is_empty() && self.store.dead_bytes() > self.store.live_bytes() / share {
             let room = (before + load.stored.len() as u64).saturating_sub(self.store.resident_pages());
             if let Err(corrupt) = self.store.clean(room, &mut load.copied) {
                 // The guest is ended when it asks for that page, if it ever does.

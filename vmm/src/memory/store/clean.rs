@@ -4,8 +4,10 @@
 //! both places. The owner of the frame table answers for each by releasing one of them, and with the last one the old
 //! segment is empty. Until then it cannot be written again, so an old place means the same entry on both sides.
 
-use super::arena::{SEGMENT, SEGMENT_UNITS};
-use super::entry::UNIT;
+use std::iter;
+
+use super::arena::{Arena, SEGMENT, SEGMENT_UNITS};
+use super::entry::{Header, UNIT};
 use super::writer::{State, Writer};
 use super::{Corrupt, Damage, PAGE, Place};
 
@@ -42,7 +44,7 @@ impl Writer {
         assert_eq!(self.pending(), 0, "append the batch first");
         let most = self.resident_pages().saturating_add(room);
         let mut cleaned = 0;
-        for (live, segment) in self.victims() {
+        for (live, segment) in self.victims(WORTH_UNITS) {
             let bytes = live as usize * UNIT;
             // Part of it may come to the open segment and the rest to the next, so one more page may begin.
             let worst = bytes.div_ceil(PAGE) as u64 + 1;
@@ -56,12 +58,13 @@ impl Writer {
         Ok(cleaned)
     }
 
-    /// The segments with the least that lives, and how much that is; the least first.
-    fn victims(&self) -> Vec<(u32, u32)> {
+    /// The segments with the least that lives, of those that have `most` units of it at most, and how much that is; the
+    /// least first.
+    pub(super) fn victims(&self, most: u32) -> Vec<(u32, u32)> {
         let mut victims = Vec::with_capacity(AT_ONCE + 1);
         for (segment, _) in (0..).zip(&self.segments).filter(|(_, segment)| segment.state == State::Closed) {
             let live = self.arena.live(segment);
-            let worth = live > 0 && live <= WORTH_UNITS;
+            let worth = live > 0 && live <= most;
             if worth && (victims.len() < AT_ONCE || victims.last().is_some_and(|last| (live, segment) < *last)) {
                 let at = victims.partition_point(|victim| *victim < (live, segment));
                 victims.insert(at, (live, segment));
@@ -74,27 +77,41 @@ impl Writer {
     /// Copies what lives in a segment, which is `live` units at most.
     fn copy(&mut self, segment: u32, live: u32, moved: &mut Vec<Moved>) -> Result<(), Corrupt> {
         let arena = self.arena.clone();
-        let first = segment * SEGMENT_UNITS;
-        let end = first + arena.written(segment);
-        let (mut unit, mut left) = (first, live);
-        while unit < end {
-            let old = Place::of_unit(unit);
-            let corrupt = |damage| old.corrupt(damage);
-            let (header, payload, dead) = arena.entry(unit).map_err(corrupt)?;
-            if !dead {
-                if !header.matches(payload) {
-                    return Err(corrupt(Damage::Checksum));
-                }
-                // An entry is marked before it is counted, so there cannot be more that lives than was counted.
-                left = left.checked_sub(header.units()).ok_or(corrupt(Damage::Released))?;
-                let new = self.take(header.entry());
-                arena.write(new, [&header.bytes(), payload]);
-                moved.push(Moved { page: header.page, old, new: Place::of_unit(new) });
-            }
-            unit += header.units();
+        let mut left = live;
+        for entry in living(&arena, segment) {
+            let (old, header, payload) = entry?;
+            // An entry is marked before it is counted, so there cannot be more that lives than was counted.
+            left = left.checked_sub(header.units()).ok_or(old.corrupt(Damage::Released))?;
+            let new = self.take(header.entry());
+            arena.write(new, [&header.bytes(), payload]);
+            moved.push(Moved { page: header.page, old, new: Place::of_unit(new) });
         }
         Ok(())
     }
+}
+
+/// The entries of a segment that are not released: place, header and payload. Ends behind the first that is [`Corrupt`].
+pub(super) fn living(arena: &Arena, segment: u32) -> impl Iterator<Item = Result<(Place, Header, &[u8]), Corrupt>> {
+    let first = segment * SEGMENT_UNITS;
+    let end = first + arena.written(segment);
+    let mut unit = first;
+    iter::from_fn(move || {
+        while unit < end {
+            let place = Place::of_unit(unit);
+            let (header, payload, dead) = match arena.entry(unit) {
+                Ok((header, payload, dead)) if dead || header.matches(payload) => (header, payload, dead),
+                damaged => {
+                    unit = end;
+                    return Some(Err(place.corrupt(damaged.err().unwrap_or(Damage::Checksum))));
+                }
+            };
+            unit += header.units();
+            if !dead {
+                return Some(Ok((place, header, payload)));
+            }
+        }
+        None
+    })
 }
 
 const _: () = assert!(SEGMENT / PAGE == 16, "the doc comment of clean says 17");

@@ -7,6 +7,7 @@
 //! | `codec` | lz4 and zstd, and pages of one word |
 //! | `writer` | the reclaim thread's half: compress, append |
 //! | `clean` | the same half: what frees memory again |
+//! | `write_back` | the same half: what leaves a store that is too large, for the file |
 //! | `reader` | the fault thread's half: read, release |
 //! | `spill` | a file for pages that do not shrink; the reclaim thread's alone |
 //!
@@ -14,7 +15,7 @@
 //!  reclaim thread: Writer                                      fault thread: Reader
 //!  compress ──► scratch ──► (pages discarded) ──► append ── Stored ──► remembers the place, or releases it
 //!                                                                      touch: read, release
-//!  clean: copies what lives to the end ──────────────────── Moved ───► where old is remembered: new, release old;
+//!  clean, write back: a copy of what lives ──────────────── Moved ───► where old is remembered: new, release old;
 //!                                                                      else: release new
 //!  collect ◄─────────────── released units of each segment ◄────────── release
 //! ```
@@ -40,6 +41,7 @@ pub mod codec;
 mod entry;
 pub mod reader;
 pub mod spill;
+mod write_back;
 pub mod writer;
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The store against a map, its pages against the kernel's count, and damage of every kind.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::mpsc;
 
 use proptest::prelude::*;
@@ -332,6 +333,122 @@ fn a_page_that_is_touched_while_it_moves_is_not_moved() {
     model.settle();
     model.verify_all();
     model.empty();
+}
+
+/// Reads a batch out to `file`, as the reclaim thread does, and notes the moves.
+fn write_back(model: &mut Model, file: &mut Spill<File>) -> Result<(), Corrupt> {
+    let (mut old, mut stored) = (Vec::new(), Vec::new());
+    let read = model.writer.read_out(|page, place, content| {
+        let taken = file.put(page, content);
+        old.extend(taken.then_some(place));
+        taken
+    });
+    file.write(&mut stored).unwrap();
+    let moved = stored.iter().zip(old).map(|(stored, old)| Moved { page: stored.page, old, new: stored.place });
+    model.late.extend(moved);
+    read
+}
+
+fn with_file(pages: u32) -> (Model, Spill<File>) {
+    let mut model = Model::new(RAM, Codec::Lz4);
+    let file = Spill::new(tempfile::tempfile().unwrap(), pages).unwrap();
+    model.reader = Reader::new(model.writer.arena.clone(), Codec::Lz4, Some(file.released())).unwrap();
+    (model, file)
+}
+
+/// A store that is too large empties into the file, and what the guest touches meanwhile is not there twice.
+#[test]
+fn a_store_can_be_written_back_to_the_last_byte() {
+    let (mut model, mut file) = with_file(RAM as u32);
+    for (kind, first) in [(1, 0), (2, 64), (4, 128), (4, 192), (3, 256), (0, 320)] {
+        model.evict(first..first + 64, kind, u64::MAX);
+    }
+    (0..384).step_by(5).for_each(|page| model.refault(page));
+    let mut batches = 0;
+    while model.writer.resident_pages() > 0 {
+        write_back(&mut model, &mut file).unwrap();
+        assert!(!model.late.is_empty(), "{:?}", model.writer);
+        let touched = model.late[0].page;
+        model.refault(touched);
+        model.read_moves();
+        model.writer.collect(0).unwrap();
+        model.check();
+        batches += 1;
+    }
+    assert!(batches > 4, "a batch at a time");
+    for (page, (place, content)) in &model.places {
+        let mut out = [0; PAGE];
+        match place.slot() {
+            Some(_) => file.read(*page, *place, &mut out).unwrap(),
+            None => assert_eq!(*place, Place::ZEROES),
+        }
+        assert!(out == **content, "page {page}");
+        model.reader.release(*page, *place).unwrap();
+    }
+}
+
+/// The segments with the least that lives go first: that frees the most memory for what is written.
+#[test]
+fn what_is_written_back_first_is_what_keeps_the_most_memory_that_is_dead() {
+    let (mut model, mut file) = with_file(RAM as u32);
+    for first in (0..256).step_by(64) {
+        model.evict(first..first + 64, 4, u64::MAX);
+    }
+    // Seven of eight pages in the middle: of some segments little is left.
+    (64..192).filter(|page| page % 8 != 0).for_each(|page| model.refault(page));
+    let before = model.writer.resident_pages();
+    write_back(&mut model, &mut file).unwrap();
+    let few = model.late.iter().filter(|moved| (64..192).contains(&moved.page)).count();
+    model.read_moves();
+    model.writer.collect(0).unwrap();
+    assert!(few >= 8 && before - model.writer.resident_pages() >= 48, "{few}, {before}, {:?}", model.writer);
+}
+
+/// A full file takes what it can; nothing is lost, and the rest stays where it is.
+#[test]
+fn a_full_file_takes_no_more_of_a_store() {
+    let (mut model, mut file) = with_file(10);
+    (0..128).step_by(64).for_each(|first| _ = model.evict(first..first + 64, 4, u64::MAX));
+    for taken in [10, 0] {
+        write_back(&mut model, &mut file).unwrap();
+        assert_eq!(model.late.len(), taken);
+        model.read_moves();
+    }
+    model.places.retain(|_, (place, _)| place.slot().is_none());
+    assert_eq!(model.places.len(), 118);
+    model.verify_all();
+}
+
+/// A damaged entry is reported once, and the file gets nothing of it; everything else moves.
+#[test]
+fn a_damaged_entry_is_not_written_back() {
+    let (mut model, mut file) = with_file(RAM as u32);
+    (0..256).step_by(64).for_each(|first| _ = model.evict(first..first + 64, 4, u64::MAX));
+    let (base, _) = model.writer.arena.raw();
+    // SAFETY: the first segment is written, and no other thread is here.
+    unsafe { *base.add(SEGMENT / 2) ^= 1 };
+    let mut reported = 0;
+    loop {
+        reported += u32::from(write_back(&mut model, &mut file).is_err());
+        if model.late.is_empty() {
+            break;
+        }
+        model.read_moves();
+    }
+    assert_eq!(reported, 1);
+    model.writer.collect(0).unwrap();
+    assert_eq!(model.writer.resident_pages(), SEGMENT as u64 / PAGE as u64, "the segment is left alone");
+    let damaged = std::mem::take(&mut model.places).into_iter().filter(|(page, (place, content))| {
+        let mut out = [0; PAGE];
+        match place.slot() {
+            Some(_) => file.read(*page, *place, &mut out).unwrap(),
+            None if model.reader.read(*page, *place, &mut out).is_err() => return true,
+            None => {}
+        }
+        assert!(out == **content, "page {page}");
+        false
+    });
+    assert_eq!(damaged.count(), 1);
 }
 
 /// An arena that is full takes no more, says so before anything is discarded, and has room again after cleaning.

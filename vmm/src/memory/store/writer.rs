@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::{fmt, io};
 
 use super::arena::{Arena, Mapping, SEGMENT, SEGMENT_UNITS};
-use super::codec::{Codec, Encoder, ROOM, same_word};
+use super::codec::{Codec, Decoder, Encoder, ROOM, same_word};
 use super::entry::{HEADER, Header, Kind, MOST, UNIT, units};
 use super::{PAGE, Place};
 
@@ -68,7 +68,7 @@ pub(super) enum State {
     Open,
     /// Not written to any more.
     Closed,
-    /// The same, and its entries were copied: it will fall empty by itself.
+    /// The same, and it is left alone until it falls empty by itself: its entries were copied, or one is damaged.
     Moved,
 }
 
@@ -85,6 +85,8 @@ pub(super) struct Segment {
 pub struct Writer {
     pub(super) arena: Arc<Arena>,
     encoder: Encoder,
+    /// For what is written back.
+    pub(super) decoder: Decoder,
     scratch: Mapping,
     filled: usize,
     pending: Vec<Pending>,
@@ -114,6 +116,7 @@ impl Writer {
     pub(super) fn new(arena: Arc<Arena>, codec: Codec) -> io::Result<Self> {
         Ok(Self {
             encoder: Encoder::new(codec)?,
+            decoder: Decoder::new(codec)?,
             scratch: Mapping::new(SCRATCH)?,
             filled: 0,
             pending: Vec::with_capacity(BATCH),
@@ -293,7 +296,8 @@ impl Writer {
         open.segment * SEGMENT_UNITS + open.at
     }
 
-    fn close(&mut self) {
+    /// Nothing more is written to the open segment.
+    pub(super) fn close(&mut self) {
         if let Some(Open { segment, .. }) = self.open.take() {
             self.segments[segment as usize].state = State::Closed;
             // Where it fell empty while it was open, nobody says so again. It is not free before `collect`: what a batch
