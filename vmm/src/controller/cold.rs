@@ -15,7 +15,8 @@
 //! A worker does not ask before it evicts: each grant says how many pages it may have in swap, and how large its store may
 //! be. Of its own limit that is all. Of a group's it is what it has and a part of what is left, so that all members
 //! together stay below; the parts become smaller as the room does, and whoever has been promised much more than its part
-//! now is told ([`Actor::settle_cold`]). One that is above a limit, because that was lowered, may only come down.
+//! now is told ([`Actor::settle_cold`]). One that is above a limit, because that was lowered, may only come down. Pages in swap
+//! come down as they are touched; a store moves to its VM's file, if it has one.
 //!
 //! Nobody sets a limit of the store (`store.max`), mostly: then it is half of `memory.max`, of the VM's and of each group's,
 //! and of what these are being lowered to. A store that is larger than what it leaves the guest takes more from pages that are
@@ -99,7 +100,9 @@ impl Actor {
         }
     }
 
-    /// All that a VM's own limit allows, and of each group's what it has and a part of half of what is left.
+    /// All that a VM's own limit allows, and of each group's what it has and a part of half of what is left. Of a group that
+    /// is above its limit what the others leave, or an equal part, whichever is more: as they come down that becomes more,
+    /// never less, and all together are within the limit.
     fn lease(&self, vm: &Vm, which: Counter, limit: impl Fn(NodeId) -> Limit) -> u64 {
         let has = self.tree.counter(vm.node, which).usage.0;
         let allows = |at: NodeId| {
@@ -108,7 +111,11 @@ impl Actor {
                 return Some(max);
             }
             let members = self.vms_of(Target::Group(at)).len().max(1) as u64;
-            let left = max.saturating_sub(self.tree.counter(at, which).usage.0);
+            let used = self.tree.counter(at, which).usage.0;
+            let left = max.saturating_sub(used);
+            if used > max {
+                return Some(has.min(max.saturating_sub(used.saturating_sub(has)).max(max / members)));
+            }
             Some(has + if members == 1 { left } else { left / (2 * members) })
         };
         self.tree.ancestry(vm.node).filter_map(allows).min().unwrap_or(u64::MAX)
