@@ -58,9 +58,9 @@ const SHARE: u64 = 64;
 /// Before a deadline, a polite rung has at most one part in so many of the whole time: the three of them half of it.
 const POLITE: u32 = 6;
 
-/// The idle tax of eviction, in per cent. A guest that is asked chooses itself what it gives; what is evicted and in use
-/// comes back by a fault at once. So idle pages, which nobody has touched since they were put aside, go first.
-const EVICTION_TAX: u8 = 99;
+/// The idle tax of a ladder, in per cent. What is evicted and in use comes back by a fault at once, and a guest whose balloon
+/// takes what it uses comes to a stop. So idle pages go first, by whatever means.
+const IDLE_TAX: u8 = 99;
 
 /// What is done at last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -361,8 +361,8 @@ impl Ladder {
     }
 }
 
-/// What the VMs at and below `top` should come down to by eviction, so that together they give `need`: those that `facts`
-/// knows, in the order of the tree. Who gives nothing is left out. Also what nobody can give.
+/// What the VMs at and below `top` should come down to, so that together they give `need` by one means: those that `facts`
+/// knows can give by it, in the order of the tree. Who gives nothing is left out. Also what nobody can give.
 pub fn aims(
     tree: &Tree,
     top: NodeId,
@@ -370,7 +370,7 @@ pub fn aims(
     facts: impl FnMut(NodeId) -> Option<Facts>,
 ) -> (Vec<(NodeId, Pages)>, Pages) {
     let claimants: Vec<Claimant> = claimants(tree, top, facts);
-    let spread = spread(need, &claimants, &SpreadTerms { idle_tax: EVICTION_TAX });
+    let spread = spread(need, &claimants, &SpreadTerms { idle_tax: IDLE_TAX });
     let gives = claimants.iter().zip(&spread.takes).filter(|(_, take)| !take.pages.is_zero());
     (gives.map(|(vm, take)| (vm.id, vm.usage.saturating_sub(take.pages))).collect(), spread.short)
 }

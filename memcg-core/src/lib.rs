@@ -20,6 +20,7 @@
 //! | [`progress`] | whether a guest gives what it is asked for, and when it is asked again | controller |
 //! | [`protection`] | how much of `min` and `low` counts, down the tree | controller |
 //! | [`spread`] | who gives how much when memory is needed | controller |
+//! | [`idle`] | how much of a VM's memory nobody uses | controller |
 //! | [`ladder`] | what is done about a VM or a group that uses too much, and when the next thing | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
 //! | [`pressure`] | how much time goes to waiting for memory: PSI of a VM or a group | controller |
@@ -60,6 +61,7 @@
 pub mod audit;
 pub mod frame;
 pub mod governor;
+pub mod idle;
 pub mod ladder;
 pub mod limit_change;
 pub mod oom;

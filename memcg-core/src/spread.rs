@@ -14,7 +14,8 @@
 //!
 //! That is ESX's idle memory tax: with a tax of 0 idleness does not matter, with 75 %, the default, most of what is idle
 //! goes before what is used, while something is left to whoever becomes active suddenly. VMs that use all they have are
-//! divided by shares alone: twice the shares, half the loss. What is evicted has a higher tax ([`crate::ladder::aims`]).
+//! divided by shares alone: twice the shares, half the loss. What is idle [`crate::idle`] says. What a group has to give is
+//! spread with a higher tax ([`crate::ladder::aims`]).
 //!
 //! # Two rounds
 //!

@@ -9,6 +9,7 @@ mod evict;
 mod frame;
 mod governor;
 mod grants;
+mod idle;
 mod ladder;
 mod lifetime;
 mod limit_change;

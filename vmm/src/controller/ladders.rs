@@ -30,6 +30,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use memcg_core::frame::Histogram;
+use memcg_core::idle::Known;
 use memcg_core::ladder::{Asks, Driver, Eviction, Ladder, Means, Rung, Sample, Terms, aims};
 use memcg_core::progress::State;
 use memcg_core::spread::Facts;
@@ -44,7 +46,7 @@ use super::events::{EventKind, merged};
 use super::host;
 use super::view::{ReclaimRung, ReclaimView, VmState};
 use super::vm::{Vm, VmId};
-use crate::worker::protocol::ToWorker;
+use crate::worker::protocol::{Report, ToWorker};
 
 /// Time between the end of a climb and the next that nobody waits for, and the longest between two divisions of a need.
 const EVERY: Duration = Duration::from_secs(1);
@@ -317,7 +319,8 @@ impl Actor {
             if moved || late || self.to_come(climb).0 < need.0 / 2 {
                 climb.evict.retain(|id, _| self.is_alive(*id) && self.tree.is_within(self.vms[id].node, group));
                 let part = |(id, aim)| (id, Part { aim, granted: self.vms[&id].granted_total });
-                climb.evict.extend(self.divide(group, need).into_iter().map(part));
+                let parts = self.divide(group, need, |vm| eviction(vm) == Eviction::Possible);
+                climb.evict.extend(parts.into_iter().map(part));
                 climb.spread_at = Some(now);
             }
         }
@@ -359,14 +362,14 @@ impl Actor {
         parts.map(|(vm, part)| self.tree.usage(vm.node).saturating_sub(part.aim(vm))).sum()
     }
 
-    /// What the VMs of a group should come down to so that they give `need` by eviction.
-    fn divide(&self, group: NodeId, need: Pages) -> Vec<(VmId, Pages)> {
+    /// What the VMs of a group should come down to so that they give `need`, those of them that can. By whatever means:
+    /// what is idle goes first.
+    pub fn divide(&self, group: NodeId, need: Pages, can: impl Fn(&Vm) -> bool) -> Vec<(VmId, Pages)> {
         let by_node: BTreeMap<NodeId, VmId> =
             self.vms_of(Target::Group(group)).into_iter().map(|id| (self.vms[&id].node, id)).collect();
         let facts = |node: NodeId| {
             let vm = &self.vms[by_node.get(&node)?];
-            let (idle, pinned) = (Pages(vm.report.idle), vm.reserve_target);
-            (eviction(vm) == Eviction::Possible).then(|| Facts { idle, pinned, ..Facts::default() })
+            can(vm).then(|| Facts { idle: known(vm).idle(), pinned: vm.reserve_target, ..Facts::default() })
         };
         let (aims, _) = aims(&self.tree, group, need, facts);
         aims.into_iter().map(|(node, aim)| (by_node[&node], aim)).collect()
@@ -513,6 +516,17 @@ impl Actor {
             since_ms: (rung != Rung::Rest).then(|| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
             goal_bytes: climb.ladder.goal().map(Pages::bytes),
         }
+    }
+}
+
+/// What is known of the pages of a VM.
+fn known(vm: &Vm) -> Known {
+    let Report { guest, idle, cold, .. } = &vm.report;
+    Known {
+        resident: Pages(*guest),
+        aside: Pages(*idle),
+        ages: Histogram { pages: cold.ages.map(Pages) },
+        in_use: cold.working_set.map(|pages| Pages(pages) + Pages(cold.error)),
     }
 }
 

@@ -4,7 +4,7 @@
 //! together, so somebody has to say who gives:
 //!
 //! ```text
-//!  usage rises above the group's high ──┐          spread over its VMs by what they use above their protection
+//!  usage rises above the group's high ──┐          spread over its VMs by what they use above their protection, idle first
 //!  a lower limit is asked for ──────────┴─► AIMS ◄──────────┐
 //!                                            │ every second │ still above: spread again, as things are now
 //!                                            │              │ below: half of the room is given back to them
@@ -23,7 +23,6 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use memcg_core::progress::State;
-use memcg_core::spread::{Facts, Terms, claimants, spread};
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Limit, Pages};
 use tokio::time::Instant;
@@ -31,7 +30,7 @@ use tokio::time::Instant;
 use super::actor::Actor;
 use super::changes::Target;
 use super::host;
-use super::vm::VmId;
+use super::vm::{Vm, VmId};
 
 /// Time between two looks at a group that gives.
 const EVERY: Duration = Duration::from_secs(1);
@@ -69,7 +68,7 @@ impl Actor {
             Some(high) if usage > high => {
                 // Who has come down and need not give more stays down.
                 let mut aims = before.clone();
-                aims.extend(self.take(group, usage.saturating_sub(high)));
+                aims.extend(self.divide(group, usage.saturating_sub(high), gives));
                 aims
             }
             Some(high) => self.give(&before, high.saturating_sub(usage)),
@@ -83,20 +82,6 @@ impl Actor {
         for id in concerned {
             self.aim_balloon(id);
         }
-    }
-
-    /// Who gives how much of `need`.
-    fn take(&self, group: NodeId, need: Pages) -> BTreeMap<VmId, Pages> {
-        let vms = self.vms_of(Target::Group(group));
-        let by_node: BTreeMap<NodeId, VmId> = vms.into_iter().map(|id| (self.vms[&id].node, id)).collect();
-        let facts = |node: NodeId| {
-            let vm = &self.vms[by_node.get(&node)?];
-            let gives = vm.report.balloon_ready && vm.balloon.state() != State::Stalled;
-            gives.then(|| Facts { pinned: vm.reserve_target, ..Facts::default() })
-        };
-        let spread = spread(need, &claimants(&self.tree, group, facts), &Terms::default());
-        let gives = spread.takes.into_iter().filter(|take| !take.pages.is_zero());
-        gives.map(|take| (by_node[&take.id], self.tree.usage(take.id).saturating_sub(take.pages))).collect()
     }
 
     /// The aims with half of `room` given back, without those that hold nobody back any more.
@@ -127,4 +112,9 @@ impl Actor {
             }
         }
     }
+}
+
+/// Whether a VM's balloon can be asked for something.
+fn gives(vm: &Vm) -> bool {
+    vm.report.balloon_ready && vm.balloon.state() != State::Stalled
 }

@@ -378,6 +378,57 @@ async fn a_group_s_need_is_spread_over_the_balloons_of_its_vms() {
     assert_eq!(targets(controller.list().await.expect("listed")), [0, 0, 0]);
 }
 
+/// Of two guests with a driver, the one that is busy keeps its memory as long as the other has some that nobody uses, whether
+/// that is aside already or only known from its working set. Protection comes before either.
+/// Semantics: 41, 63, T2.
+#[tokio::test(start_paused = true)]
+async fn the_balloon_of_a_busy_vm_is_left_alone_while_a_neighbour_is_idle() {
+    type Says = fn(&mut Report);
+    let aside: Says = |report| report.idle = 1400;
+    let known: Says = |report| {
+        (report.cold.working_set, report.cold.error) = (Some(60), 40);
+        report.cold.ages = [100, 0, 0, 1400, 0, 0, 0, 0];
+    };
+    let all: Says = |report| {
+        (report.cold.working_set, report.cold.error) = (Some(1500), 0);
+        report.cold.ages = [1500, 0, 0, 0, 0, 0, 0, 0];
+    };
+    let nothing: Says = |_| ();
+    let low = |low| LimitPatch { low: Some(pages(low)), ..LimitPatch::default() };
+    let min = |min| LimitPatch { min: Some(pages(min)), ..LimitPatch::default() };
+    let need = 2 * (1500 + RESERVE) - (3400 - 1024);
+    // What is known of each, the limits of the first, and what it gives.
+    for (of_a, of_b, patch, gives_of_a) in [
+        (aside, nothing, LimitPatch::default(), need - 20..=need),
+        (known, all, LimitPatch::default(), need - 20..=need),
+        (nothing, nothing, LimitPatch::default(), need / 2..=need / 2),
+        (all, aside, LimitPatch::default(), 0..=20),
+        (aside, nothing, low(1500 + RESERVE), 0..=0),
+        (aside, nothing, min(1500 + RESERVE - 300), 300..=300),
+    ] {
+        let controller = groups(3400, 4096).await;
+        let mut workers =
+            [member(&controller, "a", "/gold", 1500).await, member(&controller, "b", "/gold", 1500).await];
+        controller.change("a", MemoryChange { patch, ..change(Limit::Max) }).await.expect("protected");
+        for (worker, says) in workers.iter_mut().zip([of_a, of_b]) {
+            worker.report.returned_total += worker.report.stock;
+            worker.report.stock = 0;
+            says(&mut worker.report);
+            worker.tell().await;
+        }
+        for worker in &mut workers {
+            worker.report.balloon_ready = true;
+            worker.tell().await;
+        }
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let asked = |vm: &VmView| (vm.balloon.target_bytes / 4096).saturating_sub(SIZE - 1500);
+        let vms = controller.list().await.expect("listed");
+        let (a, b) = (asked(&vms[0]), asked(&vms[1]));
+        assert!(gives_of_a.contains(&a), "{a} of {need}, {gives_of_a:?} expected");
+        assert_eq!(a + b, need);
+    }
+}
+
 /// A group that is above its high asks those whose driver comes later, too.
 /// Semantics: 41.
 #[tokio::test(start_paused = true)]
