@@ -381,13 +381,17 @@ impl Actor {
         let Some(vm) = self.vms.get(&id).filter(|vm| vm.alive() && vm.accounted()) else { return };
         let above =
             self.tree.ancestry(vm.node).map(|at| if at == vm.node { Target::Vm(id) } else { Target::Group(at) });
-        let wanted = above.filter_map(|target| match with {
-            Some((looked_at, aim)) if looked_at == target => aim,
-            _ => {
-                let climb = self.ladders.get(&target)?;
-                let goal = climb.ladder.asks().evict?;
-                if target == Target::Vm(id) { Some(goal) } else { climb.evict.get(&id).map(|part| part.aim(vm)) }
-            }
+        let wanted = above.filter_map(|target| {
+            let own = target == Target::Vm(id);
+            let aim = match with {
+                Some((looked_at, aim)) if looked_at == target => aim?,
+                _ => {
+                    let climb = self.ladders.get(&target)?;
+                    let goal = climb.ladder.asks().evict?;
+                    if own { goal } else { climb.evict.get(&id)?.aim(vm) }
+                }
+            };
+            Some(if own { aim } else { aim.max(self.promised(id)) })
         });
         // What it costs from the start is no concern of its worker.
         let beside = self.tree.usage(vm.node).saturating_sub(vm.outstanding());

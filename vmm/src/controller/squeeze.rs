@@ -43,10 +43,15 @@ pub(super) struct Squeeze {
 }
 
 impl Actor {
+    /// What a VM may use whatever the groups above it want: what it is promised now. An aim may be older than that.
+    pub fn promised(&self, id: VmId) -> Pages {
+        self.tree.limits(self.vms[&id].node).min.as_pages().unwrap_or(Pages(u64::MAX))
+    }
+
     /// What a VM should use at most for the sake of the groups above it.
     pub fn aim(&self, id: VmId) -> Limit {
         let above = self.tree.ancestry(self.vms[&id].node).filter_map(|at| self.squeezed.get(&at)?.aims.get(&id));
-        above.min().map_or(Limit::Max, |aim| Limit::Pages(*aim))
+        above.min().map_or(Limit::Max, |aim| Limit::Pages(self.promised(id).max(*aim)))
     }
 
     /// A group has gone above its high. Usage may cross it many times a second; once a second is looked at anyway.

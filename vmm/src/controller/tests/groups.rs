@@ -429,6 +429,24 @@ async fn the_balloon_of_a_busy_vm_is_left_alone_while_a_neighbour_is_idle() {
     }
 }
 
+/// What a VM was asked to come down to it gets back when it is promised more, however full its group is.
+/// Semantics: T2.
+#[tokio::test(start_paused = true)]
+async fn a_balloon_that_a_group_has_asked_for_honours_a_promise_that_comes_later() {
+    let controller = groups(3000, 4096).await;
+    let mut a = member(&controller, "a", "/gold", 2500).await;
+    a.report.balloon_ready = true;
+    a.tell().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let asked = async || vm(&controller, "a").await.balloon.target_bytes / 4096;
+    assert!(asked().await > SIZE - (2100 - RESERVE), "{}", asked().await);
+    let patch = LimitPatch { min: Some(pages(2100)), ..LimitPatch::default() };
+    controller.change("a", MemoryChange { patch, ..change(Limit::Max) }).await.expect("it fits");
+    assert_eq!(asked().await, SIZE - (2100 - RESERVE), "it may use what it is promised");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(asked().await, SIZE - (2100 - RESERVE), "and nobody takes it again");
+}
+
 /// A group that is above its high asks those whose driver comes later, too.
 /// Semantics: 41.
 #[tokio::test(start_paused = true)]

@@ -281,6 +281,21 @@ async fn a_vm_that_grows_in_a_full_group_keeps_what_it_is_granted() {
     assert!(usage(&busy) >= before + 200, "{} after {before}", usage(&busy));
 }
 
+/// What is promised to a VM that evicts for its group it keeps, from the moment that it is promised.
+/// Semantics: T2.
+#[tokio::test(start_paused = true)]
+async fn a_promise_ends_what_a_group_wants_evicted_below_it() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut worker = evicting(&controller, "vm", "/gold", Limit::Max, 5500).await;
+    worker.obey_for(200).await;
+    assert!(worker.aim < 5100, "{}", worker.aim);
+    let patch = LimitPatch { min: Some(pages(5300)), ..LimitPatch::default() };
+    worker.controller.change("vm", MemoryChange { patch, ..change(Limit::Max) }).await.expect("it fits");
+    worker.obey_for(200).await;
+    assert_eq!(worker.aim, 5300);
+}
+
 /// A VM of a group that evicts may be gone before the need is divided anew: the others are asked all the same.
 /// Semantics: 41.
 #[tokio::test(start_paused = true)]
