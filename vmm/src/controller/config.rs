@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,6 +14,7 @@ use balloon::QueueKind;
 use memcg_core::frame::{BLOCK, Cost};
 use memcg_core::tree::{LimitPatch, Limits};
 use memcg_core::units::{Limit, Pages, SizeArg, human};
+use rustix::io::Errno;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -397,22 +399,33 @@ impl VmConfig {
 /// File systems whose files are memory, which nobody would be charged for: their magic numbers and names.
 const IN_MEMORY: [(u32, &str); 2] = [(0x0102_1994, "tmpfs"), (0x8584_58f6, "ramfs")];
 
+/// What else may be asked for when a swap file cannot be made: where the directory is no good, a smaller one is no good either.
+fn instead(error: Option<Errno>) -> &'static str {
+    match error {
+        Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => {
+            "give another directory with --swap-dir, or less swap with --memory swap="
+        }
+        _ => "give another directory with --swap-dir",
+    }
+}
+
 /// Makes the swap file of a VM in a directory, for so many pages.
 ///
 /// # Errors
 /// Why it cannot be made there.
 pub fn swap_file(directory: &Path, pages: u32) -> Result<OwnedFd, Refusal> {
-    let refused = |why: String| {
+    let refused = |why: String, error: Option<Errno>| {
         let (directory, size) = (directory.display(), human(Pages(pages.into()).bytes()));
-        let instead = "give another directory with --swap-dir, or less swap";
+        let instead = instead(error);
         Refusal::new(Code::StartFailed, format!("no swap file of {size} can be made in {directory} ({why}): {instead}"))
     };
     // Before it has a size: that would be memory already.
-    let kind = rustix::fs::statfs(directory).map_err(|error| refused(error.to_string()))?.f_type as u32;
+    let failed = |error: io::Error| refused(error.to_string(), Errno::from_io_error(&error));
+    let kind = rustix::fs::statfs(directory).map_err(|error| failed(error.into()))?.f_type as u32;
     if let Some((_, name)) = IN_MEMORY.iter().find(|(magic, _)| *magic == kind) {
-        return Err(refused(format!("it is on a {name}, whose files are memory that no VM is charged for")));
+        return Err(refused(format!("it is on a {name}, whose files are memory that no VM is charged for"), None));
     }
-    spill::create(directory, pages).map_err(|error| refused(error.to_string()))
+    spill::create(directory, pages).map_err(failed)
 }
 
 /// Pages that are written to load these files, at most, with what those cost. What is in the files only the worker reads.
@@ -454,6 +467,14 @@ mod tests {
         assert_eq!(with(r#""proactive": false, "ageing_s": 0"#), None);
     }
 
+    /// Less of it is advice only where there is too little room.
+    #[test]
+    fn less_swap_is_advised_where_that_helps() {
+        let less = |errno| instead(Some(errno)).contains("less swap");
+        assert!([Errno::NOSPC, Errno::DQUOT, Errno::FBIG].into_iter().all(less));
+        assert!(![Errno::NOENT, Errno::OPNOTSUPP, Errno::INVAL, Errno::ACCESS, Errno::ROFS].into_iter().any(less));
+    }
+
     /// What is moved there would be in memory again, and outside every limit.
     #[test]
     fn a_swap_file_is_not_made_in_memory() {
@@ -464,7 +485,8 @@ mod tests {
         }
         let refusal = swap_file(memory, 1).expect_err("refused");
         assert_eq!(refusal.code, Code::StartFailed);
-        assert!(refusal.message.contains("it is on a tmpfs"), "{refusal}");
+        let advice = "is charged for): give another directory with --swap-dir";
+        assert!(refusal.message.contains("it is on a tmpfs") && refusal.message.ends_with(advice), "{refusal}");
         let refusal = swap_file(Path::new("/none"), 1).expect_err("refused");
         assert!(refusal.message.contains("No such file"), "{refusal}");
     }

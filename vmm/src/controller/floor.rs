@@ -40,10 +40,11 @@ impl Actor {
             let what = self.describe(part.target);
             let message = format!(
                 "{what} keeps {} whatever its guests give back (overhead and reserves), and memory.max={} is less: \
-                 memory.max={} is the smallest that will do, if its cold pages compress well",
+                 memory.max={} is the smallest that will do{}",
                 human(floor.bytes()),
                 human(max.bytes()),
                 exact(in_mib(self.least(part.target)).bytes()),
+                self.on_what(part.target),
             );
             let refusal = Refusal::new(Code::OverheadRefused, message);
             return Err(refusal.usage(self.tree.usage(node).bytes()).generation(self.tree.generation(node)));
@@ -81,6 +82,23 @@ impl Actor {
         self.tree.counter(self.vms[&id].node, Counter::Vmm).usage
     }
 
+    /// What [`Self::least`] depends on, as the end of a sentence: nothing where nobody gives anything.
+    fn on_what(&self, target: Target) -> &'static str {
+        let vms = self.vms_of(target);
+        if vms.iter().any(|id| self.evicts(*id)) {
+            ", if its cold pages compress well"
+        } else if vms.iter().any(|id| self.vms[id].report.balloon_ready) {
+            ", if its guest gives back the rest"
+        } else {
+            ""
+        }
+    }
+
+    /// Whether pages of a VM may be evicted.
+    fn evicts(&self, id: VmId) -> bool {
+        self.leases(id).swap > 0
+    }
+
     /// The smallest `max` that a target can be expected to come down to with its guests still running.
     fn least(&self, target: Target) -> Pages {
         let least = |id: VmId| {
@@ -88,7 +106,7 @@ impl Actor {
             let stored = Pages((vm.report.guest + vm.report.swapped).min(vm.size.0) / COMPRESSED);
             let running = self.floor_of(id) + slack(vm.cpus) + stored;
             let usage = self.tree.usage(vm.node).saturating_sub(Pages(vm.spare()));
-            let gives = vm.report.balloon_ready || self.leases(id).swap > 0;
+            let gives = vm.report.balloon_ready || self.evicts(id);
             match vm.accounted() {
                 true if gives => running.min(usage).max(self.floor_of(id)),
                 true => usage,

@@ -166,6 +166,27 @@ async fn what_cannot_be_reached_is_refused_at_once_with_what_can() {
     assert!(worker.controller.change("vm", force).await.expect("forced").in_force);
 }
 
+/// What the smallest limit depends on is what its VMs can give: nothing is said of cold pages where none may be evicted.
+/// Semantics: 118.
+#[tokio::test(start_paused = true)]
+async fn the_smallest_limit_is_named_with_what_it_depends_on() {
+    let mut worker = with_guest(1000).await;
+    let limits = |max, swap| {
+        let patch = LimitPatch { swap_max: Some(swap), ..LimitPatch::default() };
+        MemoryChange { patch, ..change(max) }
+    };
+    let told = async |worker: &mut FakeWorker, end: &str| {
+        let refusal = worker.controller.change("vm", change(pages(RESERVE - 1))).await.expect_err("refused");
+        assert!(refusal.message.ends_with(end), "{}", refusal.message);
+    };
+    told(&mut worker, " is the smallest that will do, if its cold pages compress well").await;
+    worker.controller.change("vm", limits(pages(4096), pages(0))).await.expect("a limit");
+    told(&mut worker, " is the smallest that will do").await;
+    worker.report.balloon_ready = true;
+    worker.tell().await;
+    told(&mut worker, " is the smallest that will do, if its guest gives back the rest").await;
+}
+
 /// Semantics: 44, 118, B83.
 #[tokio::test(start_paused = true)]
 async fn what_is_not_reached_by_the_deadline_leaves_the_old_limit() {
