@@ -1,7 +1,7 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
 use ballast_tests::serve::{Console, Serve, pid};
-use ballast_tests::{http, number, payload, resident_pages, skipped, wait_until};
+use ballast_tests::{http, number, payload, resident_pages, skip, skipped, swap_directory, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -185,6 +185,36 @@ fn limits_at_two_levels_hold() {
     serve.wait_console("b", "OK touch");
     serve.good("PATCH", "/vms/a/memory", json!({ "max_bytes": null }));
     serve.wait_console("a", "OK touch");
+}
+
+/// What the VMs of a group have in their stores comes down with the group's limit, where they have files for it.
+/// Semantics: 118.
+#[test]
+fn stores_that_are_too_large_for_a_lower_limit_of_their_group_move_to_files() {
+    if skipped("groups-store-file") {
+        return;
+    }
+    let directory = match swap_directory() {
+        Ok(directory) => directory,
+        Err(reason) => return skip("groups-store-file", reason),
+    };
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/gold", json!({ "max_bytes": 96 * MIB }));
+    for name in ["a", "b"] {
+        let memory = json!({ "size_bytes": 96 * MIB, "swap_max_bytes": null });
+        let mut vm = guest("/gold", "touch 16M 64M seed=7 fill=half; verify 16M 64M seed=7 fill=half; park", memory);
+        vm["swap_dir"] = json!(directory.path());
+        serve.good("PUT", &format!("/vms/{name}"), vm);
+        serve.wait_console(name, "OK verify");
+    }
+    for max in [64 * MIB, 40 * MIB] {
+        serve.good("PATCH", "/groups/gold?mode=reclaim&wait_ms=20000", json!({ "max_bytes": max }));
+        let store = wait_until("the stores are within half of it", 20, || {
+            let store = number(&serve.group("/gold"), "memory.store_bytes");
+            (store <= max / 2).then_some(store)
+        });
+        assert!(store > max / 8, "they are not emptied: {store}");
+    }
 }
 
 /// What is promised must be there, and a refusal says what is missing.
