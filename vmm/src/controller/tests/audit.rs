@@ -39,6 +39,10 @@ fn touch(ram: &Ram, pages: std::ops::Range<u64>) {
     }
 }
 
+/// Pages that this process may have beside the RAM, as the worker's overhead: other tests run in it at the same time, and
+/// what they have is no lie of this one.
+const BESIDE: u64 = 1 << 20;
+
 /// The test's own process plays a worker with real RAM: what it fills beyond its grants is found, and ends it the second
 /// time.
 #[tokio::test]
@@ -48,9 +52,8 @@ async fn a_worker_with_more_memory_than_it_was_granted_is_ended_at_the_second_lo
     ram.keep_to_touches().expect("small pages");
     let (controller, _task) = Controller::start(Limit::Max);
     let Setup { oom, .. } = Setup::default();
-    let limits = memcg_core::tree::LimitPatch { max: Some(Limit::Pages(Pages(4096))), ..Default::default() };
-    // A test process is larger than any worker.
-    let overhead = super::cost([(memcg_core::tree::Overhead::Worker, 1)]);
+    let limits = memcg_core::tree::LimitPatch { max: Some(Limit::Pages(Pages(BESIDE + 4096))), ..Default::default() };
+    let overhead = super::cost([(memcg_core::tree::Overhead::Worker, BESIDE)]);
     let spec = VmSpec { limits, oom, overhead, size: Pages(PAGES), ..super::plain("liar") };
     let id = controller.create(spec).await.expect("created");
     let killed = Arc::new(AtomicBool::new(false));
@@ -66,7 +69,7 @@ async fn a_worker_with_more_memory_than_it_was_granted_is_ended_at_the_second_lo
     touch(&ram, 0..charged);
     let honest = controller.audit(id).await.expect("audited");
     assert_eq!((honest.resident.0, honest.charged.0), (charged, charged));
-    assert!(honest.resident <= honest.charged);
+    assert!(honest.ok(), "{honest:?}");
     let nobody = controller.audit_all().await.expect("audited");
     assert!(nobody.ok && nobody.message.starts_with("0 VMs"), "it has not said what it holds: {nobody:?}");
 
