@@ -117,7 +117,7 @@ impl Tree {
         *self.node(id).limits()
     }
 
-    /// The same, but for those that are being lowered: they are what they will be.
+    /// The same, but for those of memory, swap and store that are being lowered: they are what they will be.
     pub fn coming_limits(&self, id: NodeId) -> Limits {
         let limits = self.limits(id);
         let Some(pending) = &self.node(id).pending else { return limits };
@@ -126,7 +126,6 @@ impl Tree {
             max: lower(limits.max, pending.patch.max),
             swap_max: lower(limits.swap_max, pending.patch.swap_max),
             store_max: lower(limits.store_max, pending.patch.store_max),
-            vmm_max: lower(limits.vmm_max, pending.patch.vmm_max),
             ..limits
         }
     }
