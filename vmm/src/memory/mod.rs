@@ -7,6 +7,7 @@
 //! | `activation` | how RAM becomes charged, at the start or later |
 //! | `pages` | frame table and stock: what a fault, a grant, a discard change |
 //! | `thread` | the thread that owns them |
+//! | `told` | what the controller hears of unasked |
 //! | `alone` | how long a worker does without a controller |
 //! | `around` | how many pages one fault fills |
 //! | `pool` | huge pages that are zeroed ahead of need |
@@ -45,6 +46,7 @@ pub mod reclaim;
 mod stall;
 pub mod store;
 pub mod thread;
+mod told;
 pub mod uffd;
 
 pub use guest::GuestMem;

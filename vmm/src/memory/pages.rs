@@ -137,7 +137,7 @@ pub struct Pages {
     balloon: BalloonHandle,
     held_since: Option<u64>,
     held_ns: u64,
-    stall: Stall,
+    pub(super) stall: Stall,
     /// The gate was closed and the last vCPU has not come out yet.
     leaving: bool,
     pub(super) answer_times: Histogram,
@@ -612,9 +612,13 @@ impl Pages {
         self.asked = Asked::No;
     }
 
+    /// Whether the vCPUs stand still for want of memory.
+    pub fn is_held(&self) -> bool {
+        self.gate.closed_for(gate::NO_MEMORY)
+    }
+
     /// The consistent picture of this moment.
     pub fn report(&self) -> Report {
-        let held = self.gate.closed_for(gate::NO_MEMORY);
         let running = self.held_since.map_or(0, |since| monotonic_ns().saturating_sub(since));
         Report {
             epoch: self.stock.epoch(),
@@ -631,7 +635,7 @@ impl Pages {
             swapped: self.frames.count(FrameState::Swapped),
             idle: self.frames.count(FrameState::Idle),
             cold: self.cold(),
-            held,
+            held: self.is_held(),
             held_us: (self.held_ns + running) / 1000,
             refault_us: self.stall.total_us(),
             faults: FaultCounts {

@@ -39,6 +39,7 @@ use super::cold::Reclaim;
 use super::pages::{Pages, reserve_target};
 use super::place::Placement;
 use super::ram::Ram;
+use super::told::Told;
 use super::uffd::Uffd;
 use crate::devices::balloon::BalloonHandle;
 use crate::devices::power::PowerButton;
@@ -135,32 +136,8 @@ pub struct FaultThread {
     loaded: Option<u64>,
     /// When the statistics that were sent last had come from the guest.
     stats_sent: Option<Instant>,
-    /// What the controller was last told without being asked; a change is worth a report.
+    /// What the controller was last told; a change is worth a report.
     told: Told,
-}
-
-/// The part of a report whose change the controller hears of unasked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Told {
-    held: bool,
-    returned_total: u64,
-    ballooned: u64,
-    balloon_actual: u32,
-    balloon_ready: bool,
-    /// How often the number of guest errors has doubled.
-    errors: u32,
-    /// Tenths of a second that vCPUs have waited for evicted pages.
-    refaults: u64,
-    owed: bool,
-}
-
-impl Told {
-    fn new(report: &Report, owed: bool) -> Self {
-        let Report { held, returned_total, ballooned, balloon_actual, balloon_ready, .. } = *report;
-        let errors = u64::BITS - report.faults.guest_errors.leading_zeros();
-        let refaults = report.refault_us / 100_000;
-        Self { held, returned_total, ballooned, balloon_actual, balloon_ready, errors, refaults, owed }
-    }
 }
 
 impl FaultThread {
@@ -326,7 +303,7 @@ impl FaultThread {
 
     /// Does what is due when everything that has come was answered.
     fn keep(&mut self) {
-        self.fill_due();
+        self.ask_and_fill_due();
         let Some(pages) = &mut self.pages else { return };
         if let Some(corrupt) = pages.corrupt() {
             let message = format!("guest memory is lost: {corrupt}");
@@ -350,7 +327,7 @@ impl FaultThread {
         while let Some(pages) = &mut self.pages {
             n += pages.on_faults(woken_ns);
             let more = pages.has_faults();
-            n += AS_FAULTS * self.fill_due();
+            n += AS_FAULTS * self.ask_and_fill_due();
             if !more {
                 break;
             }
@@ -358,9 +335,10 @@ impl FaultThread {
         self.placement.follow(n);
     }
 
-    /// Fills the blocks that are due; returns how many there were. What comes next is asked for before, and what is granted
-    /// meanwhile is taken at once: another thread has work to do with it.
-    fn fill_due(&mut self) -> usize {
+    /// Fills the blocks that are due; returns how many there were. Unlike [`Pages::fill_due`], this speaks to the controller
+    /// between them: what comes next is asked for before each, and what is granted meanwhile is taken at once, because
+    /// another thread has work to do with it.
+    fn ask_and_fill_due(&mut self) -> usize {
         let mut n = 0;
         loop {
             if self.pages.as_ref().is_some_and(Pages::is_due) {
@@ -379,7 +357,7 @@ impl FaultThread {
     fn speak(&mut self) {
         // Nothing is wanted ahead while what there was is on its way back.
         let ask = if self.recall_seq.is_some() { None } else { self.pages.as_mut().and_then(Pages::ask) };
-        let news = Told::new(&self.sketch(), false) != self.told;
+        let news = self.news() != self.told;
         if ask.is_some() || news {
             let (want, want_now) = ask.unwrap_or_default();
             self.report(None, want, want_now);
@@ -393,6 +371,8 @@ impl FaultThread {
     }
 
     fn report(&mut self, answers: Option<u32>, want: u64, want_now: u64) {
+        // Before the report is made: what changes meanwhile is told once more, and never missed.
+        let mut told = self.news();
         let report = Report { answers, want, want_now, ..self.measure() };
         let sent = self.say_unsent() && self.channel.send(&FromWorker::Report(report)).is_ok();
         if !sent
@@ -401,26 +381,27 @@ impl FaultThread {
         {
             pages.unasked();
         }
-        self.told = Told::new(&report, !sent);
+        told.owed = !sent;
+        self.told = told;
+    }
+
+    /// What the controller would hear of now.
+    fn news(&self) -> Told {
+        Told::now(self.pages.as_ref(), &self.balloon, self.outside.load(Ordering::Relaxed))
     }
 
     /// What the VM holds at this moment.
     fn measure(&self) -> Report {
         let counters = self.balloon.counters();
-        let mut report = Report { oom_deflated: counters.oom_deflated_pages, ..self.sketch() };
-        report.faults.reported_left += counters.poisoned_pages;
-        report
-    }
-
-    /// The part of that which takes no lock.
-    fn sketch(&self) -> Report {
         let mut report = Report {
             balloon_actual: self.balloon.actual(),
             balloon_ready: self.balloon.ready(),
+            oom_deflated: counters.oom_deflated_pages,
             paused: self.gate.closed_for(gate::PAUSED) && self.gate.all_out(),
             ..self.pages.as_ref().map(Pages::report).unwrap_or_default()
         };
         report.faults.guest_errors += self.balloon.guest_errors() + self.outside.load(Ordering::Relaxed);
+        report.faults.reported_left += counters.poisoned_pages;
         report
     }
 
