@@ -11,11 +11,11 @@ mod hostile;
 mod tutorial;
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use ballast_tests::serve::{Serve, shell};
-use ballast_tests::{payload, skipped, wait_until};
+use ballast_tests::{deadline, payload, skipped, wait_until};
 use serde_json::{Value, json};
 
 use calls::{CALLS, Call, Expect};
@@ -95,6 +95,33 @@ fn of_two_changes_from_one_generation_one_is_refused() {
     let [(200, won), (409, lost)] = answers else { panic!("{answers:?}") };
     assert_eq!((&lost["code"], &lost["generation"]), (&json!("generation_mismatch"), &won["generation"]));
     assert_eq!(serve.show("web")["memory"]["max_bytes"], won["memory"]["max_bytes"]);
+}
+
+/// A client that sends the body in a write of its own may be refused before. Its write must not fail, or it would never
+/// read why.
+#[test]
+fn a_body_that_comes_after_the_refusal_does_not_cost_the_client_the_answer() {
+    if skipped("api-late-body") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    for (head, length, status, code) in [
+        ("PUT /nowhere HTTP/1.1", 64, 404, "not_found"),
+        ("POST /vms HTTP/1.1", 64, 405, "method_not_allowed"),
+        ("POST /vms/web/pause?frob=1 HTTP/1.1", 64, 400, "bad_request"),
+        ("PUT /vms/web HTTP/1.1", 1 << 20, 413, "too_large"),
+    ] {
+        let mut stream = UnixStream::connect(serve.socket()).expect("connected");
+        stream.set_read_timeout(Some(deadline(20))).expect("set");
+        let head = format!("{head}\r\nHost: x\r\nContent-Length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).expect("sent");
+        // To its end: whatever the controller does with the connection, it has done.
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("answered");
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{head}: {answer}");
+        assert!(answer.contains(&format!("\"code\":\"{code}\"")), "{head}: {answer}");
+        stream.write_all(&vec![b' '; length]).unwrap_or_else(|error| panic!("{head}: {error}"));
+    }
 }
 
 /// Half a creation would be a name that nobody can use and nobody can remove.

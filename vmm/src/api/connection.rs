@@ -4,13 +4,21 @@
 //! unused connection end), and to read what it asked for (so nothing is kept for one that does not). The answer to a
 //! request takes as long as it takes; it has its own deadlines.
 //!
+//! Whoever is refused before all of the request was read may be sending the rest of it. It is read away for [`LINGER`]: a
+//! socket that is closed meanwhile fails the client's `write`, and many then never read the answer that says why.
+//!
+//! ```text
+//!  head ─► answer ─► nothing more is written ─► the rest is read away ─► closed
+//!                                                └ until the client closes, but no longer than LINGER
+//! ```
+//!
 //! A request that may change something is carried out to its end, also when the client hangs up: half a `PUT` would be
 //! a VM whose name is taken and that nobody starts. It keeps its connection's place meanwhile.
 
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,7 +30,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Sleep;
@@ -33,6 +41,9 @@ use crate::controller::error::{Code, Refusal};
 /// How long a client may take to send the head of a request, be it the first or the next, and how long it may leave an
 /// answer unread.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a client may go on with a request that was answered before all of it was read.
+const LINGER: Duration = Duration::from_secs(10);
 
 /// Most bytes of a request's first line and headers, and of an answer that waits to be read.
 const MAX_HEAD: usize = 64 * 1024;
@@ -67,8 +78,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
                 answer
             };
             let too_late = async move {
-                // Without a sender there is no server any more either.
-                let _ = stopping.wait_for(|stopping| *stopping).await;
+                told(&mut stopping).await;
                 tokio::time::sleep(GRACE).await;
             };
             let answer = async {
@@ -94,22 +104,45 @@ where
 {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(MAX_HEAD);
-    let mut connection = pin!(http.serve_connection(TokioIo::new(Patient { stream, stalled: None }), service));
-    let told = async move {
-        // Without a sender there is no server any more either.
-        let _ = stopping.wait_for(|stopping| *stopping).await;
-    };
+    let stream = Patient { stream, stalled: None };
+    let mut connection = http.serve_connection(TokioIo::new(stream), service);
     let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = told => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+        result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => result,
+        () = told(&mut stopping) => {
+            Pin::new(&mut connection).graceful_shutdown();
+            poll_fn(|cx| connection.poll_without_shutdown(cx)).await
         }
     };
-    if let Err(error) = result {
+    if let Err(error) = &result {
         // Clients may do what they like.
         tracing::debug!(%error, "a connection has ended");
     }
+    // Who says nothing, or reads nothing, has had its time.
+    if result.as_ref().err().is_none_or(hyper::Error::is_parse) {
+        // The service has the connection's place.
+        let hyper::server::conn::http1::Parts { io, service: _place, .. } = connection.into_parts();
+        tokio::select! {
+            () = linger(io.into_inner()) => {}
+            () = told(&mut stopping) => {}
+        }
+    }
+}
+
+/// Waits until the server stops.
+async fn told(stopping: &mut watch::Receiver<bool>) {
+    // Without a sender there is no server any more either.
+    let _ = stopping.wait_for(|stopping| *stopping).await;
+}
+
+/// Says that nothing more will come, and reads away what does.
+async fn linger<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
+    let rest = async {
+        stream.shutdown().await?;
+        while stream.read(&mut [0; 4096]).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // Whatever ends it, it has ended.
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 /// Answers before anything was asked, as far as that goes without waiting; the connection is to be closed then.

@@ -67,8 +67,9 @@ Numbers are integers with their unit in the name. Bodies are JSON objects; an un
 is refused. What is asked for twice is done once. What changes something is carried out to its end when the client hangs up.
 
 There are at most 256 connections at a time, those that follow events included. A client has 30 s for the head of a \
-request (64 KiB, 100 headers), 10 s for its body (64 KiB), and 30 s in which it may read nothing of its answer. What is no \
-HTTP, or too large a head, is answered 400, 414 or 431 without a body, or closed; every other refusal is a `Refusal`."
+request (64 KiB, 100 headers), 10 s for its body (64 KiB), and 30 s in which it may read nothing of its answer. A \
+request that is refused before all of it has come may be sent to its end, for 10 s. What is no HTTP, or too large a head, \
+is answered 400, 414 or 431 without a body, or closed; every other refusal is a `Refusal`."
 ))]
 struct Document;
 

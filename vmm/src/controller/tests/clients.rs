@@ -68,6 +68,22 @@ async fn a_body_that_does_not_come_is_refused() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_client_that_is_refused_early_may_send_the_rest_and_is_left_in_the_end() {
+    let site = Site::new(Setup::default()).await;
+    let mut stream = connect(&site).await;
+    let head = b"PUT /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n";
+    let (answer, time) = to_the_end(&mut stream, head).await;
+    assert_eq!(refused(&answer), (404, "not_found".to_owned()));
+    assert!(time < Duration::from_secs(1), "the answer waits for nobody: {time:?}");
+    for _ in 0..9 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        stream.write_all(b"{}").await.expect("it is read away");
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    stream.write_all(b"{}").await.expect_err("enough");
+}
+
 /// Makes `count` events, large enough that a socket's buffer is soon full of them.
 async fn happen(controller: &Controller, count: usize) {
     let done = controller.ask(move |actor, reply| {
