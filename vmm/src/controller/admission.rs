@@ -10,8 +10,8 @@
 //! is asked for what the VMs cost when all their RAM is in use, whatever they use now.
 
 use memcg_core::frame::Cost;
-use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId, Overhead, Refused};
-use memcg_core::units::{Limit, Pages, exact, human};
+use memcg_core::tree::{Accounting, AddError, Counter, Kind, Mode, NodeId, Overhead};
+use memcg_core::units::{Limit, Pages};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -22,7 +22,6 @@ use super::cold::Leases;
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
-use super::floor::in_mib;
 use super::journal::Entry;
 use super::overhead::{self, Part};
 use super::view::{AreaView, PausedBy, VmState};
@@ -125,8 +124,7 @@ impl Actor {
             // The tree counts that.
             let kind = Kind::Overhead(Overhead::PageTables);
             if let Err(refused) = self.tree.try_charge_as(level, kind, more, Mode::Wait) {
-                let least = refused.usage + more;
-                return Err(self.too_dear(spec, full, &refused, "vmm.max", least));
+                return Err(self.too_dear(spec, full, &refused, refused.usage, more));
             }
         }
         for part in &spec.overhead {
@@ -134,23 +132,11 @@ impl Actor {
             if let Err(refused) = charged {
                 // What was there before, and all of it: the parts charged so far are in both.
                 let others = refused.usage.saturating_sub(self.tree.snapshot(node).vmm.usage);
-                let least = others + fixed + reserve(spec.cpus) + spec.loading;
-                return Err(self.too_dear(spec, fixed, &refused, "memory.max", least));
+                let alone = fixed + reserve(spec.cpus) + spec.loading;
+                return Err(self.too_dear(spec, fixed, &refused, others, alone));
             }
         }
         Ok(())
-    }
-
-    fn too_dear(&self, spec: &VmSpec, cost: Pages, refused: &Refused, knob: &str, least: Pages) -> Refusal {
-        let message = format!(
-            "the VM {:?} needs {} beside its pages, and {knob} of {} is {}: raise it to {}, or use fewer vCPUs or less RAM",
-            spec.name,
-            human(cost.bytes()),
-            self.tree.path(refused.level),
-            refused.limit,
-            exact(in_mib(least).bytes()),
-        );
-        Refusal::new(Code::OverheadRefused, message)
     }
 
     /// Overhead that the VMs of a group will have beside what is charged for them, when all their RAM is in use.

@@ -76,8 +76,11 @@ impl Actor {
                 let message = message.chars().filter(|c| !c.is_control()).collect();
                 // The worker does not know what it costs itself.
                 let overhead = if vm.accounted() { vm.fixed_overhead() } else { Pages::ZERO };
-                let smallest_max = smallest_max.map(|pages| Pages(pages) + overhead);
-                vm.cause = Some(VmEnd::Failed { message, smallest_max });
+                let cause = match smallest_max {
+                    Some(pages) => self.too_small(id, message, Pages(pages) + overhead),
+                    None => VmEnd::Failed { message, smallest_max: None },
+                };
+                self.vms.get_mut(&id).expect("checked").cause = Some(cause);
             }
             FromWorker::Exited(reason) => {
                 vm.patience = Some(Instant::now() + host::scaled(WORKER_PATIENCE));

@@ -27,6 +27,7 @@ pub mod ladders;
 mod lifecycle;
 mod link;
 mod moves;
+mod no_room;
 pub mod overhead;
 pub mod overview;
 mod pressure;

@@ -49,6 +49,48 @@ fn all(controller: &Controller, nodes: &[(&str, Limit)]) -> Many {
     tokio::spawn(async move { controller.change_many(nodes, Mode::Reclaim, None).await })
 }
 
+/// What a refusal in a full group names is enough, and what it proposes beside that would help.
+#[tokio::test(start_paused = true)]
+async fn who_finds_a_group_full_is_told_what_would_make_room() {
+    let controller = groups(1024, 4096).await;
+    let a = member(&controller, "a", "/gold", 400).await;
+    let b = member(&controller, "b", "/gold", 1024 - 2 * RESERVE - 400).await;
+    let spec = || {
+        let overhead = super::cost([(memcg_core::tree::Overhead::Worker, 200)]);
+        VmSpec { group: "/gold".to_owned(), overhead, ..plain("c") }
+    };
+    let refusal = controller.create(spec()).await.expect_err("it is full");
+    assert_eq!(refusal.code, Code::OverheadRefused);
+    assert_eq!(
+        refusal.message,
+        "the VM \"c\" needs 800K beside its pages, and memory.max of /gold is 4M, of which others use 4M: raise it to 6M, \
+         or make room for 2M in it: end a VM, lower the memory.max of one, or, where they do not need it, `ballast \
+         reclaim /gold 2M`"
+    );
+    // The worker of a VM that has no limit of its own does not know whose is in the way.
+    let setup = Setup { max: Limit::Max, group: "/gold", ..Setup::default() };
+    let worker = FakeWorker::add_to(&controller, "d", setup).await.expect("it costs nothing");
+    worker.say(FromWorker::Hello(hello(true))).await;
+    worker.say(FromWorker::Failed { message: "too small".to_owned(), smallest_max: Some(300) }).await;
+    let VmEnd::Failed { message, smallest_max: None } = worker.die(Death::Exited(1)).await else { panic!("another end") };
+    assert!(message.starts_with("it needs 1.2M to load its guest, and memory.max of /gold is 4M, of which"), "{message}");
+    assert!(message.contains("raise it to 6M, or make room for 2M in it"), "{message}");
+    // A group that is too small for it alone is another matter.
+    let large = VmSpec { overhead: super::cost([(memcg_core::tree::Overhead::Worker, 2000)]), ..spec() };
+    let refusal = controller.create(large).await.expect_err("too large");
+    assert!(refusal.message.ends_with("is 4M: raise it to 13M, or use fewer vCPUs or less RAM"), "{}", refusal.message);
+    // Until the host has a dead one's memory back.
+    controller.worker_died(b.id, Death::Signal(9)).await;
+    controller.heard(b.id, FromLink::Closed).await;
+    let refusal = controller.create(spec()).await.expect_err("it is still full");
+    assert!(refusal.message.contains("VMs that have ended still hold 1.9M: try again in a moment"), "{}", refusal.message);
+    while group(&controller, "/gold").await.memory.returning_bytes > 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    controller.create(spec()).await.expect("there is room");
+    drop(a);
+}
+
 /// The stocks of all VMs come back before a group's usage is judged, and what they give together brings the limit down.
 /// Semantics: 41, 60, 118.
 #[tokio::test(start_paused = true)]

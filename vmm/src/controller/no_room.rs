@@ -1,0 +1,76 @@
+//! What somebody is told whose VM finds no room below a limit, and what would help.
+//!
+//! | the limit | what helps |
+//! | --- | --- |
+//! | is too small for this VM alone | a higher limit, or a smaller VM |
+//! | is full of memory of VMs that have ended | to wait until the host has that back |
+//! | is full of what others use | a higher limit, or less use by them |
+
+use memcg_core::tree::{Counter, NodeId, Refused};
+use memcg_core::units::{Limit, Pages, exact, human};
+
+use super::VmSpec;
+use super::actor::Actor;
+use super::error::{Code, Refusal};
+use super::floor::in_mib;
+use super::vm::{VmEnd, VmId};
+
+impl Actor {
+    /// There is no room for `cost`, what a VM costs beside its pages. The limit would have to cover `others`, who are there,
+    /// and what this one needs `alone`.
+    pub fn too_dear(&self, spec: &VmSpec, cost: Pages, refused: &Refused, others: Pages, alone: Pages) -> Refusal {
+        let (path, limit, cost) = (self.tree.path(refused.level), refused.limit, human(cost.bytes()));
+        let (knob, advice) = match limit {
+            Limit::Pages(max) if refused.counter == Counter::Memory => {
+                ("memory.max", self.way_out(refused.level, max, others, alone))
+            }
+            // What others have paid for overhead they do not give back.
+            _ => ("vmm.max", be_smaller(others + alone)),
+        };
+        let vm = &spec.name;
+        let message = format!("the VM {vm:?} needs {cost} beside its pages, and {knob} of {path} is {limit}{advice}");
+        Refusal::new(Code::OverheadRefused, message)
+    }
+
+    /// How a VM has ended that needs `alone` to load its guest and did not get it; `message` is what its worker says.
+    pub fn too_small(&self, id: VmId, message: String, alone: Pages) -> VmEnd {
+        let node = self.vms[&id].node;
+        let group = self.tree.narrowest(node).filter(|at| *at != node);
+        // With its own limit out of the way, a group's is in it.
+        let group = group.filter(|_| self.tree.limits(node).max >= Limit::Pages(alone));
+        let Some((level, max)) = group.and_then(|at| Some((at, self.tree.limits(at).max.as_pages()?))) else {
+            return VmEnd::Failed { message, smallest_max: Some(alone) };
+        };
+        let others = self.tree.usage(level).saturating_sub(self.tree.usage(node));
+        let (path, advice) = (self.tree.path(level), self.way_out(level, max, others, alone));
+        let [needs, max] = [alone, max].map(|pages| human(pages.bytes()));
+        let message = format!("it needs {needs} to load its guest, and memory.max of {path} is {max}{advice}");
+        VmEnd::Failed { message, smallest_max: None }
+    }
+
+    /// What helps where `memory.max` of `level` is `max` and would have to cover `others` and `alone`; the end of a sentence.
+    fn way_out(&self, level: NodeId, max: Pages, others: Pages, alone: Pages) -> String {
+        if alone > max {
+            return be_smaller(others + alone);
+        }
+        let missing = (others + alone).saturating_sub(max);
+        let enough = exact(in_mib(others + alone).bytes());
+        let returning = self.tree.snapshot(level).returning;
+        if returning >= missing {
+            let returning = human(returning.bytes());
+            return format!(
+                ", of which VMs that have ended still hold {returning}: try again in a moment, or raise it to {enough}"
+            );
+        }
+        let (path, used, missing) = (self.tree.path(level), human(others.bytes()), exact(in_mib(missing).bytes()));
+        format!(
+            ", of which others use {used}: raise it to {enough}, or make room for {missing} in it: end a VM, lower the \
+             memory.max of one, or, where they do not need it, `ballast reclaim {path} {missing}`"
+        )
+    }
+}
+
+/// What helps where a limit is too small for a VM, and `enough` would do; the end of a sentence.
+fn be_smaller(enough: Pages) -> String {
+    format!(": raise it to {}, or use fewer vCPUs or less RAM", exact(in_mib(enough).bytes()))
+}
