@@ -283,6 +283,24 @@ fn the_working_set_is_found_while_memory_is_evicted() {
     assert!(seen[11].2 > 100 * MIB, "{seen:?}");
 }
 
+/// A guest that uses more than it has evicts and refaults all the time, so there is always memory to be found: its working
+/// set is estimated all the same, anew in each period.
+#[test]
+fn the_working_set_of_a_guest_that_thrashes_is_found() {
+    if skipped("cold-thrashing") {
+        return;
+    }
+    let mut vm = shell("thrashing", "size=256M,max=48M,swap=max,ageing=2s", "1");
+    ok(&mut vm, "touch 16M 160M seed=3");
+    vm.send("access scan 16M 160M period=2000");
+    let seen: Vec<_> = (0..8).map(|_| (truth(&vm), estimate(&vm))).collect();
+    let known: Vec<_> = seen[4..].iter().filter_map(|(two, estimate)| Some((*two, (*estimate)?))).collect();
+    assert_eq!(known.len(), 4, "(truth, (estimate, error)): {seen:?}");
+    assert!(known[0].1 != known[3].1, "it is an old one: {seen:?}");
+    let near = |(two, (set, error)): &&(u64, (u64, u64))| set.abs_diff(*two) <= (two / 2).max(*error);
+    assert!(known.iter().filter(near).count() >= 3, "(truth, (estimate, error)): {seen:?}");
+}
+
 /// That nothing could be evicted before is forgotten when somebody allows it.
 #[test]
 fn memory_is_reclaimed_after_a_request_that_got_nothing() {

@@ -30,7 +30,7 @@ use memcg_core::units::Pages as Count;
 use super::client::{Load, Run, Work};
 use super::cold::BATCH;
 use super::pages::Pages;
-use crate::worker::gate::monotonic_ns;
+use crate::worker::gate::{self, monotonic_ns};
 
 /// Steps of a period in which cold pages are put aside.
 const STEPS: u32 = 8;
@@ -150,10 +150,11 @@ impl Ageing {
         }
     }
 
-    /// An evicted page has been touched.
+    /// An evicted page has been touched. One of the sample has cost a fault of its own: it does not come along with a
+    /// neighbour, and may have been evicted because it was aside.
     pub fn refaulted(&mut self, page: u64) {
         if let Some(sampler) = &mut self.sampler {
-            sampler.touched(page as u32..page as u32 + 1);
+            self.refaults += u64::from(sampler.touched(page as u32..page as u32 + 1));
         }
     }
 
@@ -191,9 +192,10 @@ impl Ageing {
 }
 
 impl Pages {
-    /// Whether this VM is aged: somebody has set it a limit.
+    /// Whether this VM is aged: somebody has set it a limit, and it runs. One that waits for memory goes on in a moment.
     fn is_aged(&self) -> bool {
-        !self.ageing.terms.period.is_zero() && self.stock.room().is_some() && self.gate.open()
+        let runs = !self.gate.closed_for(!gate::NO_MEMORY);
+        !self.ageing.terms.period.is_zero() && self.stock.room().is_some() && runs
     }
 
     /// Whether there is something to age, and nobody has a timer for it.
@@ -203,10 +205,26 @@ impl Pages {
 
     /// What is to be aged now, or when there will be something.
     pub(super) fn next_ageing(&mut self, load: &mut Load) -> Work {
+        if self.sample(load) {
+            return Work::Age;
+        }
+        if self.ageing.began == 0 {
+            return Work::Rest(None);
+        }
+        if self.put_aside(load) {
+            return Work::Age;
+        }
+        let left = self.ageing.next.saturating_sub(monotonic_ns());
+        Work::Rest(Some(Duration::from_nanos(left.max(1))))
+    }
+
+    /// Cuts time into periods, and claims the next pages of the sample; false when it is complete. Memory that has to be
+    /// found does not put it off: a guest that has less than it uses would never be known.
+    pub(super) fn sample(&mut self, load: &mut Load) -> bool {
         if !self.is_aged() {
             // Whoever stands still uses nothing: it begins anew.
             (self.ageing.began, self.ageing.sampler, self.ageing.drawing) = (0, None, None);
-            return Work::Rest(None);
+            return false;
         }
         let now = monotonic_ns();
         if self.ageing.began == 0 {
@@ -222,10 +240,7 @@ impl Pages {
                 self.plan(now);
             }
         }
-        if self.draw(load) || self.put_aside(load) {
-            return Work::Age;
-        }
-        Work::Rest(Some(Duration::from_nanos(self.ageing.next.saturating_sub(now).max(1))))
+        self.draw(load)
     }
 
     /// A period ends and the next one begins.

@@ -424,6 +424,9 @@ impl Pages {
             return self.next_ageing(load);
         }
         self.reclaim.pressed |= self.free() < 2 * self.low();
+        if self.sample(load) {
+            return Work::Age;
+        }
         if let Some(until) = self.reclaim.stuck_until {
             return Work::Rest(Some(Duration::from_nanos(until - now)));
         }
