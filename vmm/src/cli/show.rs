@@ -9,7 +9,9 @@ use serde_json::Value;
 use super::options::name;
 use super::reclaim::doing;
 use super::{Failure, SocketArg, client, output, socket};
-use crate::controller::view::{BalloonProgress, OverheadView, PausedBy, PressureLine, ReclaimRung, VmState, VmView};
+use crate::controller::view::{
+    BalloonProgress, ColdView, OverheadView, PausedBy, PressureLine, ReclaimRung, VmState, VmView,
+};
 
 /// Shows a VM.
 pub async fn show(vm: &str, json: bool, arg: &SocketArg) -> Result<u8, Failure> {
@@ -92,22 +94,37 @@ fn overhead(overhead: &OverheadView) -> String {
     )
 }
 
+/// Generations until the first sample says something: one without, two in which it is watched.
+const SAMPLED: u16 = 3;
+
+/// So many generations in whole seconds.
+fn seconds(cold: &ColdView, generations: u16) -> u64 {
+    u64::from(generations) * u64::from(cold.generation_ms) / 1000
+}
+
+/// Resident memory that may be unused for so many generations, two at least. What was not *seen* in use that long may have
+/// been all the same, because nobody has looked; but not more than what the working set leaves.
+fn unused(cold: &ColdView, generations: u16) -> u64 {
+    let older = |than: u16| cold.ages.iter().filter(|age| age.generations >= than).map(|age| age.resident_bytes).sum();
+    let unseen: u64 = older(generations);
+    let used = cold.working_set_bytes.unwrap_or(0).saturating_sub(cold.working_set_error_bytes.unwrap_or(0));
+    let resident: u64 = older(0);
+    unseen.min(resident.saturating_sub(used))
+}
+
 /// What is known of its cold pages, and what was evicted of them; nothing as long as nothing is.
-fn cold(vm: &VmView) -> Option<String> {
-    let cold = &vm.cold;
+fn cold(cold: &ColdView) -> Option<String> {
     if cold.generation_ms == 0 && cold.evicted_bytes == 0 {
         return None;
     }
     let mut text = match (cold.working_set_bytes, cold.working_set_error_bytes) {
         (Some(set), Some(error)) => format!(" working set {} ± {}", human(set), human(error)),
-        _ => " working set not known yet".to_owned(),
+        _ if cold.generation_ms == 0 => " working set not known: nothing is aged".to_owned(),
+        _ => format!(" working set not known before it has run for {} s", seconds(cold, SAMPLED)),
     };
-    let older = |than: u16| cold.ages.iter().filter(|age| age.generations >= than).map(|age| age.resident_bytes).sum();
-    for than in [4, 16, 64].into_iter().filter(|_| cold.generation_ms > 0) {
-        let seconds = u64::from(than) * u64::from(cold.generation_ms) / 1000;
-        let bytes: u64 = older(than);
-        // Writing to a string cannot fail.
-        let _ = write!(text, ", {} unused for {seconds} s", human(bytes));
+    if cold.generation_ms > 0 {
+        let unused = |than| format!("{} for {} s", human(unused(cold, than)), seconds(cold, than));
+        let _ = write!(text, "; unused at most {}", [4, 16, 64].map(unused).join(", "));
     }
     if cold.evicted_bytes > 0 {
         let (evicted, again) = (human(cold.evicted_bytes), human(cold.refaulted_bytes));
@@ -205,7 +222,7 @@ fn table(vm: &VmView) -> String {
         "  events",
         format!(" high {}, max {}, failcnt {}, oom {}", events.high, events.max, events.failcnt, events.oom),
     );
-    if let Some(cold) = cold(vm) {
+    if let Some(cold) = cold(&vm.cold) {
         line("  cold", cold);
     }
     let answer = match vm.balloon.progress {
@@ -246,4 +263,42 @@ fn table(vm: &VmView) -> String {
     let pressure = &vm.pressure;
     line("  pressure", format!(" some {}, full {} % of 10, 60, 300 s", share(&pressure.some), share(&pressure.full)));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::view::AgeView;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Of 160 MiB, 40 were seen in use of late; the rest nobody has looked at for 100 generations.
+    fn aged() -> ColdView {
+        let age = |generations, mib: u64| AgeView { generations, resident_bytes: mib * MIB, refaulted_bytes: 0 };
+        let ages = [(0, 30), (1, 10), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (64, 120)];
+        ColdView { generation_ms: 30_000, ages: ages.map(|(from, mib)| age(from, mib)), ..ColdView::default() }
+    }
+
+    #[test]
+    fn what_nobody_has_looked_at_is_not_called_unused_when_the_working_set_says_otherwise() {
+        let sampled =
+            ColdView { working_set_bytes: Some(100 * MIB), working_set_error_bytes: Some(10 * MIB), ..aged() };
+        let text = cold(&sampled).expect("aged");
+        assert_eq!(text, " working set 100M ± 10M; unused at most 70M for 120 s, 70M for 480 s, 70M for 1920 s");
+        let thrashing = ColdView { working_set_bytes: Some(200 * MIB), working_set_error_bytes: Some(MIB), ..aged() };
+        assert!(cold(&thrashing).expect("aged").contains("unused at most 0 for 120 s, 0 for 480 s"));
+    }
+
+    #[test]
+    fn why_a_working_set_is_not_known_is_said() {
+        let text = cold(&aged()).expect("aged");
+        assert!(
+            text.starts_with(" working set not known before it has run for 90 s; unused at most 120M for"),
+            "{text}"
+        );
+        let off = ColdView { evicted_bytes: 8 * MIB, ..ColdView::default() };
+        let text = cold(&off).expect("evicted");
+        assert!(text.starts_with(" working set not known: nothing is aged; 8M evicted so far"), "{text}");
+        assert_eq!(cold(&ColdView::default()), None);
+    }
 }

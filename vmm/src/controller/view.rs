@@ -311,7 +311,9 @@ pub struct ColdView {
     pub working_set_error_bytes: Option<u64>,
     /// Length of a generation in milliseconds; 0 while nothing is aged.
     pub generation_ms: u32,
-    /// Resident memory by the time since it was last seen in use, the youngest first.
+    /// Resident memory by the time since it was last *seen* in use, the youngest first. Memory that the guest has mapped is
+    /// seen only when it is moved aside, so what is old here may be in use: of all that is two generations old or more, at
+    /// most what `working_set_bytes`, less its error, leaves of the whole is not.
     pub ages: [AgeView; AGES],
     /// Moved aside, to see whether it is touched.
     pub aged_bytes: u64,
@@ -341,7 +343,7 @@ pub const AGES: usize = Histogram::FROM.len();
 pub struct AgeView {
     /// Least age in generations; the next entry has those above.
     pub generations: u16,
-    /// Resident memory of this age.
+    /// Resident memory last seen in use so long ago; it may have been used since.
     pub resident_bytes: u64,
     /// What had this age as it was touched again, since the start of the VM.
     pub refaulted_bytes: u64,

@@ -72,8 +72,13 @@ async fn who_finds_a_group_full_is_told_what_would_make_room() {
     let worker = FakeWorker::add_to(&controller, "d", setup).await.expect("it costs nothing");
     worker.say(FromWorker::Hello(hello(true))).await;
     worker.say(FromWorker::Failed { message: "too small".to_owned(), smallest_max: Some(300) }).await;
-    let VmEnd::Failed { message, smallest_max: None } = worker.die(Death::Exited(1)).await else { panic!("another end") };
-    assert!(message.starts_with("it needs 1.2M to load its guest, and memory.max of /gold is 4M, of which"), "{message}");
+    let VmEnd::Failed { message, smallest_max: None } = worker.die(Death::Exited(1)).await else {
+        panic!("another end")
+    };
+    assert!(
+        message.starts_with("it needs 1.2M to load its guest, and memory.max of /gold is 4M, of which"),
+        "{message}"
+    );
     assert!(message.contains("raise it to 6M, or make room for 2M in it"), "{message}");
     // A group that is too small for it alone is another matter.
     let large = VmSpec { overhead: super::cost([(memcg_core::tree::Overhead::Worker, 2000)]), ..spec() };
@@ -83,7 +88,11 @@ async fn who_finds_a_group_full_is_told_what_would_make_room() {
     controller.worker_died(b.id, Death::Signal(9)).await;
     controller.heard(b.id, FromLink::Closed).await;
     let refusal = controller.create(spec()).await.expect_err("it is still full");
-    assert!(refusal.message.contains("VMs that have ended still hold 1.9M: try again in a moment"), "{}", refusal.message);
+    assert!(
+        refusal.message.contains("VMs that have ended still hold 1.9M: try again in a moment"),
+        "{}",
+        refusal.message
+    );
     while group(&controller, "/gold").await.memory.returning_bytes > 0 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
