@@ -250,9 +250,9 @@ fn verbs_work_on_the_vms_of_serve() {
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("start `ballast serve`"), "{nobody:?}");
 }
 
-/// Two controllers have a VM of one name each. What cannot be undone is done to neither until somebody says to which.
+/// Two controllers have a VM of one name each. Nothing is done to either until somebody says to which.
 #[test]
-fn a_name_that_two_vms_have_is_not_killed_by_chance() {
+fn a_name_that_two_vms_have_is_neither_killed_nor_changed_by_chance() {
     if skipped("serve-ambiguous") {
         return;
     }
@@ -271,10 +271,13 @@ fn a_name_that_two_vms_have_is_not_killed_by_chance() {
         let said = command.output().expect("the program runs");
         (said.status.code(), String::from_utf8_lossy(&said.stderr).into_owned())
     };
-    for verb in ["kill", "stop", "rm"] {
-        let (status, said) = program(&[verb, "web"]);
-        assert_eq!(status, Some(1), "{verb}: {said}");
-        assert!(said.contains("several VMs are named \"web\"") && said.contains("web.sock"), "{verb}: {said}");
+    let verbs = [&["kill", "web"][..], &["stop", "web"], &["rm", "web"], &["pause", "web"], &["resume", "web"]];
+    let more =
+        [&["set", "web", "memory.max=40M"][..], &["reclaim", "web", "1M"], &["move", "web", "/"], &["start", "web"]];
+    for words in verbs.into_iter().chain(more) {
+        let (status, said) = program(words);
+        assert_eq!(status, Some(1), "{words:?}: {said}");
+        assert!(said.contains("several VMs are named \"web\"") && said.contains("web.sock"), "{words:?}: {said}");
     }
     assert_eq!((&serve.show("web")["state"], &own.show()["state"]), (&json!("running"), &json!("running")));
     let (status, said) = program(&["kill", "web", "--socket", &own.socket().to_string_lossy()]);

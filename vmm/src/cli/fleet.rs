@@ -4,7 +4,7 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::options::{group_path, name};
-use super::verbs::{Harm, each};
+use super::verbs::each;
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket};
 use crate::controller::view::{VmState, VmView};
@@ -55,7 +55,7 @@ pub struct MoveArgs {
 
 /// Moves a VM to another group.
 pub async fn move_to(args: MoveArgs) -> Result<u8, Failure> {
-    let socket = socket::to_reach(&args.socket, &args.name)?;
+    let socket = socket::to_reach_only(&args.socket, &args.name, false).await?;
     let body = serde_json::json!({ "group": args.group }).to_string();
     let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{}/move", args.name), body).await?;
     let view: VmView = client::decode(&body)?;
@@ -64,7 +64,7 @@ pub async fn move_to(args: MoveArgs) -> Result<u8, Failure> {
 
 /// Ends VMs and forgets them.
 pub async fn rm(args: NamesArg) -> Result<u8, Failure> {
-    each(&args.names, &args.socket, Harm::Forgets, |vm, socket| async move {
+    each(&args.names, &args.socket, true, |vm, socket| async move {
         client::request(&socket, Method::DELETE, &format!("/vms/{vm}"), String::new()).await?;
         Ok(())
     })

@@ -41,7 +41,7 @@ pub async fn reclaim(args: ReclaimArgs) -> Result<u8, Failure> {
         (socket::to_reach_service(&args.socket)?, format!("/groups{path}"))
     } else {
         let vm = name(&args.name).map_err(Failure::usage)?;
-        (socket::to_reach(&args.socket, &vm)?, format!("/vms/{vm}"))
+        (socket::to_reach_only(&args.socket, &vm, false).await?, format!("/vms/{vm}"))
     };
     let wait = crate::controller::host::scaled(args.wait);
     let target = format!("{place}/reclaim?bytes={bytes}&wait_ms={}", wait.as_millis());

@@ -82,7 +82,7 @@ pub fn vm_directory(socket: &Path) -> PathBuf {
     socket.with_extension("d")
 }
 
-/// Where the controller of a VM of this name listens.
+/// Where the controller of a VM of this name listens, the first that is found: for what only looks at it.
 ///
 /// # Errors
 /// When there is no such socket.
@@ -102,8 +102,8 @@ pub fn to_reach(arg: &SocketArg, name: &str) -> Result<PathBuf, Failure> {
     })
 }
 
-/// Where the controller of the only VM of this name listens, for what cannot be undone: two controllers may have one each.
-/// Of those that have ended only `rm` takes notice (`ended`).
+/// Where the controller of the only VM of this name listens, for what changes it: two controllers may have one each. Of those
+/// that have ended only `rm` and `start` take notice (`ended`).
 ///
 /// # Errors
 /// When there is no such socket, or more than one VM of this name.

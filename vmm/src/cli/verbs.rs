@@ -105,7 +105,7 @@ pub async fn set(args: SetArgs) -> Result<u8, Failure> {
     }
     let vm = name(&args.name).map_err(Failure::usage)?;
     let target = format!("/vms/{vm}/memory?{}", change_query(&args.mode, args.wait, args.generation));
-    let socket = socket::to_reach(&args.socket, &vm)?;
+    let socket = socket::to_reach_only(&args.socket, &vm, false).await?;
     let body = serde_json::to_string(&patch).map_err(|error| Failure::error(error.to_string()))?;
     let (status, body) = client::request(&socket, Method::PATCH, &target, body).await?;
     let view: VmView = client::decode(&body)?;
@@ -169,23 +169,12 @@ pub fn changed(late: bool, view: &LimitsView) -> u8 {
 /// Requests under way at one time.
 const AT_ONCE: usize = 16;
 
-/// What a verb does to a VM, for the choice between two of one name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Harm {
-    /// Nothing that cannot be undone: the first that is found will do.
-    None,
-    /// It ends the VM.
-    Ends,
-    /// It ends the VM and forgets it, also one that has ended.
-    Forgets,
-}
-
-/// Does something with each of several VMs, many at a time. What fails is said in one line each and keeps no other from being
+/// Does something with each of several VMs, many at a time; `ended`: also with one that has ended. What fails is said in one line each and keeps no other from being
 /// done; the exit status is that of the last failure.
 pub async fn each<F>(
     names: &[String],
     at: &SocketArg,
-    harm: Harm,
+    ended: bool,
     one: impl Fn(String, PathBuf) -> F,
 ) -> Result<u8, Failure>
 where
@@ -196,10 +185,7 @@ where
     for some in names.chunks(AT_ONCE) {
         let mut tasks = Vec::new();
         for vm in some {
-            let socket = match harm {
-                Harm::None => socket::to_reach(at, vm),
-                Harm::Ends | Harm::Forgets => socket::to_reach_only(at, vm, harm == Harm::Forgets).await,
-            };
+            let socket = socket::to_reach_only(at, vm, ended).await;
             tasks.push(socket.map(|socket| tokio::spawn(one(vm.clone(), socket))));
         }
         for begun in tasks {
@@ -219,8 +205,8 @@ where
 
 /// Does one of the verbs that are a word and names.
 pub async fn act(args: NamesArg, verb: &'static str) -> Result<u8, Failure> {
-    let harm = if verb == "kill" { Harm::Ends } else { Harm::None };
-    each(&args.names, &args.socket, harm, move |vm, socket| async move {
+    let ended = verb == "start";
+    each(&args.names, &args.socket, ended, move |vm, socket| async move {
         let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
         let view: VmView = client::decode(&body)?;
         if verb == "resume" && view.state == VmState::Running && view.held.now {
@@ -244,7 +230,7 @@ pub struct StopArgs {
 /// Asks guests to power themselves off, and says which had to be killed.
 pub async fn stop(args: StopArgs) -> Result<u8, Failure> {
     let timeout = host::scaled(args.timeout);
-    each(&args.vms.names, &args.vms.socket, Harm::Ends, move |vm, socket| async move {
+    each(&args.vms.names, &args.vms.socket, false, move |vm, socket| async move {
         let target = format!("/vms/{vm}/stop?timeout_ms={}", timeout.as_millis());
         let (_, body) = client::request(&socket, Method::POST, &target, String::new()).await?;
         let stopped: StopView = client::decode(&body)?;
