@@ -22,6 +22,7 @@
 //! | [`spread`] | who gives how much when memory is needed | controller |
 //! | [`idle`] | how much of a VM's memory nobody uses | controller |
 //! | [`ladder`] | what is done about a VM or a group that uses too much, and when the next thing | controller |
+//! | [`hold`] | how long a guest may be held before that, and what puts it off | controller |
 //! | [`oom`] | who is paused or ended when nobody can give more | controller |
 //! | [`pressure`] | how much time goes to waiting for memory: PSI of a VM or a group | controller |
 //! | [`audit`] | the invariants of a running host, as findings with numbers | controller |
@@ -61,6 +62,7 @@
 pub mod audit;
 pub mod frame;
 pub mod governor;
+pub mod hold;
 pub mod idle;
 pub mod ladder;
 pub mod limit_change;

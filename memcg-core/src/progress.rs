@@ -117,7 +117,7 @@ impl Progress {
 }
 
 /// What it means that of `asked` pages `given` came in the time that has passed.
-fn judge(given: u64, asked: u64, passed: Duration) -> State {
+pub fn judge(given: u64, asked: u64, passed: Duration) -> State {
     let passed = passed.as_millis();
     // given / passed >= asked / within
     let done_within = |within: Duration| u128::from(given) * within.as_millis() >= u128::from(asked) * passed;

@@ -9,6 +9,7 @@ mod evict;
 mod frame;
 mod governor;
 mod grants;
+mod hold;
 mod idle;
 mod ladder;
 mod lifetime;

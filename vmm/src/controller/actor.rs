@@ -428,8 +428,10 @@ impl Actor {
                 answer(reply, Err(Refusal::new(Code::Superseded, "a later request let the VM go on")));
             }
         }
+        // Time in which nobody could have helped does not count.
+        vm.holds = Default::default();
+        vm.count_hold(self.start.elapsed());
         if let Some(hold) = &mut vm.hold {
-            // Time in which nobody could have helped does not count.
             hold.since = Instant::now();
             hold.deadline = hold.since + vm.oom.deadline;
             (hold.recalled, hold.acted) = (false, false);

@@ -220,6 +220,7 @@ impl Actor {
             start_due: false,
             awaits_room: false,
             hold: None,
+            holds: Default::default(),
             seq: 0,
             waiting: Vec::new(),
             stopping: None,

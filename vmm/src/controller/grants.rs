@@ -8,15 +8,18 @@
 //! A want that was refused is remembered and served as soon as something changes, who has waited longest first; the worker
 //! need not ask again. As long as somebody is refused, nothing is left to be had ahead of need at that level.
 //!
-//! A hold has one deadline, from the first report that says so. Repeating it does not put the deadline off, and
-//! being released cancels it.
+//! A hold has one deadline, from the first report that says so. Repeating it does not put the deadline off. Running pays for
+//! as much time held, and what comes meanwhile counts by its rate ([`memcg_core::hold`]).
 //!
 //! ```text
-//!  held ── deadline ─► refused? ─ no ─► its grant is on the way, or cold pages are being evicted: again in a second
+//!  held ── deadline ─► refused? ─ no ─► its grant is on the way: again in a second
 //!                         │ yes
 //!                         ▼
+//!                      progress? ─ yes ─► pages come, or are being evicted: again in a second, for a bounded time
+//!                         │ no
+//!                         ▼
 //!                      the neighbours' stocks come back ─ served ─► it goes on
-//!                         │ nothing came
+//!                         │ too little came
 //!                         ▼
 //!                      the policy: kill, or pause until there is room for what it owes and GO_ON more
 //! ```
@@ -25,6 +28,7 @@
 
 use std::time::Duration;
 
+use memcg_core::hold::Verdict;
 use memcg_core::reclaim::{self, FIRST_STOCK};
 use memcg_core::tree::{Charge, Event, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -387,12 +391,15 @@ impl Actor {
 
     /// Begins, keeps or ends the time in which a VM is held.
     pub fn watch_hold(&mut self, id: VmId) {
+        let elapsed = self.elapsed();
         let vm = self.vms.get_mut(&id).expect("checked");
+        vm.count_hold(elapsed);
         if !vm.report.held {
             vm.hold = None;
         } else if vm.hold.is_none() {
             let since = Instant::now();
-            vm.hold = Some(Hold { since, deadline: since + vm.oom.deadline, recalled: false, acted: false });
+            let left = vm.oom.deadline.saturating_sub(vm.held_for(elapsed));
+            vm.hold = Some(Hold { since, deadline: since + left, recalled: false, acted: false });
             // Held below the limit in force, by the ceiling of a change that needs the guest to run.
             let node = vm.node;
             self.widen_changes(node);
@@ -404,16 +411,16 @@ impl Actor {
         let Some(vm) = self.vms.get_mut(&id) else {
             return;
         };
-        let (running, granted, refused) = (vm.state == VmState::Running, vm.granted_total, vm.refused());
+        let (running, refused) = (vm.state == VmState::Running, vm.refused());
         if !running || vm.hold.is_none_or(|hold| hold.acted || hold.deadline > now) {
             return;
         }
-        let gives = self.gives(id);
+        let (elapsed, gives) = (self.elapsed(), self.gives(id));
         let vm = self.vms.get_mut(&id).expect("found");
+        let verdict = vm.patience(elapsed, gives);
         let Some(hold) = &mut vm.hold else { return };
-        if !refused || gives {
-            // What it waits for is on its way.
-            hold.deadline = now + host::scaled(SILENT_RETRY);
+        if let Some(wait) = more_time(refused, verdict) {
+            hold.deadline = now + wait;
             return;
         }
         if hold.recalled {
@@ -427,16 +434,19 @@ impl Actor {
         self.recall(&neighbours, move |actor| {
             actor.serve_refused();
             let now = Instant::now();
-            let Some(vm) = actor.vms.get_mut(&id) else { return };
+            if !actor.is_alive(id) {
+                return;
+            }
+            let (elapsed, gives) = (actor.elapsed(), actor.gives(id));
+            let vm = actor.vms.get_mut(&id).expect("it lives");
             let (running, refused) = (vm.state == VmState::Running, vm.refused());
+            let verdict = vm.patience(elapsed, gives);
             let Some(hold) = vm.hold.as_mut().filter(|hold| hold.since == since && !hold.acted && running) else {
                 return;
             };
-            if vm.granted_total > granted || !refused {
-                // It has got something, and may go on.
-                (hold.recalled, hold.deadline) = (false, now + vm.oom.deadline);
-            } else {
-                actor.act_on_hold(id, now);
+            match more_time(refused, verdict) {
+                Some(wait) => (hold.recalled, hold.deadline) = (false, now + wait),
+                None => actor.act_on_hold(id, now),
             }
         });
     }
@@ -483,11 +493,21 @@ impl Actor {
             "balloon_target_bytes": self.balloon_target(id).bytes(),
             "balloon_actual_bytes": Pages(vm.report.balloon_actual.into()).bytes(),
         });
-        if let Some(hold) = vm.hold {
-            let held = Instant::now().saturating_duration_since(hold.since);
+        if vm.hold.is_some() {
+            let held = vm.held_for(self.elapsed());
             details["held_ms"] = u64::try_from(held.as_millis()).unwrap_or(u64::MAX).into();
         }
         merged(details, more)
+    }
+}
+
+/// How much longer a VM may be held, if its policy is to do nothing yet.
+fn more_time(refused: bool, verdict: Verdict) -> Option<Duration> {
+    match verdict {
+        // What it waits for is on its way.
+        _ if !refused => Some(host::scaled(SILENT_RETRY)),
+        Verdict::Wait(time) => Some(time),
+        Verdict::Act => None,
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memcg_core::frame::Cost;
+use memcg_core::hold::{self, Verdict};
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
@@ -20,6 +21,7 @@ use super::cold::{self, Leases};
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
+use super::host;
 use super::overhead::{self, Part};
 use super::residency::Residency;
 use super::spawn::Death;
@@ -165,7 +167,7 @@ pub(super) enum Awaited {
 pub(super) struct Hold {
     /// When the worker first said so.
     pub since: Instant,
-    /// When the policy acts.
+    /// When the policy acts, or is looked at again.
     pub deadline: Instant,
     /// The stocks of those who share the limit were recalled for it.
     pub recalled: bool,
@@ -237,6 +239,8 @@ pub(super) struct Vm {
     /// Somebody waits for room in the full queue, to send what is due.
     pub awaits_room: bool,
     pub hold: Option<Hold>,
+    /// How long it was held of late, in one hold or in many.
+    pub holds: hold::Account,
     pub seq: u32,
     pub waiting: Vec<Waiting>,
     /// Its guest was asked to power itself off.
@@ -315,6 +319,27 @@ impl Vm {
     /// Pages that it can use beside those that it has, whatever it says.
     pub fn useful(&self) -> u64 {
         self.most().saturating_sub(self.outstanding()).0
+    }
+
+    /// Whether it is time for its policy. `now` is time since any fixed start, and `evicts`: pages are being evicted at the
+    /// limit that is in its way.
+    pub fn patience(&mut self, now: Duration, evicts: bool) -> Verdict {
+        self.count_hold(now);
+        match self.holds.verdict(Pages(self.missing), self.oom.deadline / host::slowness(), evicts) {
+            Verdict::Wait(time) => Verdict::Wait(host::scaled(time)),
+            Verdict::Act => Verdict::Act,
+        }
+    }
+
+    /// Notes whether it is held. On a slow host all takes longer.
+    pub fn count_hold(&mut self, now: Duration) {
+        let is_held = self.report.held && self.state == VmState::Running;
+        self.holds.look(now / host::slowness(), is_held, Pages(self.granted_total));
+    }
+
+    /// How long it was held of late.
+    pub fn held_for(&self, now: Duration) -> Duration {
+        host::scaled(self.holds.held(now / host::slowness()))
     }
 
     /// Pages charged ahead of need: those that nobody waits for.

@@ -182,6 +182,46 @@ async fn what_does_not_come_down_is_said() {
     assert_eq!(worker.rung().await, Stuck);
 }
 
+/// A VM that is held at a group's limit, whose guest takes what a neighbour gives, a little now and then, is not held for ever:
+/// what it gets lets it run for a moment. The neighbour cannot be evicted.
+/// Semantics: 42, B34, T11.
+#[tokio::test(start_paused = true)]
+async fn a_trickle_does_not_put_the_policy_off() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(4000))).await.expect("made");
+    let mut gives = evicting(&controller, "gives", "/gold", Limit::Max, 2500).await;
+    let mut held = evicting(&controller, "held", "/gold", Limit::Max, 1000).await;
+    while !held.grant.3 {
+        held.touch(50).await;
+        gives.obey().await;
+        held.obey().await;
+    }
+    let mut waited = 0;
+    while held.has_event(EventKind::VictimSelected).await.is_none() && waited < 600 {
+        // It touches one page more than it has.
+        held.book();
+        held.report.guest += std::mem::take(&mut held.report.stock);
+        (held.report.want, held.report.want_now, held.report.held) = (1, 1, true);
+        held.tell().await;
+        for _ in 0..4 {
+            (gives.report.cold.stuck, held.report.cold.stuck) = (true, true);
+            gives.obey_for(500).await;
+            held.obey_for(500).await;
+        }
+        waited += 4;
+        gives.free(1).await;
+        held.obey().await;
+        held.report.guest += held.fresh();
+        (held.report.want, held.report.want_now, held.report.held) = (0, 0, false);
+        held.tell().await;
+        held.obey_for(50).await;
+    }
+    // Five seconds, and the neighbours' stock was asked for first.
+    assert!((5..=12).contains(&waited), "{waited} s");
+    let victim = held.has_event(EventKind::VictimSelected).await.expect("an event");
+    assert!(victim.details["held_ms"].as_u64().expect("a number") >= 5000, "all holds together");
+}
+
 /// A guest that is held at its limit cannot help itself. While its cold pages go its policy waits, and no longer.
 /// Semantics: 42, B34, T7.
 #[tokio::test(start_paused = true)]
