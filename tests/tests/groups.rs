@@ -421,8 +421,8 @@ fn memory_of_a_group_is_reclaimed_from_its_vms() {
     }
 }
 
-/// What a VM needs that has become busy in a full group comes from its neighbour, of which it is known that it is idle. It does
-/// not have to evict what it uses itself.
+/// What a VM needs that has become busy in a full group comes from its neighbour, of which it is known that it is idle. Soon it
+/// does not have to evict what it uses itself.
 /// Semantics: 41, 63.
 #[test]
 fn cold_pages_of_a_neighbour_go_before_those_that_are_used() {
@@ -438,9 +438,16 @@ fn cold_pages_of_a_neighbour_go_before_those_that_are_used() {
     let _idle = create("idle", "touch 16M 150M seed=3; park");
     wait_until("it is idle", 60, || (number(&serve.show("idle"), "memory.stat.idle_bytes") >= 120 * MIB).then_some(()));
     let busy = create("busy", "touch 16M 100M seed=3; access hot 16M 100M hot=90M period=1000");
-    while !busy.expect("ACCESS", 60).contains(&format!(" distinct={} ", 90 * MIB / 4096)) {}
-    let evicted = ["idle", "busy"].map(|name| number(&serve.show(name), "cold.evicted_bytes"));
-    assert!(evicted[0] > 40 * MIB && evicted[1] < evicted[0] / 2, "{evicted:?}");
+    let evicted = |name: &str| number(&serve.show(name), "cold.evicted_bytes");
+    // As it begins it is faster than anybody can give; then it has what it uses, and keeps it.
+    wait_until("it evicts nothing", 60, || {
+        let before = evicted("busy");
+        let periods = [0; 2].map(|_| busy.expect("ACCESS", 60));
+        let all = periods.iter().all(|period| period.contains(&format!(" distinct={} ", 90 * MIB / 4096)));
+        (all && evicted("busy") == before).then_some(())
+    });
+    assert!(number(&serve.show("busy"), "memory.stat.guest_bytes") >= 90 * MIB);
+    assert!(evicted("idle") > 40 * MIB, "{}", evicted("idle"));
     assert_eq!(number(&serve.show("idle"), "cold.refaulted_bytes"), 0);
 }
 
