@@ -279,6 +279,14 @@ fn a_name_that_two_vms_have_is_neither_killed_nor_changed_by_chance() {
         assert_eq!(status, Some(1), "{words:?}: {said}");
         assert!(said.contains("several VMs are named \"web\"") && said.contains("web.sock"), "{words:?}: {said}");
     }
+    // Nor to one that is named beside it.
+    assert_eq!(serve.ask("PUT", "/vms/other", Some(&shell())).0, 201);
+    for word in ["pause", "kill", "rm"] {
+        let (status, said) = program(&[word, "other", "web", "nope"]);
+        assert_eq!(status, Some(1), "{word}: {said}");
+        assert!(said.contains("several VMs are named \"web\"") && said.contains("named \"nope\""), "{word}: {said}");
+        assert_eq!(serve.show("other")["state"], json!("running"), "{word}");
+    }
     assert_eq!((&serve.show("web")["state"], &own.show()["state"]), (&json!("running"), &json!("running")));
     let (status, said) = program(&["kill", "web", "--socket", &own.socket().to_string_lossy()]);
     assert_eq!(status, Some(0), "{said}");

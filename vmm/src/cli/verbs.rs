@@ -169,8 +169,9 @@ pub fn changed(late: bool, view: &LimitsView) -> u8 {
 /// Requests under way at one time.
 const AT_ONCE: usize = 16;
 
-/// Does something with each of several VMs, many at a time; `ended`: also with one that has ended. What fails is said in one line each and keeps no other from being
-/// done; the exit status is that of the last failure.
+/// Does something with each of several VMs, many at a time; `ended`: also with one that has ended. Nothing is done to any
+/// unless each name is that of one VM. After that, what fails is said in one line each and keeps no other from being done;
+/// the exit status is that of the last failure.
 pub async fn each<F>(
     names: &[String],
     at: &SocketArg,
@@ -180,27 +181,49 @@ pub async fn each<F>(
 where
     F: Future<Output = Result<(), Failure>> + Send + 'static,
 {
-    let names: Vec<_> = names.iter().map(|text| name(text)).collect::<Result<_, _>>().map_err(Failure::usage)?;
-    let mut failed: Option<Failure> = None;
-    for some in names.chunks(AT_ONCE) {
-        let mut tasks = Vec::new();
-        for vm in some {
-            let socket = socket::to_reach_only(at, vm, ended).await;
-            tasks.push(socket.map(|socket| tokio::spawn(one(vm.clone(), socket))));
-        }
-        for begun in tasks {
-            let done = match begun {
-                Ok(task) => task.await.unwrap_or_else(|error| Err(Failure::error(error.to_string()))),
-                Err(failure) => Err(failure),
-            };
-            if let Err(failure) = done
-                && let Some(before) = failed.replace(failure)
-            {
-                eprintln!("ballast: {}", usage::printable(&before.message));
+    let (vms, wrong): (Vec<_>, Vec<_>) = names.iter().map(|text| name(text)).partition(Result::is_ok);
+    told(wrong.into_iter().filter_map(Result::err).map(Failure::usage).collect())?;
+    let vms: Vec<_> = vms.into_iter().flatten().collect();
+    let several = vms.len() > 1;
+    let found = at_once(&vms, |vm| find(at.clone(), vm.clone(), ended, several)).await?;
+    at_once(&found, |(vm, socket)| one(vm.clone(), socket.clone())).await.map(|_| DONE)
+}
+
+/// Does the same with each of several things, many at a time, and all of it whatever fails.
+async fn at_once<T, D, F>(things: &[T], one: impl Fn(&T) -> F) -> Result<Vec<D>, Failure>
+where
+    D: Send + 'static,
+    F: Future<Output = Result<D, Failure>> + Send + 'static,
+{
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    for some in things.chunks(AT_ONCE) {
+        for task in some.iter().map(|thing| tokio::spawn(one(thing))).collect::<Vec<_>>() {
+            match task.await.unwrap_or_else(|error| Err(Failure::error(error.to_string()))) {
+                Ok(what) => done.push(what),
+                Err(failure) => failures.push(failure),
             }
         }
     }
-    failed.map_or(Ok(DONE), Err)
+    told(failures).map(|()| done)
+}
+
+/// Says all failures but the last, which is what the program ends with.
+fn told(mut failures: Vec<Failure>) -> Result<(), Failure> {
+    let Some(last) = failures.pop() else { return Ok(()) };
+    for failure in failures {
+        eprintln!("ballast: {}", usage::printable(&failure.message));
+    }
+    Err(last)
+}
+
+/// A VM with the socket of its controller; `several`: others are named beside it, so that its controller is asked whether
+/// it has it before anything is done to them.
+async fn find(at: SocketArg, vm: String, ended: bool, several: bool) -> Result<(String, PathBuf), Failure> {
+    let socket = socket::to_reach_only(&at, &vm, ended).await?;
+    if several {
+        client::request(&socket, Method::GET, &format!("/vms/{vm}"), String::new()).await?;
+    }
+    Ok((vm, socket))
 }
 
 /// Does one of the verbs that are a word and names.
