@@ -442,13 +442,12 @@ impl Actor {
             format!("{path} uses {} and its memory.max is still {max}", human(usage.bytes()))
         };
         let said: Vec<_> = short.iter().map(|part| say(part.node, part.usage)).collect();
-        let mut refusal = Refusal::new(
-            Code::LimitNotReached,
-            format!(
-                "not enough memory was given back in time: {}; wait longer with --wait, or use --mode force",
-                said.join(", ")
-            ),
-        );
+        let parts = change.parts.iter().zip(change.pending.nodes()).filter(|(_, node)| !node.reached);
+        let stuck: Vec<_> = parts.map(|(part, _)| part.target).filter(|target| self.is_stuck(*target)).collect();
+        let advice = if stuck.is_empty() { "wait longer with --wait".to_owned() } else { self.no_more(&stuck) };
+        let said = said.join(", ");
+        let message = format!("not enough memory was given back in time: {said}; {advice}, or use --mode force");
+        let mut refusal = Refusal::new(Code::LimitNotReached, message);
         if let Some(part) = short.first() {
             refusal = refusal.usage(part.usage.bytes()).generation(self.tree.generation(part.node));
         }

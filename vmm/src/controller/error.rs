@@ -105,7 +105,7 @@ impl Code {
             }
             Self::LimitNotReached => {
                 "the guest did not give back enough in time, the old limit holds: ask for more than `usage_bytes`, give it \
-                 longer (`wait_ms`), or use `mode=force`"
+                 longer (`wait_ms`) unless `message` says that nothing more can be had, or use `mode=force`"
             }
             Self::Superseded => "a later request took this one's place: nothing to do, unless yours was the right one",
             Self::OverheadRefused => {

@@ -1,19 +1,21 @@
-//! What somebody is told whose VM finds no room below a limit, and what would help.
+//! What somebody is told whose VM finds no room below a limit, or cannot come down to one, and what would help.
 //!
 //! | the limit | what helps |
 //! | --- | --- |
 //! | is too small for this VM alone | a higher limit, or a smaller VM |
 //! | is full of memory of VMs that have ended | to wait until the host has that back |
 //! | is full of what others use | a higher limit, or less use by them |
+//! | is lower than what its VMs can give | more room for what is evicted, or a file for what does not shrink |
 
 use memcg_core::tree::{Counter, NodeId, Refused};
 use memcg_core::units::{Limit, Pages, exact, human};
 
 use super::VmSpec;
 use super::actor::Actor;
+use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::floor::in_mib;
-use super::vm::{VmEnd, VmId};
+use super::vm::{Vm, VmEnd, VmId};
 
 impl Actor {
     /// There is no room for `cost`, what a VM costs beside its pages. The limit would have to cover `others`, who are there,
@@ -46,6 +48,26 @@ impl Actor {
         let [needs, max] = [alone, max].map(|pages| human(pages.bytes()));
         let message = format!("it needs {needs} to load its guest, and memory.max of {path} is {max}{advice}");
         VmEnd::Failed { message, smallest_max: None }
+    }
+
+    /// What helps where nothing more can be had of some targets; the middle of a sentence.
+    pub fn no_more(&self, stuck: &[Target]) -> String {
+        let vms = stuck.iter().flat_map(|target| self.vms_of(*target)).map(|id| &self.vms[&id]);
+        // One without a store evicts nothing, whatever it is allowed.
+        let evict: Vec<_> = vms.filter(|vm| vm.accounted() && vm.store.bytes > 0).collect();
+        let filed = |vm: &Vm| vm.config.as_ref().is_some_and(|config| config.swap_dir.is_some());
+        let swap_full = evict.iter().any(|vm| vm.report.swapped >= vm.leases.swap);
+        let store_full = evict.iter().any(|vm| vm.report.store >= vm.leases.store && !filed(vm));
+        let unshrunk = evict.iter().any(|vm| vm.report.cold.incompressible > 0 && !filed(vm));
+        let helps = [
+            (swap_full, "raise swap.max, which is full"),
+            (store_full, "raise store.max, which is full"),
+            (unshrunk, "give a VM with pages that do not shrink a file for them (--swap-dir, when it is made)"),
+        ];
+        let helps: Vec<_> =
+            helps.into_iter().filter(|(true_of_one, _)| *true_of_one).map(|(_, advice)| advice).collect();
+        let helps = if helps.is_empty() { "ask for a higher limit".to_owned() } else { helps.join(", ") };
+        format!("nothing more can be had: {helps}")
     }
 
     /// What helps where `memory.max` of `level` is `max` and would have to cover `others` and `alone`; the end of a sentence.

@@ -143,13 +143,18 @@ impl Actor {
         wanted.min_by_key(|wanted| wanted.goal).map(|wanted| (wanted.goal, wanted.until))
     }
 
+    /// Whether nothing more can be had of a target than what it has given, as far as is known.
+    pub fn is_stuck(&self, target: Target) -> bool {
+        self.ladders.get(&target).is_some_and(|climb| climb.rung() == Rung::Stuck)
+    }
+
     /// A target was looked at: answers those who have what they wanted, or will not get more.
     pub fn answer_reclaims(&mut self, target: Target) {
         if !self.reclaiming(target) {
             return;
         }
         let usage = self.tree.usage(self.node_of(target));
-        let stuck = self.ladders.get(&target).is_some_and(|climb| climb.rung() == Rung::Stuck);
+        let stuck = self.is_stuck(target);
         let now = Instant::now();
         for wanted in self.reclaims.iter_mut().filter(|wanted| wanted.target == target) {
             wanted.lowest = wanted.lowest.min(usage);

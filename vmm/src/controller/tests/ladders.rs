@@ -401,6 +401,47 @@ async fn a_ban_on_swap_comes_before_the_need_to_evict() {
     assert_eq!(worker.rung().await, Stuck);
 }
 
+/// A limit is not reached because nothing more can be had: to wait longer would not help, and what would is said.
+/// Semantics: 44.
+#[tokio::test(start_paused = true)]
+async fn a_limit_out_of_reach_is_refused_with_what_would_help() {
+    let mut worker = alone(2500).await;
+    worker.obey().await;
+    let told = async |worker: &mut FakeWorker, max: u64| {
+        let answer = ask(worker, change(pages(max)));
+        worker.obey_for(11_000).await;
+        let refusal = answer.await.expect("no panic").expect_err("not reached");
+        assert_eq!(refusal.code, Code::LimitNotReached);
+        refusal.message
+    };
+    let answer = ask(&worker, change(pages(600)));
+    for _ in 0..22 {
+        worker.obey_for(500).await;
+        worker.evict_and_return(80).await;
+    }
+    let message = answer.await.expect("no panic").expect_err("not reached").message;
+    assert!(message.contains("; wait longer with --wait, or"), "it would still come: {message}");
+    worker.report.cold.stuck = true;
+    let message = told(&mut worker, 600).await;
+    assert!(
+        message.ends_with("; nothing more can be had: raise store.max, which is full, or use --mode force"),
+        "{message}"
+    );
+    let patch = LimitPatch { store_max: Some(pages(4096)), ..LimitPatch::default() };
+    worker.controller.change("vm", MemoryChange { patch, ..change(Limit::Max) }).await.expect("a limit");
+    worker.obey().await;
+    worker.report.cold.stuck = true;
+    let message = told(&mut worker, 600).await;
+    assert!(message.ends_with("; nothing more can be had: ask for a higher limit, or use --mode force"), "{message}");
+    worker.report.cold.incompressible = 900;
+    let message = told(&mut worker, 600).await;
+    assert!(message.contains("do not shrink") && !message.contains("--wait"), "{message}");
+    let patch = LimitPatch { swap_max: Some(pages(0)), ..LimitPatch::default() };
+    worker.controller.change("vm", MemoryChange { patch, ..change(Limit::Max) }).await.expect("a limit");
+    let message = told(&mut worker, 600).await;
+    assert!(message.contains("raise swap.max, which is full"), "{message}");
+}
+
 type Reclaimed = JoinHandle<Result<ReclaimedView, Refusal>>;
 
 fn reclaim(worker: &FakeWorker, wanted: u64, wait: u64) -> Reclaimed {
