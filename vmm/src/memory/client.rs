@@ -98,8 +98,8 @@ pub enum Done {
         /// Writes to the store's file that failed since the thread has started.
         failed_writes: u64,
     },
-    /// [`Load::fetched`] has the contents, but for this one, if any.
-    Fetched(Option<(u32, Corrupt)>),
+    /// [`Load::fetched`] has the contents.
+    Fetched,
 }
 
 /// The pages of a job. It goes to and fro between the two threads, so that neither allocates once it has grown.
@@ -124,6 +124,8 @@ pub struct Fetched {
     pub pages: Vec<Stored>,
     /// The content of each.
     pub contents: Vec<[u8; PAGE_SIZE as usize]>,
+    /// Those that cannot be read, by page; their place in `pages` is nobody's.
+    pub failed: Vec<(u32, Corrupt)>,
 }
 
 /// What a thread asks.

@@ -88,7 +88,7 @@ enum Refault {
 }
 
 /// The number of no page: RAM has fewer pages than that.
-const GONE: u32 = u32::MAX;
+pub(super) const GONE: u32 = u32::MAX;
 
 /// Reclaim as the fault thread knows it.
 #[derive(Debug)]
@@ -293,9 +293,9 @@ impl Pages {
                 let stayed = self.end_claims(&load.claimed, FrameState::Evicting, FrameState::Idle);
                 self.evicted(load.stored.len() as u64, stayed, incompressible, store)
             }
-            Done::Fetched(failed) => {
+            Done::Fetched => {
                 std::mem::swap(&mut self.reclaim.fetched, &mut load.fetched);
-                self.fetched(failed)
+                self.fetched()
             }
         };
         let work = self.next_work(load);
@@ -304,18 +304,19 @@ impl Pages {
     }
 
     /// Pages have been read from the file: those that were forgotten meanwhile do not matter.
-    fn fetched(&mut self, failed: Option<(u32, Corrupt)>) -> Option<(usize, Reply)> {
+    fn fetched(&mut self) -> Option<(usize, Reply)> {
         // What waited while it was read has asked again.
-        let (wants, read) = (&mut self.reclaim.wants, &self.reclaim.fetched.pages);
-        wants.retain(|want| !read.contains(want));
+        let (wants, read) = (&mut self.reclaim.wants, &self.reclaim.fetched);
+        let failed = |page: u32| read.failed.iter().any(|(failed, _)| *failed == page);
+        wants.retain(|want| !read.pages.contains(want) && !failed(want.page));
         let needed = |page: u32, place: u32| {
             let page = page as usize;
-            self.frames.state(page) == FrameState::Swapped && self.frames.place(page) == place
+            page < self.frames.len()
+                && self.frames.state(page) == FrameState::Swapped
+                && self.frames.place(page) == place
         };
-        if let Some((page, corrupt)) = failed
-            && needed(page, corrupt.place)
-        {
-            self.corrupt = Some(corrupt);
+        if let Some((_, corrupt)) = read.failed.iter().find(|(page, corrupt)| needed(*page, corrupt.place)) {
+            self.corrupt = Some(*corrupt);
         }
         for read in &mut self.reclaim.fetched.pages {
             if needed(read.page, read.place.raw()) {
@@ -483,12 +484,13 @@ impl Pages {
         let first = (pages.start..page).rev().take_while(idle).last().unwrap_or(page);
         let end = (page + 1..pages.end).take_while(idle).last().map_or(page + 1, |last| last + 1);
         self.frames.set_range(first as usize, end as usize, FrameState::Moving);
-        if self.ram.is_huge(page) && end - first == BLOCK as u64 {
+        let is_block = first.is_multiple_of(BLOCK as u64) && end - first == BLOCK as u64;
+        if is_block && self.ram.is_huge(page) {
             // As one piece it stays one, once the page table is gone that the fault has left.
             let _ = advise(self.ram.hva(first), HUGE, libc::MADV_DONTNEED);
             self.move_back(first..end);
         } else {
-            self.ram.take_huge(page);
+            (first..end).step_by(BLOCK).chain([end - 1]).for_each(|part| _ = self.ram.take_huge(part));
             // The one that somebody waits for goes first.
             self.move_back(page..page + 1);
             self.move_back(first..page);
