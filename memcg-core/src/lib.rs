@@ -63,6 +63,7 @@ pub mod audit;
 pub mod frame;
 pub mod governor;
 pub mod hold;
+pub mod host;
 pub mod idle;
 pub mod ladder;
 pub mod limit_change;

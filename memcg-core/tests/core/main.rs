@@ -10,6 +10,7 @@ mod frame;
 mod governor;
 mod grants;
 mod hold;
+mod host;
 mod idle;
 mod ladder;
 mod lifetime;
