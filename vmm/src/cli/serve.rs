@@ -5,7 +5,8 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memcg_core::units::Limit;
+use memcg_core::host::Terms;
+use memcg_core::units::{Limit, Pages};
 use rustix::fs::FlockOperation;
 
 use super::options::limit;
@@ -15,6 +16,7 @@ use crate::api::server::{self, BindError};
 use crate::chain::chain;
 use crate::controller::cgroup::Cgroups;
 use crate::controller::journal::Journal;
+use crate::controller::signals::Signals as HostSignals;
 use crate::controller::start::Service;
 use crate::controller::{Controller, host, spawn};
 
@@ -74,6 +76,7 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
 
     let (controller, mut actor) = Controller::start_with(args.budget, opened);
     controller.take_over(&state, &remembered).await.map_err(|error| as_failure(&error))?;
+    watch(&controller).await;
     let service = Arc::new(Service::new(&state, log, cgroups));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
@@ -144,6 +147,18 @@ fn take(state: &Path) -> Result<File, Failure> {
         error => failed(error.into()),
     })?;
     Ok(lock)
+}
+
+/// Has the host's memory watched.
+async fn watch(controller: &Controller) {
+    let signals = HostSignals::find();
+    if !signals.has_pressure() {
+        tracing::info!(
+            "this kernel does not say how long tasks wait for memory (psi=1): available memory decides alone"
+        );
+    }
+    let terms = Terms::new(Pages::from_bytes_floor(signals.total()));
+    controller.watch_host(Box::new(move || signals.read().ok()), terms).await;
 }
 
 #[cfg(test)]

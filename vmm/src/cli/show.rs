@@ -143,6 +143,9 @@ fn table(vm: &VmView) -> String {
         Some(PausedBy::Policy) if vm.state == VmState::Paused => {
             "paused by its policy (it goes on when memory.max of it or its groups is raised)"
         }
+        Some(PausedBy::Host) if vm.state == VmState::Paused => {
+            "paused because the host ran short of memory (it goes on when there is room for what was evicted)"
+        }
         Some(PausedBy::User) if vm.state == VmState::Paused => "paused on request (resume lets it go on)",
         _ => state(vm),
     };

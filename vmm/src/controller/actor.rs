@@ -30,6 +30,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use memcg_core::oom::Victims;
 use memcg_core::tree::{NodeId, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::json;
@@ -50,9 +51,11 @@ use super::link::FromLink;
 use super::pressure::Pressures;
 use super::recall::Recall;
 use super::reclaim::Reclaiming;
+use super::shortage::Shortage;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
+use super::victim::RETURNS;
 use super::view::{PausedBy, VmState, VmView};
 use super::vm::{Awaited, KilledBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;
@@ -133,6 +136,10 @@ pub(super) struct Actor {
     pub epoch: u32,
     /// Workers that run and could not be taken over, by the name of their VM.
     pub strays: BTreeMap<String, Stray>,
+    /// Whether the host runs short, where somebody watches it.
+    pub shortage: Option<Shortage>,
+    /// Those who were chosen for others, until their memory is back.
+    pub victims: Victims,
     /// While VMs are taken over: those that have said hello and are not granted anything yet.
     pub recounting: Option<Vec<(VmId, Hello)>>,
 }
@@ -165,6 +172,8 @@ impl Actor {
             epoch: journal.epoch(),
             journal,
             strays: BTreeMap::new(),
+            shortage: None,
+            victims: Victims::new(host::scaled(RETURNS)),
             recounting: None,
         }
     }
@@ -350,7 +359,7 @@ impl Actor {
             let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
             vm.waiting.push(Waiting { seq, until, what: Awaited::Paused(reply) });
         }
-        let details = self.account(id, json!({ "by": if by == PausedBy::User { "request" } else { "policy" } }));
+        let details = self.account(id, json!({ "by": by.word() }));
         self.remember(Entry::Paused { vm: name.clone(), by });
         self.event(EventKind::Paused, Some(&name), details);
     }
@@ -390,6 +399,12 @@ impl Actor {
         if vm.state != VmState::Paused {
             answer(reply, Ok(self.vm_view(id, false)));
             return;
+        }
+        if let Some(refusal) = self.stays_empty(id) {
+            let details = self.account(id, json!({ "why": refusal.message }));
+            let name = self.vms[&id].name.clone();
+            self.event(EventKind::ResumeRefused, Some(&name), details);
+            return answer(reply, Err(refusal));
         }
         if vm.paused_by == Some(PausedBy::Policy) && !self.pay(id) {
             let vm = &self.vms[&id];
@@ -475,7 +490,8 @@ impl Actor {
         let squeezes = self.squeezed.values().map(|squeeze| squeeze.next);
         let ladders = self.ladders.values().filter_map(Climb::next);
         let reclaims = self.reclaims.iter().map(Reclaiming::deadline);
-        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims);
+        let host = self.shortage.iter().map(Shortage::next_look);
+        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims).chain(host);
         all.chain(self.vms.next_deadline()).min()
     }
 
@@ -487,6 +503,7 @@ impl Actor {
         self.overdue_changes(now);
         self.overdue_ladders(now);
         self.overdue_reclaims(now);
+        self.overdue_shortage(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);

@@ -295,6 +295,44 @@ impl Cgroup {
     }
 }
 
+/// A cgroup that this process lives in, directly or further up.
+#[derive(Clone, Debug)]
+pub struct Level {
+    directory: PathBuf,
+    version: Version,
+}
+
+/// The cgroups that this process lives in and whose memory may be limited, the nearest first. None where it is in no cgroup.
+pub fn levels() -> Vec<Level> {
+    let Some((directory, version)) = memory_cgroup("/proc/self") else { return Vec::new() };
+    let limits = |directory: &&Path| directory.join(version.limit_file()).exists();
+    let level = |directory: &Path| Level { directory: directory.to_owned(), version };
+    directory.ancestors().take_while(limits).map(level).collect()
+}
+
+impl Level {
+    fn number(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.directory.join(file)).ok()?.trim().parse().ok()
+    }
+
+    /// Its limit in bytes, `None` when it has none.
+    pub fn limit(&self) -> Option<u64> {
+        // In v1 no limit is the largest number that there is, in whole pages.
+        self.number(self.version.limit_file()).filter(|limit| *limit < i64::MAX as u64 - 65_536)
+    }
+
+    /// What it leaves, in bytes, counting the page cache that nobody has used of late; `None` when it has no limit.
+    pub fn available(&self) -> Option<u64> {
+        let limit = self.limit()?;
+        let (usage, cache) = match self.version {
+            Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
+            Version::V2 => ("memory.current", "inactive_file"),
+        };
+        let stat = fs::read_to_string(self.directory.join("memory.stat")).ok()?;
+        Some(limit.saturating_sub(self.number(usage)?).saturating_add(field(&stat, cache)).min(limit))
+    }
+}
+
 /// The number behind `key` in lines of `key number`.
 fn field(text: &str, key: &str) -> u64 {
     let value = |line: &str| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok();
@@ -433,6 +471,24 @@ mod tests {
         let mut expected = others.to_vec();
         expected.sort();
         assert_eq!(left(&place), expected);
+    }
+
+    #[test]
+    fn what_a_cgroup_leaves_is_below_its_limit_and_counts_cold_cache() {
+        let v1 = [("memory.limit_in_bytes", "1000\n"), ("memory.usage_in_bytes", "900\n")];
+        let v1 = v1.map(|(name, text)| (name, text.to_owned()));
+        let stat = |name: &str| ("memory.stat", format!("inactive_file 7\n{name} 50\n"));
+        let (_held, place) = place(Version::V1, &[v1[0].clone(), v1[1].clone(), stat("total_inactive_file")]);
+        let level = Level { directory: place.base.clone(), version: Version::V1 };
+        assert_eq!((level.limit(), level.available()), (Some(1000), Some(150)));
+        fs::write(place.base.join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();
+        assert_eq!((level.limit(), level.available()), (None, None));
+        let files = [("memory.max", "1000\n".to_owned()), ("memory.current", "990\n".to_owned()), stat("anon")];
+        let (_held, place) = super::tests::place(Version::V2, &files);
+        let level = Level { directory: place.base.clone(), version: Version::V2 };
+        assert_eq!(level.available(), Some(17));
+        fs::write(place.base.join("memory.max"), "max\n").unwrap();
+        assert_eq!((level.limit(), level.available()), (None, None));
     }
 
     #[test]

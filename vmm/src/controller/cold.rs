@@ -33,6 +33,9 @@ use crate::worker::protocol::Report;
 /// Without a limit of its own the store is at most one part in so many of `memory.max`.
 const STORE_SHARE: u64 = 2;
 
+/// Evicted pages from which it is known how far a guest's pages shrink.
+const SEEN: u64 = 256;
+
 /// What a worker may evict, as it was told last. In pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Leases {
@@ -98,6 +101,24 @@ impl Actor {
             swap: self.lease(vm, Counter::Swap, |at| self.tree.coming_limits(at).swap_max),
             store: self.lease(vm, Counter::Store, |at| self.store_max(at)),
         }
+    }
+
+    /// What can be taken from a VM that stands still: all of its pages may be evicted then, as far as swap and store have room,
+    /// and what they leave in the store is not free. How far they shrink is taken from those that were evicted, else for half.
+    pub fn freed_by_pause(&self, id: VmId) -> Pages {
+        let vm = &self.vms[&id];
+        let Report { guest, swapped, store, stock, cold, .. } = vm.report;
+        let stock = stock + vm.in_flight();
+        if vm.store.bytes == 0 {
+            return Pages(stock);
+        }
+        let leases = self.leases(id);
+        // In thousandths of a page.
+        let stored = swapped.saturating_sub(cold.file);
+        let each = if stored >= SEEN { (store * 1000 / stored).min(1000) } else { 500 };
+        let room = leases.store.saturating_sub(store).saturating_mul(1000) / each.max(1);
+        let evicted = guest.min(leases.swap.saturating_sub(swapped)).min(room);
+        Pages(stock + evicted - evicted * each / 1000)
     }
 
     /// All that a VM's own limit allows, and of each group's what it has and a part of half of what is left. Of a group that

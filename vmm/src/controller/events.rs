@@ -70,8 +70,14 @@ pub enum EventKind {
     Resumed,
     /// The VM cannot go on: its memory does not fit.
     ResumeRefused,
+    /// The host runs short of memory: `sign` says by what that is seen. Its VMs are asked for memory.
+    PressureEntered,
+    /// The host has had enough memory for some time.
+    PressureLeft,
     /// The policy has chosen this VM to be paused or killed.
     VictimSelected,
+    /// The host has no memory left and nobody may be chosen; `why` says how many are spared for which reason.
+    NobodyChosen,
     /// The VM was killed.
     Killed,
     /// The worker ended without being asked to, or was ended because it lied.
@@ -88,7 +94,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 31] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -110,7 +116,10 @@ impl EventKind {
         Self::Paused,
         Self::Resumed,
         Self::ResumeRefused,
+        Self::PressureEntered,
+        Self::PressureLeft,
         Self::VictimSelected,
+        Self::NobodyChosen,
         Self::Killed,
         Self::WorkerDied,
         Self::Removed,

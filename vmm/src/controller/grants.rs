@@ -41,6 +41,7 @@ use super::cold;
 use super::events::{EventKind, merged};
 use super::host;
 use super::overhead;
+use super::shortage;
 use super::view::{OomAction, PausedBy, VmState};
 use super::vm::{Awaited, Hold, KilledBy, Vm, VmEnd, VmId};
 use crate::worker::protocol::{Report, ToWorker};
@@ -266,7 +267,8 @@ impl Actor {
     /// What a worker may hold ahead of need: nothing while its VM stands still.
     fn stock_max(&self, id: VmId) -> u64 {
         let vm = &self.vms[&id];
-        if vm.state == VmState::Paused { 0 } else { self.tree.stock_max(vm.node).0 }
+        let most = if self.is_short() { shortage::STOCK } else { Pages(u64::MAX) };
+        if vm.state == VmState::Paused { 0 } else { self.tree.stock_max(vm.node).min(most).0 }
     }
 
     /// Tells a worker what it has and how much room there is.

@@ -262,6 +262,7 @@ impl Actor {
         let node = self.node_of(target);
         let high = self.tree.reclaim_high(node).as_pages();
         let asked = self.reclaim_goal(target);
+        let emptied = matches!(target, Target::Vm(id) if self.is_emptied(id)).then_some(Pages::ZERO);
         let pending = self.changes.iter().find(|change| change.names(target)).map(|change| change.deadline());
         let until = asked.map(|(_, until)| until).into_iter().chain(pending).min();
         let members = self.vms_of(target);
@@ -269,7 +270,7 @@ impl Actor {
         Sample {
             now: self.elapsed(),
             usage: self.tree.usage(node) + Pages(owed),
-            goal: asked.map(|(goal, _)| goal).into_iter().chain(high).min(),
+            goal: asked.map(|(goal, _)| goal).into_iter().chain(high).chain(emptied).min(),
             until: until.map(|until| until.saturating_duration_since(self.start)),
             means: self.means(target, node, &members),
         }
@@ -536,7 +537,9 @@ fn known(vm: &Vm) -> Known {
 
 /// How far a balloon driver helps.
 fn driver(vm: &Vm) -> Driver {
-    match (vm.report.balloon_ready, vm.balloon.state()) {
+    // A guest that stands still gives nothing, and that says nothing about it.
+    let runs = vm.state != VmState::Paused;
+    match (vm.report.balloon_ready && runs, vm.balloon.state()) {
         (false, _) => Driver::Absent,
         (true, State::Cooperating) => Driver::Cooperating,
         (true, State::Slow) => Driver::Slow,

@@ -387,6 +387,7 @@ fn describe(cause: &VmEnd) -> (EventKind, serde_json::Value) {
         VmEnd::Killed(by) => {
             let by = match by {
                 KilledBy::Policy => "policy",
+                KilledBy::Host => "host",
                 KilledBy::Request => "request",
                 KilledBy::Stop => "stop",
             };

@@ -36,7 +36,9 @@ pub mod rank;
 mod recall;
 pub mod reclaim;
 pub mod residency;
+pub mod shortage;
 mod show;
+pub mod signals;
 pub mod spawn;
 mod squeeze;
 pub mod start;
@@ -44,6 +46,7 @@ pub mod stop;
 mod strays;
 #[cfg(test)]
 mod tests;
+mod victim;
 pub mod view;
 mod vm;
 mod vms;

@@ -3,11 +3,13 @@
 //! A dry run: [`memcg_core::oom::rank`] over the VMs as they are now, and nothing is done. The list is whole, those that
 //! are spared are at its end with the reason.
 //!
-//! Nothing can be taken from a paused guest yet but its stock, so that is what a pause is worth here.
+//! A pause is worth what can then be evicted: all that the guest holds, as far as swap and store have room, less what it
+//! takes in the store.
 
 use std::collections::BTreeMap;
 
-use memcg_core::oom::{self, Action, Attributes, Preference, Ranked, Spared};
+use memcg_core::oom::{self, Action, Attributes, Candidate, Preference, Ranked, Spared};
+use memcg_core::tree::NodeId;
 use memcg_core::units::Pages;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -16,7 +18,7 @@ use super::Controller;
 use super::actor::{Actor, answer};
 use super::error::Refusal;
 use super::view::{OomAction, OomPreference, VmState};
-use super::vm::Vm;
+use super::vm::VmId;
 
 /// Who would go first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -104,28 +106,36 @@ impl From<Spared> for SparedBy {
     }
 }
 
-/// What the ranking is told of a VM.
-fn attributes(vm: &Vm) -> Attributes {
-    let stock = Pages(vm.report.stock + vm.in_flight());
-    let action = match vm.oom.action {
-        OomAction::Pause => Action::Pause { frees: stock },
-        OomAction::Kill => Action::Kill,
-    };
-    Attributes {
-        action,
-        preference: vm.oom.preference.into(),
-        priority: vm.oom.priority,
-        ending: vm.state == VmState::Ended || vm.cause.is_some(),
-        stock,
-    }
-}
-
 impl Actor {
+    /// What the ranking is told of a VM.
+    fn attributes(&self, id: VmId) -> Attributes {
+        let vm = &self.vms[&id];
+        let action = match vm.oom.action {
+            // What a pause frees of one that is paused already is on its way.
+            OomAction::Pause if vm.state == VmState::Paused => Action::Pause { frees: Pages::ZERO },
+            OomAction::Pause => Action::Pause { frees: self.freed_by_pause(id) },
+            OomAction::Kill => Action::Kill,
+        };
+        Attributes {
+            action,
+            preference: vm.oom.preference.into(),
+            priority: vm.oom.priority,
+            ending: vm.state == VmState::Ended || vm.cause.is_some(),
+            stock: Pages(vm.report.stock + vm.in_flight()),
+        }
+    }
+
+    /// The VMs at `top` and below, as candidates.
+    pub fn candidates(&self, top: NodeId) -> Vec<Candidate<'_>> {
+        let owners: BTreeMap<_, _> = self.vms.iter().map(|(id, vm)| (vm.node, id)).collect();
+        oom::candidates(&self.tree, top, |node| owners.get(&node).map(|id| self.attributes(*id)))
+    }
+
     /// Who would go first if there were no room in `group`.
     fn oom_rank(&self, group: &str) -> Result<RankView, Refusal> {
         let owners: BTreeMap<_, _> = self.vms.iter().map(|(_, vm)| (vm.node, vm)).collect();
         let top = self.find_group(group)?;
-        let candidates = oom::candidates(&self.tree, top, |node| owners.get(&node).map(|vm| attributes(vm)));
+        let candidates = self.candidates(top);
         let ranked = oom::rank(&candidates);
         let line = |(index, entry): (usize, &Ranked<'_>)| {
             let candidate = &entry.candidate;

@@ -109,7 +109,14 @@ impl Actor {
         Ok(target)
     }
 
-    fn reclaim(&mut self, target: Result<Target, Refusal>, wanted: Pages, wait: Duration, reply: Reply<ReclaimedView>) {
+    /// Takes `wanted` pages back from a target, and answers when that is done, or over.
+    pub fn reclaim(
+        &mut self,
+        target: Result<Target, Refusal>,
+        wanted: Pages,
+        wait: Duration,
+        reply: Reply<ReclaimedView>,
+    ) {
         let target = match target {
             Ok(target) => target,
             Err(refusal) => return answer(reply, Err(refusal)),

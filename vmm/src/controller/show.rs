@@ -9,6 +9,7 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::host;
 use super::overhead;
+use super::shortage::Shortage;
 use super::view::{
     AccountedView, BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView,
     OomView, OverheadView, VmState, VmView,
@@ -134,6 +135,7 @@ impl Actor {
             current_bytes: root.memory.usage.bytes(),
             vms: self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).count(),
             last_event: self.events.last(),
+            shortage: self.shortage.as_ref().map(Shortage::view),
         }
     }
 }

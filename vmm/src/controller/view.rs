@@ -103,6 +103,19 @@ pub enum PausedBy {
     User,
     /// The policy: it goes on when there is room for more than its debt.
     Policy,
+    /// The policy, because the host ran short of memory: all that it held was evicted, and it goes on when there is room for it.
+    Host,
+}
+
+impl PausedBy {
+    /// As events name it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::User => "request",
+            Self::Policy => "policy",
+            Self::Host => "host",
+        }
+    }
 }
 
 /// What a VM costs beside its pages.
@@ -695,4 +708,6 @@ pub struct HostView {
     pub vms: usize,
     /// Number of the newest event.
     pub last_event: u64,
+    /// Whether the host runs short of memory; `null` where nobody watches that.
+    pub shortage: Option<super::shortage::ShortageView>,
 }

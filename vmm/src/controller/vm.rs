@@ -95,6 +95,8 @@ impl Default for OomPolicy {
 pub enum KilledBy {
     /// The OOM policy.
     Policy,
+    /// The same, because the host ran short of memory.
+    Host,
     /// Somebody at the interface.
     Request,
     /// Somebody at the interface who had asked the guest to end, and it did not in time.
@@ -132,6 +134,7 @@ impl fmt::Display for VmEnd {
             Self::Guest(ExitReason::Error) => write!(f, "the VM failed"),
             Self::Killed(KilledBy::Request) => write!(f, "it was killed on request"),
             Self::Killed(KilledBy::Stop) => write!(f, "it was killed: it did not power itself off in time"),
+            Self::Killed(KilledBy::Host) => write!(f, "it was killed: the host ran short of memory"),
             Self::Killed(KilledBy::Policy) => write!(f, "it was killed: it was held at its limit for too long"),
             Self::Failed { message, smallest_max: None } => write!(f, "{message}"),
             Self::Failed { message, smallest_max: Some(smallest) } => {

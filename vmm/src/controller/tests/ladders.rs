@@ -16,8 +16,18 @@ const MAX: u64 = 4096;
 const HIGH: u64 = MAX - 1024;
 
 /// A VM that can evict, in some group, under `max`; its guest holds `guest` pages.
-async fn evicting(controller: &Controller, name: &str, group: &'static str, max: Limit, guest: u64) -> FakeWorker {
-    let setup = Setup { max, group, evicts: true, ..Setup::default() };
+pub(super) async fn evicting(
+    controller: &Controller,
+    name: &str,
+    group: &'static str,
+    max: Limit,
+    guest: u64,
+) -> FakeWorker {
+    holding(controller, name, Setup { max, group, evicts: true, ..Setup::default() }, guest).await
+}
+
+/// A VM whose guest holds `guest` pages.
+pub(super) async fn holding(controller: &Controller, name: &str, setup: Setup, guest: u64) -> FakeWorker {
     let mut worker = FakeWorker::add_to(controller, name, setup).await.expect("added");
     worker.hello().await;
     worker.say(FromWorker::Loaded { plan: 0 }).await;
@@ -35,7 +45,7 @@ async fn alone(guest: u64) -> FakeWorker {
 
 impl FakeWorker {
     /// Reads what there is, and gives back what is recalled.
-    async fn obey(&mut self) {
+    pub(super) async fn obey(&mut self) {
         while let Some(message) = self.try_next().await {
             if let ToWorker::Recall { seq } | ToWorker::Query { seq } = message {
                 self.book();
@@ -49,7 +59,7 @@ impl FakeWorker {
     }
 
     /// Obeys for so many milliseconds, in steps in which every deadline passes in its order.
-    async fn obey_for(&mut self, ms: u64) {
+    pub(super) async fn obey_for(&mut self, ms: u64) {
         for _ in 0..ms / 50 {
             self.obey().await;
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -58,7 +68,7 @@ impl FakeWorker {
     }
 
     /// Evicts `n` pages into a quarter of them, and gives back what that frees.
-    async fn evict_and_return(&mut self, n: u64) {
+    pub(super) async fn evict_and_return(&mut self, n: u64) {
         self.evict(n, n / 4).await;
         self.report.returned_total += self.report.stock;
         self.report.stock = 0;

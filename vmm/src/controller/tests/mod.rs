@@ -17,6 +17,7 @@ mod ladders;
 mod limits;
 mod pressure;
 mod requests;
+mod shortage;
 mod stop;
 mod wire;
 

@@ -65,6 +65,7 @@ fn overview(vms: Vec<VmView>) -> Overview {
             current_bytes: 1 << 30,
             vms: vms.len(),
             last_event: 9,
+            shortage: None,
         },
         groups: vec![group("/", 1024, Some(4096)), group("/gold", 300, None)],
         vms,

@@ -1,0 +1,131 @@
+//! Somebody is chosen: the host has no memory left, and what its VMs were asked for did not come in time.
+//!
+//! Who goes is `memcg_core::oom`'s: one after the other, by rules that `ballast oom rank` shows beforehand. Here it is done, and
+//! said why, with the whole list.
+//!
+//! ```text
+//!              ┌─ pause: vCPUs stop, then all of its memory is evicted ─── host calm, and room for what was evicted ──► resume
+//!  critical ───┤
+//!              └─ kill: its worker ends, and the host has its memory back
+//! ```
+//!
+//! A pause is a remedy only by what it frees. So a VM that is paused for others is *emptied*: its ladder has a goal of
+//! nothing, and ends when nothing is left that could be evicted. It goes on by itself when the host has been calm for long
+//! enough and has room for what is to come back; nobody else may let it go on before.
+
+use std::time::Duration;
+
+use memcg_core::oom::{self, Action, Choice, Ranked, Victims};
+use memcg_core::tree::Event;
+use memcg_core::units::{Pages, human};
+use serde_json::json;
+
+use super::actor::Actor;
+use super::changes::Target;
+use super::error::{Code, Refusal};
+use super::events::EventKind;
+use super::view::{PausedBy, VmState};
+use super::vm::{KilledBy, VmEnd, VmId};
+
+/// How long the memory of one who was chosen may take to come back before the next one is chosen.
+pub const RETURNS: Duration = Duration::from_secs(10);
+
+/// Entries of the list that an event shows, at most: more would crowd the others out of the log.
+const SHOWN: usize = 10;
+
+impl Actor {
+    /// Chooses somebody for the host, and says whether the time to cool down begins.
+    pub fn choose_for_host(&mut self) -> bool {
+        let elapsed = self.elapsed();
+        let (root, patience) = (self.root, super::host::scaled(RETURNS));
+        let mut victims = std::mem::replace(&mut self.victims, Victims::new(patience));
+        let ranked = oom::rank(&self.candidates(root));
+        let choice = victims.decide(&self.tree, root, &ranked, elapsed);
+        let list: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
+        let chosen = match choice {
+            Choice::Wait(_) => Err(None),
+            Choice::Nobody(why) => Err(Some(why.to_string())),
+            Choice::Act(entry) => Ok((self.owner(&entry), entry.candidate.attributes.action, entry.to_string())),
+        };
+        self.victims = victims;
+        match chosen {
+            Err(None) => false,
+            Err(Some(why)) => {
+                tracing::warn!(why, "the host has no memory left");
+                self.event(EventKind::NobodyChosen, None, json!({ "why": why, "ranked": list }));
+                true
+            }
+            Ok((Some(id), action, why)) => self.act_for_host(id, action, json!({ "why": why, "ranked": list })),
+            Ok((None, ..)) => false,
+        }
+    }
+
+    /// The VM of an entry of the list.
+    fn owner(&self, entry: &Ranked<'_>) -> Option<VmId> {
+        self.vms.iter().find(|(_, vm)| vm.node == entry.candidate.id).map(|(id, _)| id)
+    }
+
+    /// Does what was chosen. False when it cannot be done: the next one is chosen at the next look.
+    fn act_for_host(&mut self, id: VmId, action: Action, why: serde_json::Value) -> bool {
+        let vm = &self.vms[&id];
+        let (node, name) = (vm.node, vm.name.clone());
+        if matches!(action, Action::Pause { .. }) && vm.to_worker.capacity() == 0 {
+            self.victims.failed(node);
+            return false;
+        }
+        self.tree.record(self.root, Event::Oom);
+        self.tree.record(node, if action == Action::Kill { Event::OomKill } else { Event::OomPause });
+        let verb = if action == Action::Kill { "kill" } else { "pause" };
+        let details = super::events::merged(json!({ "action": verb, "limit_of": "/" }), why);
+        let details = self.account(id, details);
+        tracing::warn!(vm = name, action = verb, "the host has no memory left");
+        self.event(EventKind::VictimSelected, Some(&name), details);
+        if action == Action::Kill {
+            self.kill(id, VmEnd::Killed(KilledBy::Host));
+        } else {
+            self.pause(id, PausedBy::Host, None);
+            self.look_soon(Target::Vm(id));
+        }
+        true
+    }
+
+    /// Whether a VM stands still for others, and gives all that it has.
+    pub fn is_emptied(&self, id: VmId) -> bool {
+        let vm = &self.vms[&id];
+        vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::Host)
+    }
+
+    /// What a VM that was emptied needs in order to go on as before: what was evicted, less what that takes now.
+    fn comes_back(&self, id: VmId) -> Pages {
+        let report = &self.vms[&id].report;
+        Pages(report.swapped.saturating_sub(report.store))
+    }
+
+    /// Why a VM that was emptied may not go on now, if it may not.
+    pub fn stays_empty(&self, id: VmId) -> Option<Refusal> {
+        let shortage = self.shortage.as_ref().filter(|_| self.is_emptied(id))?;
+        let missing = shortage.missing_for(self.comes_back(id));
+        let name = &self.vms[&id].name;
+        if missing.is_zero() {
+            return None;
+        }
+        let message = format!(
+            "the VM {name:?} was paused because the host ran short of memory, and {} are missing still: it goes on by itself \
+             when they are there; `ballast oom rank` shows who holds how much",
+            human(missing.bytes())
+        );
+        Some(Refusal::new(Code::ResumeRefused, message).usage(self.tree.usage(self.vms[&id].node).bytes()))
+    }
+
+    /// The host has been calm: who was paused first goes on, if there is room.
+    pub fn resume_for_host(&mut self) -> bool {
+        let emptied = |(id, _): &(VmId, &super::vm::Vm)| self.is_emptied(*id);
+        let Some(id) = self.vms.iter().filter(emptied).map(|(id, _)| id).next() else { return false };
+        if self.stays_empty(id).is_some() {
+            return false;
+        }
+        self.victims.forget(self.vms[&id].node);
+        self.resume(id, "policy", None);
+        true
+    }
+}
