@@ -1,0 +1,162 @@
+//! A host that runs short of memory: here a small one, which is a cgroup that the controller and its VMs live in.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ballast_tests::serve::{Console, Serve, is_alive, pid};
+use ballast_tests::{number, payload, skip, skipped, wait_until};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// The memory of the small host: short below 64 MiB, not above 96 MiB, critical below 32 MiB.
+const HOST: u64 = 384 * MIB;
+
+/// A process is in one cgroup: where the tests of a binary are threads of one, they take turns.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A cgroup that this process has entered, and leaves.
+struct Small {
+    _turn: MutexGuard<'static, ()>,
+    directory: PathBuf,
+    parent: PathBuf,
+}
+
+impl Small {
+    /// Enters a cgroup of [`HOST`] bytes; why that is not possible, for `SKIP`.
+    fn enter(name: &str) -> Result<Self, String> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = fs::read_to_string("/proc/self/cgroup").map_err(|error| error.to_string())?;
+        let line = |mark: &str| text.lines().find_map(|line| line.split_once(mark)).map(|(_, path)| path.to_owned());
+        let (base, path, file) = match line(":memory:") {
+            Some(path) => ("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes"),
+            None => ("/sys/fs/cgroup", line("0::").ok_or("no cgroups")?, "memory.max"),
+        };
+        let parent = Path::new(base).join(path.trim_start_matches('/'));
+        let directory = parent.join(format!("small-{name}-{}", std::process::id()));
+        let small = Self { _turn: turn, directory, parent };
+        let refused = |error: std::io::Error| format!("no cgroup with a limit can be made here ({error})");
+        fs::create_dir(&small.directory).map_err(refused)?;
+        fs::write(small.directory.join(file), HOST.to_string()).map_err(refused)?;
+        fs::write(small.directory.join("cgroup.procs"), std::process::id().to_string()).map_err(refused)?;
+        Ok(small)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        // It stays where it cannot be removed, which does no harm.
+        let _ = fs::write(self.parent.join("cgroup.procs"), std::process::id().to_string());
+        let _ = fs::remove_dir(&self.directory);
+    }
+}
+
+/// A charged guest without a limit, and its console.
+fn guest(serve: &Serve, name: &str, memory: &Value, oom: &Value) -> (u32, Console) {
+    let mut all = json!({ "size_bytes": 256 * MIB, "track": true, "ageing_s": 1 });
+    all.as_object_mut().expect("an object").extend(memory.as_object().expect("an object").clone());
+    let config = json!({ "kernel": payload(), "cmdline": "shell", "debug_port": true, "memory": all, "oom": oom });
+    let view = serve.create_with(name, &config);
+    let console = Console::of(&view);
+    console.expect("READY", 20);
+    (pid(&view), console)
+}
+
+/// Types a command that must succeed.
+fn ok(console: &mut Console, command: &str) {
+    console.send(command);
+    let answer = console.expect("", 60);
+    assert!(answer.starts_with("OK"), "{command}: {answer}");
+}
+
+fn shortage(serve: &Serve) -> Value {
+    serve.ask("GET", "/host", None).1["shortage"].clone()
+}
+
+/// Lets a guest touch memory from 16 MiB on, a little more after each look at the host, until it is `enough`. The host keeps a
+/// few MiB, whatever becomes of that.
+fn fill(serve: &Serve, console: &mut Console, enough: impl Fn(&Value) -> bool) {
+    let mut from = 16;
+    loop {
+        let now = wait_until("a look", 20, || Some(shortage(serve)).filter(|now| number(now, "available_bytes") > 0));
+        if enough(&now) {
+            return;
+        }
+        let left = number(&now, "available_bytes");
+        let more = (left / MIB).saturating_sub(24).min(32);
+        if more > 0 {
+            ok(console, &format!("touch {from}M {more}M seed=1"));
+            from += more;
+        }
+        wait_until("the next look", 20, || (number(&shortage(serve), "available_bytes") != left).then_some(()));
+    }
+}
+
+fn events(serve: &Serve, kind: &str) -> Vec<Value> {
+    let (_, text) = serve.raw("GET", "/events?since=0&follow=false", None);
+    let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    events.filter(|event| event["event"] == kind).collect()
+}
+
+/// Memory that nobody uses goes before anybody has to be chosen: the host has enough again, every guest lives, and every byte is
+/// there.
+/// Semantics: 41.
+#[test]
+fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
+    if skipped("shortage-cold") {
+        return;
+    }
+    let small = match Small::enter("cold") {
+        Ok(small) => small,
+        Err(reason) => return skip("shortage-cold", reason),
+    };
+    let serve = Serve::start(&[]);
+    let swap = json!({ "swap_max_bytes": null });
+    let mut guests: Vec<_> = ["a", "b"].map(|name| guest(&serve, name, &swap, &json!({}))).into();
+    ok(&mut guests[0].1, "touch 16M 150M seed=1");
+    fill(&serve, &mut guests[1].1, |now| !now["short"].is_null());
+    wait_until("the host is short", 60, || events(&serve, "pressure_entered").pop());
+    let left = wait_until("it is not any more", 60, || events(&serve, "pressure_left").pop());
+    assert!(number(&left, "available_bytes") >= number(&left, "leave_bytes"), "{left}");
+    let swapped: u64 = ["a", "b"].map(|name| number(&serve.show(name), "swap.current_bytes")).iter().sum();
+    assert!(swapped >= 16 * MIB, "{swapped}");
+    assert_eq!(events(&serve, "victim_selected"), Vec::<Value>::new());
+    ok(&mut guests[0].1, "verify 16M 20M seed=1");
+    drop(guests);
+    drop(serve);
+    drop(small);
+}
+
+/// Where nothing can be evicted one VM goes, the one that the rules choose, and the others live.
+/// Semantics: 47, 74.
+#[test]
+fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
+    if skipped("shortage-kill") {
+        return;
+    }
+    let small = match Small::enter("kill") {
+        Ok(small) => small,
+        Err(reason) => return skip("shortage-kill", reason),
+    };
+    let serve = Serve::start(&[]);
+    let oom = |preference: &str| json!({ "action": "kill", "preference": preference });
+    let none = json!({ "swap_max_bytes": 0 });
+    let mut spared = guest(&serve, "spared", &none, &oom("omit"));
+    let mut chosen = guest(&serve, "chosen", &none, &oom("none"));
+    let mut small_one = guest(&serve, "small", &none, &oom("none"));
+    ok(&mut spared.1, "touch 16M 180M seed=1");
+    ok(&mut small_one.1, "touch 16M 16M seed=1");
+    // What is held ahead of need comes back first.
+    fill(&serve, &mut chosen.1, |_| !events(&serve, "victim_selected").is_empty());
+    let victim = events(&serve, "victim_selected").pop().expect("chosen");
+    assert_eq!((&victim["vm"], &victim["action"]), (&json!("chosen"), &json!("kill")), "{victim}");
+    assert_eq!(victim["ranked"].as_array().map(Vec::len), Some(3), "{victim}");
+    wait_until("the host has memory again", 60, || events(&serve, "pressure_left").pop());
+    assert!(!is_alive(chosen.0) && is_alive(spared.0) && is_alive(small_one.0));
+    assert_eq!(serve.show("chosen")["state"], "ended");
+    ok(&mut spared.1, "verify 16M 180M seed=1");
+    assert_eq!(events(&serve, "victim_selected").len(), 1, "one was enough");
+    drop(serve);
+    drop(small);
+}
