@@ -255,8 +255,8 @@ fn an_idle_guest_has_no_working_set() {
     }
     let vm = accesses("idle", "idle 16M 160M");
     let (set, error) = wait_until("an estimate", 60, || estimate(&vm));
-    // A sampled page may be one of the few that the payload itself runs in.
-    assert!(set <= 2 * MIB && error < 16 * MIB, "{set} ± {error}");
+    // The payload itself runs in one block of 2 MiB or two, and such a block is used as a whole.
+    assert!(set <= 5 * MIB && error < 16 * MIB, "{set} ± {error}");
 }
 
 /// What is evicted and comes back does not count twice, nor what was evicted while the sample was drawn: the estimate
