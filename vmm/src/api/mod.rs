@@ -34,8 +34,9 @@ use utoipa_axum::routes;
 
 use crate::controller::Controller;
 use crate::controller::error::{Code, Refusal};
+use crate::controller::overview::HostView;
 use crate::controller::start::Service;
-use crate::controller::view::{HostView, VmView};
+use crate::controller::view::VmView;
 
 pub use limits::NodeLimits;
 pub use memory::MemoryPatch;

@@ -68,9 +68,10 @@ use error::{Code, Refusal};
 use events::Event;
 use journal::Journal;
 use link::FromLink;
+use overview::HostView;
 use residency::Residency;
 use spawn::{DeathWatch, WorkerHandle};
-use view::{HostView, VmState, VmView};
+use view::{VmState, VmView};
 pub use vm::{KilledBy, OomPolicy, VmEnd, VmId, WorkerProcess};
 
 use crate::worker::protocol::ToWorker;

@@ -7,10 +7,36 @@ use super::Controller;
 use super::actor::answer;
 use super::error::Refusal;
 use super::events::{Event, EventKind};
-use super::view::{GroupView, HostView, VmView};
+use super::shortage::ShortageView;
+use super::view::{GroupView, VmView};
 
 /// Events that an overview shows at most.
 pub const MOST_EVENTS: usize = 100;
+
+/// The host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct HostView {
+    /// Version of ballast.
+    pub version: String,
+    /// Process id of the controller.
+    pub pid: u32,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// `MemTotal`.
+    pub total_bytes: u64,
+    /// `MemAvailable`.
+    pub available_bytes: u64,
+    /// What all VMs together may use, `null` for no limit.
+    pub budget_bytes: Option<u64>,
+    /// What all VMs together have been charged.
+    pub current_bytes: u64,
+    /// Number of VMs.
+    pub vms: usize,
+    /// Number of the newest event.
+    pub last_event: u64,
+    /// Whether the host runs short of memory; `null` where nobody watches that.
+    pub shortage: Option<ShortageView>,
+}
 
 /// The host with all that is on it, of one moment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -9,10 +9,11 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::host;
 use super::overhead;
+use super::overview::HostView;
 use super::shortage::Shortage;
 use super::view::{
-    AccountedView, BalloonView, CounterView, GuestStatsView, HeldView, HostView, MemoryEvents, MemoryStat, MemoryView,
-    OomView, OverheadView, VmState, VmView,
+    AccountedView, BalloonView, CounterView, GuestStatsView, HeldView, MemoryEvents, MemoryStat, MemoryView, OomView,
+    OverheadView, VmState, VmView,
 };
 use super::vm::{Vm, VmId};
 use crate::kernel;

@@ -686,28 +686,3 @@ guest_stats! {
     14 async_reclaim "Pages reclaimed in the background.",
     15 direct_reclaim "Pages reclaimed by an allocation.",
 }
-
-/// The host.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct HostView {
-    /// Version of ballast.
-    pub version: String,
-    /// Process id of the controller.
-    pub pid: u32,
-    /// Release of the kernel.
-    pub kernel: String,
-    /// `MemTotal`.
-    pub total_bytes: u64,
-    /// `MemAvailable`.
-    pub available_bytes: u64,
-    /// What all VMs together may use, `null` for no limit.
-    pub budget_bytes: Option<u64>,
-    /// What all VMs together have been charged.
-    pub current_bytes: u64,
-    /// Number of VMs.
-    pub vms: usize,
-    /// Number of the newest event.
-    pub last_event: u64,
-    /// Whether the host runs short of memory; `null` where nobody watches that.
-    pub shortage: Option<super::shortage::ShortageView>,
-}

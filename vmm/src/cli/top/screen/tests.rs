@@ -1,8 +1,9 @@
 use super::*;
 use crate::controller::events::EventKind;
+use crate::controller::overview::HostView;
 use crate::controller::view::{
-    BalloonView, ColdView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, HostView, MemoryView,
-    OomAction, OomPreference, OomView, OverheadView, PressureView, ReclaimView, VmState,
+    BalloonView, ColdView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, MemoryView, OomAction,
+    OomPreference, OomView, OverheadView, PressureView, ReclaimView, VmState,
 };
 
 const MIB: u64 = 1 << 20;
