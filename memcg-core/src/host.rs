@@ -150,6 +150,10 @@ impl Watch {
     ///
     /// A reading that is older than the last one is a clock that was set back: everything that must last begins anew.
     pub fn step(&mut self, now: Duration, reading: Reading, asked: Pages) -> Verdict {
+        if self.before.is_some_and(|(at, _)| now < at) {
+            (self.turning, self.critical, self.chosen) = (None, None, self.chosen.map(|_| now));
+            self.short = self.short.map(|(sign, _)| (sign, now));
+        }
         let share = self.share(now, reading);
         self.before = Some((now, reading));
         let terms = self.terms;
@@ -184,17 +188,11 @@ impl Watch {
     }
 
     /// Part of the time since the last reading that was stalled, in thousandths; 0 where that is not known.
-    fn share(&mut self, now: Duration, reading: Reading) -> u32 {
+    fn share(&self, now: Duration, reading: Reading) -> u32 {
         let Some((at, before)) = self.before else { return 0 };
-        if now <= at {
-            if now < at {
-                (self.turning, self.critical, self.chosen) = (None, None, self.chosen.map(|_| now));
-                self.short = self.short.map(|(sign, _)| (sign, now));
-            }
-            return 0;
-        }
         let (Some(stalled), Some(until)) = (reading.stalled, before.stalled) else { return 0 };
-        let share = stalled.saturating_sub(until).as_micros() * 1000 / (now - at).as_micros().max(1);
+        let waited = stalled.saturating_sub(until).as_micros() * 1000;
+        let share = waited.checked_div(now.saturating_sub(at).as_micros()).unwrap_or(0);
         u32::try_from(share).unwrap_or(u32::MAX).min(1000)
     }
 
