@@ -42,7 +42,6 @@ use vmm_sys_util::eventfd::EventFd;
 use super::around::Window;
 use super::client::{Done, Fetched, Load, Reply, Run, Work};
 use super::pages::{Charged, Pages};
-use super::ram::{HUGE, advise};
 use super::store::{Corrupt, Moved, Place, Reader, Stored};
 use super::uffd::{Fill, Move};
 use crate::worker::broken;
@@ -487,7 +486,7 @@ impl Pages {
         let is_block = first.is_multiple_of(BLOCK as u64) && end - first == BLOCK as u64;
         if is_block && self.ram.is_huge(page) {
             // As one piece it stays one, once the page table is gone that the fault has left.
-            let _ = advise(self.ram.hva(first), HUGE, libc::MADV_DONTNEED);
+            self.ram.clear_table(first);
             self.move_back(first..end);
         } else {
             (first..end).step_by(BLOCK).chain([end - 1]).for_each(|part| _ = self.ram.take_huge(part));

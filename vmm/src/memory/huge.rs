@@ -20,7 +20,7 @@ use super::around::Window;
 use super::client::Reply;
 use super::pages::Pages;
 use super::pool::{Back, SLOTS, Taken};
-use super::ram::{HUGE, advise};
+use super::ram::HUGE;
 use super::uffd::Move;
 use crate::worker::broken;
 use crate::worker::gate::monotonic_ns;
@@ -265,8 +265,7 @@ impl Pages {
 
     /// Moves a huge page, which is charged to the guest, to an absent block.
     fn put_block(&mut self, first: u64, taken: Taken) {
-        // There is no page in it, so nothing is lost; where this fails, it is only slower.
-        let _ = advise(self.ram.hva(first), HUGE, libc::MADV_DONTNEED);
+        self.ram.clear_table(first);
         let from = self.ram.pool().taken_at(&taken);
         let (mut at, mut moved) = (0, 0);
         while at < HUGE_PAGES {

@@ -187,6 +187,12 @@ impl Ram {
         }
     }
 
+    /// Takes away the page table that a fault has left at the block that begins with page `first`, in which there is no page:
+    /// a huge page that is moved onto one would be split. Where this fails, that is all that is lost.
+    pub fn clear_table(&self, first: u64) {
+        let _ = advise(self.hva(first), HUGE, libc::MADV_DONTNEED);
+    }
+
     fn huge_bit(&self, index: u64) -> (&AtomicU64, u64) {
         let block = (index % self.pages()) / (HUGE / PAGE_SIZE);
         (&self.huge[(block / 64) as usize], 1 << (block % 64))
