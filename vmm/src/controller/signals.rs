@@ -4,23 +4,20 @@
 //! in a container is short when its container is. *Stalled* is the `full` line of `/proc/pressure/memory`. A kernel without PSI
 //! says nothing of it, and available memory decides alone.
 
-use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io;
 use std::time::Duration;
 
 use memcg_core::host::Reading;
 use memcg_core::units::Pages;
+use procfs::{Current, MemoryPressure};
 
 use super::cgroup::{self, Level};
 use super::host;
 
-/// Where the kernel says how long tasks have waited for memory.
-const PRESSURE: &str = "/proc/pressure/memory";
-
-/// The files that are read again and again.
+/// Where this host says how it is.
 #[derive(Debug)]
 pub struct Signals {
-    pressure: Option<File>,
+    has_pressure: bool,
     /// The cgroups above this process that limit memory.
     levels: Vec<Level>,
 }
@@ -29,13 +26,12 @@ impl Signals {
     /// Finds out what this host has.
     pub fn find() -> Self {
         // A kernel that was started with psi=0 has the file, and refuses to have it read.
-        let pressure = File::open(PRESSURE).ok().filter(|file| stalled(file).is_ok());
-        Self { pressure, levels: cgroup::levels() }
+        Self { has_pressure: MemoryPressure::current().is_ok(), levels: cgroup::levels() }
     }
 
     /// Whether the kernel says how much time is stalled.
     pub fn has_pressure(&self) -> bool {
-        self.pressure.is_some()
+        self.has_pressure
     }
 
     /// All memory that there is for this process, in bytes: the host's, or the smallest limit of a cgroup above it.
@@ -51,32 +47,26 @@ impl Signals {
     pub fn read(&self) -> io::Result<Reading> {
         let host = host::memory()?.available;
         let available = self.levels.iter().filter_map(Level::available).fold(host, u64::min);
-        let stalled = self.pressure.as_ref().and_then(|file| stalled(file).ok());
+        let pressure = if self.has_pressure { MemoryPressure::current().ok() } else { None };
+        let stalled = pressure.as_ref().map(stalled);
         Ok(Reading { available: Pages::from_bytes_floor(available), stalled })
     }
 }
 
 /// The total of the `full` line.
-fn stalled(mut file: &File) -> io::Result<Duration> {
-    let mut text = String::new();
-    file.rewind()?;
-    file.read_to_string(&mut text)?;
-    full_total(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// The same out of the text.
-fn full_total(text: &str) -> Option<Duration> {
-    let line = text.lines().find_map(|line| line.strip_prefix("full "))?;
-    let total = line.split(' ').find_map(|word| word.strip_prefix("total="))?;
-    total.parse().ok().map(Duration::from_micros)
+fn stalled(pressure: &MemoryPressure) -> Duration {
+    Duration::from_micros(pressure.full.total)
 }
 
 #[cfg(test)]
 mod tests {
+    use procfs::FromRead;
+
     use super::*;
 
     #[test]
     fn stalled_time_is_the_total_of_the_full_line() {
+        let full_total = |text: &str| MemoryPressure::from_read(text.as_bytes()).ok().as_ref().map(stalled);
         let text =
             "some avg10=1.00 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1500\n";
         assert_eq!(full_total(text), Some(Duration::from_micros(1500)));
