@@ -401,10 +401,8 @@ impl Actor {
             return;
         }
         if let Some(refusal) = self.stays_empty(id) {
-            let details = self.account(id, json!({ "why": refusal.message }));
-            let name = self.vms[&id].name.clone();
-            self.event(EventKind::ResumeRefused, Some(&name), details);
-            return answer(reply, Err(refusal));
+            let why = json!({ "why": refusal.message });
+            return self.refuse_resume(id, refusal, why, reply);
         }
         if vm.paused_by == Some(PausedBy::Policy) && !self.pay(id) {
             let vm = &self.vms[&id];
@@ -415,12 +413,18 @@ impl Actor {
                 "the VM {name:?} needs {} more than {limit} leaves: raise it with `{raise}`",
                 memcg_core::units::human(need.bytes())
             );
-            let details = self.account(id, json!({ "missing_bytes": need.bytes() }));
-            self.event(EventKind::ResumeRefused, Some(&name), details);
-            answer(reply, Err(Refusal::new(Code::ResumeRefused, message).usage(usage.bytes())));
-            return;
+            let refusal = Refusal::new(Code::ResumeRefused, message).usage(usage.bytes());
+            return self.refuse_resume(id, refusal, json!({ "missing_bytes": need.bytes() }), reply);
         }
         self.resume(id, "request", Some(reply));
+    }
+
+    /// Refuses to let a VM go on: an answer, and an event with what else explains it.
+    fn refuse_resume(&mut self, id: VmId, refusal: Refusal, more: serde_json::Value, reply: Reply<VmView>) {
+        let details = self.account(id, more);
+        let name = self.vms[&id].name.clone();
+        self.event(EventKind::ResumeRefused, Some(&name), details);
+        answer(reply, Err(refusal));
     }
 
     /// Lets the vCPUs go on.

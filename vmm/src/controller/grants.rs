@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use memcg_core::hold::Verdict;
 use memcg_core::reclaim::{self, FIRST_STOCK};
-use memcg_core::tree::{Charge, Event, Mode, Refused, Tree};
+use memcg_core::tree::{Charge, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -467,15 +467,11 @@ impl Actor {
         let (node, refused_at) = (vm.node, vm.refused_at);
         // It happened where the limit was met, and to this VM.
         let level = refused_at.filter(|level| self.tree.contains(*level)).unwrap_or(node);
-        self.tree.record(level, Event::Oom);
-        self.tree.record(node, if action == OomAction::Kill { Event::OomKill } else { Event::OomPause });
-        let action_name = if action == OomAction::Pause { "pause" } else { "kill" };
-        let details = self.account(id, json!({ "action": action_name, "limit_of": self.tree.path(level) }));
-        let name = self.vms[&id].name.clone();
-        self.event(EventKind::VictimSelected, Some(&name), details);
+        self.tell_victim(id, level, json!({}));
         match action {
             OomAction::Pause => {
                 // Whoever looks at its console sees a guest that has stopped.
+                let name = self.vms[&id].name.clone();
                 let (limit, raise) = self.limit_in_the_way(id);
                 tracing::warn!(vm = name, "held at {limit} for too long, now paused: raise it with `{raise}`");
                 self.pause(id, PausedBy::Policy, None);

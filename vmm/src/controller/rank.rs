@@ -125,21 +125,26 @@ impl Actor {
         }
     }
 
+    /// Whose each node is that is a VM's.
+    pub fn owners(&self) -> BTreeMap<NodeId, VmId> {
+        self.vms.iter().map(|(id, vm)| (vm.node, id)).collect()
+    }
+
     /// The VMs at `top` and below, as candidates.
     pub fn candidates(&self, top: NodeId) -> Vec<Candidate<'_>> {
-        let owners: BTreeMap<_, _> = self.vms.iter().map(|(id, vm)| (vm.node, id)).collect();
+        let owners = self.owners();
         oom::candidates(&self.tree, top, |node| owners.get(&node).map(|id| self.attributes(*id)))
     }
 
     /// Who would go first if there were no room in `group`.
     fn oom_rank(&self, group: &str) -> Result<RankView, Refusal> {
-        let owners: BTreeMap<_, _> = self.vms.iter().map(|(_, vm)| (vm.node, vm)).collect();
+        let owners = self.owners();
         let top = self.find_group(group)?;
         let candidates = self.candidates(top);
         let ranked = oom::rank(&candidates);
         let line = |(index, entry): (usize, &Ranked<'_>)| {
             let candidate = &entry.candidate;
-            let vm = owners[&candidate.id];
+            let vm = &self.vms[&owners[&candidate.id]];
             RankedView {
                 rank: index + 1,
                 vm: vm.name.clone(),

@@ -150,12 +150,14 @@ impl Actor {
         if !verdict.reclaim.is_zero() {
             self.ask_all(asked + verdict.reclaim);
         }
-        if verdict.victim && self.choose_for_host() {
-            self.shortage.iter_mut().for_each(|shortage| shortage.watch.chosen(elapsed));
+        let goes_on = self.shortage.as_ref().is_some_and(|shortage| shortage.may_resume(now)) && self.resume_for_host();
+        let goes = verdict.victim && self.choose_for_host();
+        let Some(shortage) = &mut self.shortage else { return };
+        if goes {
+            shortage.watch.chosen(elapsed);
         }
-        let calm = self.shortage.as_ref().is_some_and(|shortage| shortage.may_resume(now));
-        if calm && self.resume_for_host() {
-            self.shortage.iter_mut().for_each(|shortage| shortage.resumed = Some(now));
+        if goes_on {
+            shortage.resumed = Some(now);
         }
     }
 
@@ -187,7 +189,6 @@ impl Actor {
         tracing::warn!(%details, "{}", if verdict.short.is_some() { "the host runs short" } else { "the host has memory again" });
         self.event(kind, None, details);
         // What workers may hold ahead of need is another amount now.
-        self.roomier = true;
         let greeted = |(id, vm): (VmId, &Vm)| (vm.greeted && vm.accounted() && self.is_alive(id)).then_some(id);
         let ids: Vec<_> = self.vms.iter().filter_map(greeted).collect();
         for id in ids {

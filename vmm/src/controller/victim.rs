@@ -15,17 +15,17 @@
 
 use std::time::Duration;
 
-use memcg_core::oom::{self, Action, Choice, Ranked, Victims};
-use memcg_core::tree::Event;
+use memcg_core::oom::{self, Choice};
+use memcg_core::tree::{Event, NodeId};
 use memcg_core::units::{Pages, human};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::actor::Actor;
 use super::changes::Target;
 use super::error::{Code, Refusal};
-use super::events::EventKind;
-use super::view::{PausedBy, VmState};
-use super::vm::{KilledBy, VmEnd, VmId};
+use super::events::{EventKind, merged};
+use super::view::{OomAction, PausedBy, VmState};
+use super::vm::{KilledBy, Vm, VmEnd, VmId};
 
 /// How long the memory of one who was chosen may take to come back before the next one is chosen.
 pub const RETURNS: Duration = Duration::from_secs(10);
@@ -36,57 +36,58 @@ const SHOWN: usize = 10;
 impl Actor {
     /// Chooses somebody for the host, and says whether the time to cool down begins.
     pub fn choose_for_host(&mut self) -> bool {
-        let elapsed = self.elapsed();
-        let (root, patience) = (self.root, super::host::scaled(RETURNS));
-        let mut victims = std::mem::replace(&mut self.victims, Victims::new(patience));
-        let ranked = oom::rank(&self.candidates(root));
-        let choice = victims.decide(&self.tree, root, &ranked, elapsed);
+        let mut victims = self.victims.clone();
+        let ranked = oom::rank(&self.candidates(self.root));
         let list: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
-        let chosen = match choice {
-            Choice::Wait(_) => Err(None),
-            Choice::Nobody(why) => Err(Some(why.to_string())),
-            Choice::Act(entry) => Ok((self.owner(&entry), entry.candidate.attributes.action, entry.to_string())),
+        let chosen = match victims.decide(&self.tree, self.root, &ranked, self.elapsed()) {
+            Choice::Wait(_) => None,
+            Choice::Nobody(why) => Some((None, why.to_string())),
+            Choice::Act(entry) => Some((Some(entry.candidate.id), entry.to_string())),
         };
         self.victims = victims;
-        match chosen {
-            Err(None) => false,
-            Err(Some(why)) => {
-                tracing::warn!(why, "the host has no memory left");
-                self.event(EventKind::NobodyChosen, None, json!({ "why": why, "ranked": list }));
-                true
-            }
-            Ok((Some(id), action, why)) => self.act_for_host(id, action, json!({ "why": why, "ranked": list })),
-            Ok((None, ..)) => false,
+        let Some((node, why)) = chosen else { return false };
+        let details = json!({ "why": why, "ranked": list });
+        if let Some(id) = node.and_then(|node| self.owners().remove(&node)) {
+            return self.act_for_host(id, details);
         }
-    }
-
-    /// The VM of an entry of the list.
-    fn owner(&self, entry: &Ranked<'_>) -> Option<VmId> {
-        self.vms.iter().find(|(_, vm)| vm.node == entry.candidate.id).map(|(id, _)| id)
+        tracing::warn!(why, "the host has no memory left");
+        self.event(EventKind::NobodyChosen, None, details);
+        true
     }
 
     /// Does what was chosen. False when it cannot be done: the next one is chosen at the next look.
-    fn act_for_host(&mut self, id: VmId, action: Action, why: serde_json::Value) -> bool {
+    fn act_for_host(&mut self, id: VmId, why: Value) -> bool {
         let vm = &self.vms[&id];
-        let (node, name) = (vm.node, vm.name.clone());
-        if matches!(action, Action::Pause { .. }) && vm.to_worker.capacity() == 0 {
+        let (node, name, action) = (vm.node, vm.name.clone(), vm.oom.action);
+        if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
             self.victims.failed(node);
             return false;
         }
-        self.tree.record(self.root, Event::Oom);
-        self.tree.record(node, if action == Action::Kill { Event::OomKill } else { Event::OomPause });
-        let verb = if action == Action::Kill { "kill" } else { "pause" };
-        let details = super::events::merged(json!({ "action": verb, "limit_of": "/" }), why);
-        let details = self.account(id, details);
-        tracing::warn!(vm = name, action = verb, "the host has no memory left");
-        self.event(EventKind::VictimSelected, Some(&name), details);
-        if action == Action::Kill {
-            self.kill(id, VmEnd::Killed(KilledBy::Host));
-        } else {
-            self.pause(id, PausedBy::Host, None);
-            self.look_soon(Target::Vm(id));
+        tracing::warn!(vm = name, ?action, "the host has no memory left");
+        self.tell_victim(id, self.root, why);
+        match action {
+            OomAction::Pause => {
+                self.pause(id, PausedBy::Host, None);
+                self.look_soon(Target::Vm(id));
+            }
+            OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Host)),
         }
         true
+    }
+
+    /// Counts and tells that the policy acts on a VM because `level` has no room; `more` is what else explains it.
+    pub fn tell_victim(&mut self, id: VmId, level: NodeId, more: Value) {
+        let vm = &self.vms[&id];
+        let (node, name) = (vm.node, vm.name.clone());
+        let (counted, action) = match vm.oom.action {
+            OomAction::Pause => (Event::OomPause, "pause"),
+            OomAction::Kill => (Event::OomKill, "kill"),
+        };
+        self.tree.record(level, Event::Oom);
+        self.tree.record(node, counted);
+        let said = json!({ "action": action, "limit_of": self.tree.path(level) });
+        let details = self.account(id, merged(said, more));
+        self.event(EventKind::VictimSelected, Some(&name), details);
     }
 
     /// Whether a VM stands still for others, and gives all that it has.
@@ -119,7 +120,7 @@ impl Actor {
 
     /// The host has been calm: who was paused first goes on, if there is room.
     pub fn resume_for_host(&mut self) -> bool {
-        let emptied = |(id, _): &(VmId, &super::vm::Vm)| self.is_emptied(*id);
+        let emptied = |(id, _): &(VmId, &Vm)| self.is_emptied(*id);
         let Some(id) = self.vms.iter().filter(emptied).map(|(id, _)| id).next() else { return false };
         if self.stays_empty(id).is_some() {
             return false;
