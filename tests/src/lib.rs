@@ -90,7 +90,7 @@ pub fn payload() -> PathBuf {
 ///
 /// # Errors
 /// Why there is none, for `SKIP`.
-pub fn swap_directory() -> Result<tempfile::TempDir, String> {
+fn swap_directory() -> Result<tempfile::TempDir, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let beside = program.parent().ok_or("this program is nowhere")?;
     let directory = tempfile::tempdir_in(beside).map_err(|error| error.to_string())?;
@@ -98,6 +98,28 @@ pub fn swap_directory() -> Result<tempfile::TempDir, String> {
         Ok(_) => Ok(directory),
         Err(refusal) => Err(refusal.message.replace(' ', "-")),
     }
+}
+
+/// [`swap_directory`] for a test with guests; `None`, with the reason printed, where one of the two cannot be had.
+pub fn swap_or_skip(test: &str) -> Option<tempfile::TempDir> {
+    if skipped(test) {
+        return None;
+    }
+    swap_directory().map_err(|reason| skip(test, reason)).ok()
+}
+
+/// The directory of the cgroup that limits the memory of a process, and the name of the file that has the limit. `process` is
+/// its name in `/proc`.
+pub fn memory_cgroup(process: &str) -> Option<(PathBuf, &'static str)> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+    let path = |prefix: &str| {
+        let line = text.lines().find(|line| line.contains(prefix))?;
+        line.split_once(prefix).map(|(_, path)| path.trim_start_matches('/').to_owned())
+    };
+    Some(match path(":memory:") {
+        Some(path) => (PathBuf::from("/sys/fs/cgroup/memory").join(path), "memory.limit_in_bytes"),
+        None => (PathBuf::from("/sys/fs/cgroup").join(path("0::")?), "memory.max"),
+    })
 }
 
 /// The limit in bytes that a refused VM's message names as enough.

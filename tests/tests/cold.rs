@@ -3,7 +3,7 @@
 //! The payload has no balloon here, so nothing but eviction can make room for it.
 
 use ballast_tests::walk::exact;
-use ballast_tests::{PAGE, TestVm, number, skip, skipped, swap_directory, wait_until};
+use ballast_tests::{PAGE, TestVm, number, skipped, swap_or_skip, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -44,13 +44,7 @@ fn a_guest_uses_twice_its_limit_and_finds_every_byte() {
 /// back. The file has no name, and is gone with the VM.
 #[test]
 fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
-    if skipped("cold-file") {
-        return;
-    }
-    let directory = match swap_directory() {
-        Ok(directory) => directory,
-        Err(reason) => return skip("cold-file", reason),
-    };
+    let Some(directory) = swap_or_skip("cold-file") else { return };
     let vm = TestVm::builder("file").memory("size=256M,max=64M,swap=max").option("--cpus", "2").cmdline("shell");
     let mut vm = vm.option("--swap-dir", directory.path().to_string_lossy()).start();
     vm.expect("READY", 10);
@@ -77,13 +71,7 @@ fn pages_that_do_not_shrink_go_to_a_file_and_come_back() {
 /// Semantics: 24, 118.
 #[test]
 fn a_store_that_is_too_large_for_a_lower_limit_moves_to_the_file() {
-    if skipped("cold-store-file") {
-        return;
-    }
-    let directory = match swap_directory() {
-        Ok(directory) => directory,
-        Err(reason) => return skip("cold-store-file", reason),
-    };
+    let Some(directory) = swap_or_skip("cold-store-file") else { return };
     for (fill, store) in [("half", ""), ("half", ",store=128M"), ("full", "")] {
         let vm = TestVm::builder("lowered").memory(&format!("size=128M,max=64M,swap=max{store}")).cmdline("shell");
         let mut vm = vm.option("--swap-dir", directory.path().to_string_lossy()).start();

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use ballast_tests::serve::{Serve, is_alive, kill, pid, shell};
-use ballast_tests::{number, skip, skipped, wait_until};
+use ballast_tests::{memory_cgroup, number, skip, skipped, wait_until};
 use serde_json::{Value, json};
 
 /// A `serve` whose workers have cgroups, or why there is none here.
@@ -17,17 +17,9 @@ fn with_cgroups() -> Option<Serve> {
     Some(Serve::start(&["--cgroup", "auto"]))
 }
 
-/// The directory of the cgroup that limits a worker's memory, with the name of the file that has the limit.
+/// [`memory_cgroup`] of a worker.
 fn cgroup(view: &Value) -> (PathBuf, &'static str) {
-    let text = std::fs::read_to_string(format!("/proc/{}/cgroup", pid(view))).expect("the worker lives");
-    let path = |prefix: &str| {
-        let line = text.lines().find(|line| line.contains(prefix))?;
-        line.split_once(prefix).map(|(_, path)| path.trim_start_matches('/').to_owned())
-    };
-    match path(":memory:") {
-        Some(path) => (PathBuf::from("/sys/fs/cgroup/memory").join(path), "memory.limit_in_bytes"),
-        None => (PathBuf::from("/sys/fs/cgroup").join(path("0::").expect("cgroup2")), "memory.max"),
-    }
+    memory_cgroup(&pid(view).to_string()).expect("the worker lives, in a cgroup")
 }
 
 fn limit(view: &Value) -> u64 {

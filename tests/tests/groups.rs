@@ -1,7 +1,7 @@
 //! Groups of `ballast serve`, with the real program: limits at two levels, admission, and what is refused.
 
 use ballast_tests::serve::{Console, Serve, pid};
-use ballast_tests::{http, number, payload, resident_pages, skip, skipped, swap_directory, wait_until};
+use ballast_tests::{http, number, payload, resident_pages, skipped, swap_or_skip, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -191,13 +191,7 @@ fn limits_at_two_levels_hold() {
 /// Semantics: 118.
 #[test]
 fn stores_that_are_too_large_for_a_lower_limit_of_their_group_move_to_files() {
-    if skipped("groups-store-file") {
-        return;
-    }
-    let directory = match swap_directory() {
-        Ok(directory) => directory,
-        Err(reason) => return skip("groups-store-file", reason),
-    };
+    let Some(directory) = swap_or_skip("groups-store-file") else { return };
     let serve = Serve::start(&[]);
     serve.good("PUT", "/groups/gold", json!({ "max_bytes": 96 * MIB }));
     for name in ["a", "b"] {

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use ballast_tests::walk::{Swap, Walk, exact, seed_or};
-use ballast_tests::{TestVm, number, skip, skipped, swap_directory};
+use ballast_tests::{TestVm, number, skipped, swap_or_skip};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -31,16 +31,9 @@ fn no_byte_differs_after_random_steps_of_touching_evicting_giving_and_changing_l
 /// The same where what does not shrink goes to a file: by pages that no fault can be answered with before they are read.
 #[test]
 fn no_byte_differs_where_some_pages_are_in_a_file() {
-    if skipped("safety-file") {
-        return;
-    }
-    match swap_directory() {
-        Ok(directory) => {
-            let end = walk("filed", seed_or(0x5afe_0002), &Swap::File(directory.path()), form(400, 3_000));
-            assert!(number(&end, "cold.fetched_bytes") > MIB, "{end}");
-        }
-        Err(reason) => skip("safety-file", reason),
-    }
+    let Some(directory) = swap_or_skip("safety-file") else { return };
+    let end = walk("filed", seed_or(0x5afe_0002), &Swap::File(directory.path()), form(400, 3_000));
+    assert!(number(&end, "cold.fetched_bytes") > MIB, "{end}");
 }
 
 /// Takes `steps` steps, and returns the VM as it was at the end.

@@ -1,11 +1,11 @@
 //! A host that runs short of memory: here a small one, which is a cgroup that the controller and its VMs live in.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ballast_tests::serve::{Console, Serve, is_alive, pid};
-use ballast_tests::{number, payload, skip, skipped, wait_until};
+use ballast_tests::{memory_cgroup, number, payload, skip, skipped, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -24,16 +24,17 @@ struct Small {
 }
 
 impl Small {
-    /// Enters a cgroup of [`HOST`] bytes; why that is not possible, for `SKIP`.
+    /// Enters a cgroup of [`HOST`] bytes, for a test with guests; `None`, with the reason printed, where that is not possible.
+    fn enter_or_skip(test: &str) -> Option<Self> {
+        if skipped(test) {
+            return None;
+        }
+        Self::enter(test).map_err(|reason| skip(test, reason)).ok()
+    }
+
     fn enter(name: &str) -> Result<Self, String> {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = fs::read_to_string("/proc/self/cgroup").map_err(|error| error.to_string())?;
-        let line = |mark: &str| text.lines().find_map(|line| line.split_once(mark)).map(|(_, path)| path.to_owned());
-        let (base, path, file) = match line(":memory:") {
-            Some(path) => ("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes"),
-            None => ("/sys/fs/cgroup", line("0::").ok_or("no cgroups")?, "memory.max"),
-        };
-        let parent = Path::new(base).join(path.trim_start_matches('/'));
+        let (parent, file) = memory_cgroup("self").ok_or("no cgroups")?;
         let directory = parent.join(format!("small-{name}-{}", std::process::id()));
         let small = Self { _turn: turn, directory, parent };
         let refused = |error: std::io::Error| format!("no cgroup with a limit can be made here ({error})");
@@ -104,13 +105,7 @@ fn events(serve: &Serve, kind: &str) -> Vec<Value> {
 /// Semantics: 41.
 #[test]
 fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
-    if skipped("shortage-cold") {
-        return;
-    }
-    let small = match Small::enter("cold") {
-        Ok(small) => small,
-        Err(reason) => return skip("shortage-cold", reason),
-    };
+    let Some(small) = Small::enter_or_skip("shortage-cold") else { return };
     let serve = Serve::start(&[]);
     let swap = json!({ "swap_max_bytes": null });
     let mut guests: Vec<_> = ["a", "b"].map(|name| guest(&serve, name, &swap, &json!({}))).into();
@@ -132,13 +127,7 @@ fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
 /// Semantics: 47, 74.
 #[test]
 fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
-    if skipped("shortage-kill") {
-        return;
-    }
-    let small = match Small::enter("kill") {
-        Ok(small) => small,
-        Err(reason) => return skip("shortage-kill", reason),
-    };
+    let Some(small) = Small::enter_or_skip("shortage-kill") else { return };
     let serve = Serve::start(&[]);
     let oom = |preference: &str| json!({ "action": "kill", "preference": preference });
     let none = json!({ "swap_max_bytes": 0 });
