@@ -143,7 +143,7 @@ impl FromStr for MemoryArg {
 
 impl Pairs for MemoryArg {
     const KEYS: &[&str] =
-        &["size", "max", "high", "low", "min", "swap", "store", "vmm", "track", "ageing", "proactive"];
+        &["size", "max", "high", "low", "min", "swap", "store", "vmm", "track", "ageing", "proactive", "shares"];
 
     fn from_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Result<Self, PairError> {
         let (mut size, mut config) = (None, MemoryConfig::default());
@@ -163,6 +163,10 @@ impl Pairs for MemoryArg {
                 }
                 "proactive" => {
                     config.proactive = Some(on_off(value)?);
+                    return Ok(());
+                }
+                "shares" => {
+                    config.shares = Some(value.parse().map_err(|_| format!("{value:?} is not a whole number"))?);
                     return Ok(());
                 }
                 "max" => &mut config.max_bytes,

@@ -206,7 +206,7 @@ fn table(vm: &VmView) -> String {
     line(
         "  limits",
         format!(
-            " min {}, low {}, high {}, max {}, swap {}, store {}, vmm {}, generation {}",
+            " min {}, low {}, high {}, max {}, swap {}, store {}, vmm {}, shares {}, generation {}",
             limit(memory.min_bytes),
             limit(memory.low_bytes),
             limit(memory.high_bytes),
@@ -217,6 +217,7 @@ fn table(vm: &VmView) -> String {
                 (set, _) => limit(set),
             },
             limit(vm.vmm.max_bytes),
+            memory.shares,
             vm.generation
         ),
     );

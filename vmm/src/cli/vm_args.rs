@@ -14,7 +14,7 @@ pub struct VmArgs {
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     /// Guest RAM and limits: size=1G,max=512M,high=448M,low=128M,min=64M,swap=1G,store=256M,vmm=32M,
-    /// track=on|off,ageing=30s|off,proactive=on|off
+    /// track=on|off,ageing=30s|off,proactive=on|off,shares=100
     #[arg(long, value_name = "SIZES", value_parser = str::parse::<MemoryArg>, required_unless_present = "config")]
     memory: Option<MemoryArg>,
     /// The balloon: free_page_reporting=on|off,deflate_on_oom=on|off,stats_interval=1s

@@ -186,6 +186,7 @@ impl Actor {
             cpus: spec.cpus,
             accounting: if spec.accounting { activation::Accounting::On } else { activation::Accounting::Off },
             overhead: spec.overhead,
+            shares: spec.shares,
             oom: spec.oom,
             since: process.since(),
             process,

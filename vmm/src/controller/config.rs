@@ -5,6 +5,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::marker::PhantomData;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use balloon::QueueKind;
 use memcg_core::frame::{BLOCK, Cost};
+use memcg_core::spread::DEFAULT_SHARES;
 use memcg_core::tree::{LimitPatch, Limits};
 use memcg_core::units::{Limit, Pages, SizeArg, human};
 use rustix::io::Errno;
@@ -161,6 +163,9 @@ with_limits! {
         /// needs ageing, and cannot be changed while the VM runs.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub proactive: Option<bool>,
+        /// When several have to give, who has twice as many gives half as much: 1 to 10000, 100 by default.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub shares: Option<u32>,
     }
 }
 
@@ -294,6 +299,9 @@ const BESIDE_FILES: Pages = Pages(64);
 /// Places in RAM at which files and tables begin, at most; each may be in a block of 2 MiB of its own.
 const PLACES: u64 = 8;
 
+/// Shares that a VM may have.
+const SHARES: RangeInclusive<u32> = 1..=10_000;
+
 /// Seconds of a generation, unless somebody says otherwise.
 const AGEING_S: u32 = 30;
 
@@ -378,6 +386,10 @@ impl VmConfig {
         if oom.deadline > host::scaled(MAX_DEADLINE) {
             return Err(wrong("oom: deadline_ms is longer than a day".to_owned()));
         }
+        let shares = self.memory.shares.unwrap_or(DEFAULT_SHARES);
+        if !SHARES.contains(&shares) {
+            return Err(wrong(format!("memory: shares of {shares} are not possible: write a number from 1 to 10000")));
+        }
         let Memory { size, limits, accounting } = self.memory.check()?;
         Ok(VmSpec {
             name: name.to_owned(),
@@ -386,6 +398,7 @@ impl VmConfig {
             cpus: self.cpus,
             accounting,
             limits,
+            shares,
             oom,
             overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32, self.swap_file_pages(&limits, size)),
             loading: Pages::ZERO,
@@ -452,6 +465,20 @@ mod tests {
 
     fn config(json: &str) -> VmConfig {
         serde_json::from_str(json).expect("understood")
+    }
+
+    #[test]
+    fn shares_are_from_1_to_10000() {
+        let with = |shares: &str| {
+            let json = format!(r#"{{"kernel": "/k", "memory": {{"size_bytes": 67108864 {shares}}}}}"#);
+            config(&json).spec("web").map(|spec| spec.shares).map_err(|refusal| refusal.message)
+        };
+        assert_eq!(with(""), Ok(100));
+        assert_eq!([r#", "shares": 1"#, r#", "shares": 10000"#].map(with), [Ok(1), Ok(10_000)]);
+        for wrong in [r#", "shares": 0"#, r#", "shares": 10001"#] {
+            let message = with(wrong).expect_err("refused");
+            assert!(message.contains("from 1 to 10000"), "{message}");
+        }
     }
 
     #[test]

@@ -370,7 +370,7 @@ impl Actor {
             self.vms_of(Target::Group(group)).into_iter().map(|id| (self.vms[&id].node, id)).collect();
         let facts = |node: NodeId| {
             let vm = &self.vms[by_node.get(&node)?];
-            can(vm).then(|| Facts { idle: known(vm).idle(), pinned: vm.reserve_target, ..Facts::default() })
+            can(vm).then(|| Facts { idle: known(vm).idle(), pinned: vm.reserve_target, shares: vm.shares })
         };
         let (aims, _) = aims(&self.tree, group, need, facts);
         aims.into_iter().map(|(node, aim)| (by_node[&node], aim)).collect()

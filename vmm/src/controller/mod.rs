@@ -101,6 +101,8 @@ pub struct VmSpec {
     pub accounting: bool,
     /// Its limits; those that are absent are the defaults.
     pub limits: LimitPatch,
+    /// Who has twice as many gives half as much, when several have to give.
+    pub shares: u32,
     /// What is done when it stays held.
     pub oom: OomPolicy,
     /// What it costs beside its pages ([`overhead::of`]); charged with accounting only.

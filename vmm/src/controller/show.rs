@@ -87,6 +87,7 @@ impl Actor {
             store_max_bytes: node.limits.store_max.as_bytes(),
             max_pending_bytes: node.max_pending.and_then(memcg_core::units::Limit::as_bytes),
             ceiling_bytes: node.ceiling.map(Pages::bytes),
+            shares: vm.shares,
             events: MemoryEvents::new(node.events_local, node.memory.failcnt),
             stat: MemoryStat {
                 guest_bytes: bytes(report.guest),

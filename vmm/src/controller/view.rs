@@ -178,6 +178,8 @@ pub struct MemoryView {
     pub max_pending_bytes: Option<u64>,
     /// While a smaller `max` is pending: what usage may not exceed meanwhile.
     pub ceiling_bytes: Option<u64>,
+    /// Who has twice as many gives half as much, when several have to give.
+    pub shares: u32,
     /// Counts of events.
     pub events: MemoryEvents,
     /// What the charge consists of.

@@ -185,6 +185,8 @@ pub(super) struct Vm {
     pub size: Pages,
     pub cpus: u32,
     pub accounting: Accounting,
+    /// Who has twice as many gives half as much, when several have to give.
+    pub shares: u32,
     /// What it costs beside its pages from the start, charged as long as it is accounted.
     pub overhead: Vec<Part>,
     pub oom: OomPolicy,

@@ -299,6 +299,27 @@ async fn a_group_s_need_is_evicted_from_its_members() {
     assert_eq!(a.aim, u64::MAX);
 }
 
+/// Of two that have as much, and use as much of it, who has three times the shares loses a third.
+/// Semantics: 41.
+#[tokio::test(start_paused = true)]
+async fn who_has_more_shares_gives_less() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let setup = |shares| Setup { max: Limit::Max, group: "/gold", evicts: true, shares, ..Setup::default() };
+    let mut rich = holding(&controller, "rich", setup(300), 2400).await;
+    let mut poor = holding(&controller, "poor", setup(100), 2400).await;
+    let shown = controller.list().await.expect("shown");
+    assert_eq!(shown.iter().map(|vm| vm.memory.shares).collect::<Vec<_>>(), [300, 100]);
+    poor.touch(100).await;
+    rich.touch(100).await;
+    for _ in 0..8 {
+        rich.obey_for(50).await;
+        poor.obey_for(50).await;
+    }
+    let [rich, poor] = [&rich, &poor].map(|worker| worker.report.held().expect("a number") - worker.aim);
+    assert!(rich > 8 && poor.abs_diff(3 * rich) <= 8, "rich {rich}, poor {poor}");
+}
+
 /// What a VM of a group is granted while its group gives is its own: it is not told to evict what it has just touched. Its
 /// neighbour with cold pages is told to give more as soon as it has given half, not a second later.
 /// Semantics: 41, 63.

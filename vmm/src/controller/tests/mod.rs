@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use memcg_core::spread::DEFAULT_SHARES;
 use memcg_core::tree::{LimitPatch, Overhead};
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot};
@@ -96,6 +97,7 @@ struct Setup {
     cpus: u32,
     max: Limit,
     accounting: bool,
+    shares: u32,
     oom: OomPolicy,
     overhead: Vec<Part>,
     config: Option<Arc<VmConfig>>,
@@ -113,6 +115,7 @@ impl Default for Setup {
             cpus: 1,
             max,
             accounting: true,
+            shares: DEFAULT_SHARES,
             oom,
             overhead: Vec::new(),
             config: None,
@@ -146,6 +149,7 @@ fn plain(name: &str) -> VmSpec {
         cpus: 1,
         accounting: true,
         limits: LimitPatch::default(),
+        shares: DEFAULT_SHARES,
         oom: OomPolicy::default(),
         overhead: Vec::new(),
         loading: Pages::ZERO,
@@ -174,6 +178,7 @@ impl FakeWorker {
             cpus: setup.cpus,
             accounting: setup.accounting,
             limits: LimitPatch { max: Some(setup.max), ..LimitPatch::default() },
+            shares: setup.shares,
             oom: setup.oom,
             overhead: setup.overhead,
             instance: INSTANCE,
