@@ -125,12 +125,14 @@ pub struct Watch {
     /// Since when it has been critical without a break.
     critical: Option<Duration>,
     chosen: Option<Duration>,
+    /// When a VM that had been paused for the host went on last.
+    resumed: Option<Duration>,
 }
 
 impl Watch {
     /// A host that nothing is known of: calm.
     pub fn new(terms: Terms) -> Watch {
-        Watch { terms, before: None, turning: None, short: None, critical: None, chosen: None }
+        Watch { terms, before: None, turning: None, short: None, critical: None, chosen: None, resumed: None }
     }
 
     /// How long after this reading the next one is due.
@@ -151,7 +153,8 @@ impl Watch {
     /// A reading that is older than the last one is a clock that was set back: everything that must last begins anew.
     pub fn step(&mut self, now: Duration, reading: Reading, asked: Pages) -> Verdict {
         if self.before.is_some_and(|(at, _)| now < at) {
-            (self.turning, self.critical, self.chosen) = (None, None, self.chosen.map(|_| now));
+            (self.turning, self.critical) = (None, None);
+            (self.chosen, self.resumed) = (self.chosen.map(|_| now), self.resumed.map(|_| now));
             self.short = self.short.map(|(sign, _)| (sign, now));
         }
         let share = self.share(now, reading);
@@ -185,6 +188,24 @@ impl Watch {
     /// A victim was chosen: there is none before the time to cool down is over.
     pub fn chosen(&mut self, now: Duration) {
         self.chosen = Some(now);
+    }
+
+    /// Whether somebody who was paused for the host may go on: one after the other, as fast as victims are chosen.
+    pub fn may_resume(&self, now: Duration) -> bool {
+        let over = |at| now.saturating_sub(at) >= self.terms.cool_down;
+        self.short.is_none() && self.resumed.is_none_or(over)
+    }
+
+    /// Somebody who was paused for the host goes on.
+    pub fn resumed(&mut self, now: Duration) {
+        self.resumed = Some(now);
+    }
+
+    /// What is missing until `back` could come back without making the host short again, by the last reading.
+    pub fn missing_for(&self, back: Pages) -> Pages {
+        let available = self.before.map_or(Pages::ZERO, |(_, reading)| reading.available);
+        let missing = (self.terms.leave + back).saturating_sub(available);
+        if self.short.is_some() { missing.max(Pages::ONE) } else { missing }
     }
 
     /// Part of the time since the last reading that was stalled, in thousandths; 0 where that is not known.

@@ -58,9 +58,9 @@ const SHARE: u64 = 64;
 /// Before a deadline, a polite rung has at most one part in so many of the whole time: the three of them half of it.
 const POLITE: u32 = 6;
 
-/// The idle tax of a ladder, in per cent. What is evicted and in use comes back by a fault at once, and a guest whose balloon
-/// takes what it uses comes to a stop. So idle pages go first, by whatever means.
-const IDLE_TAX: u8 = 99;
+/// How a ladder spreads what a group has to give. What is evicted and in use comes back by a fault at once, and a guest whose
+/// balloon takes what it uses comes to a stop. So idle pages go first, by whatever means.
+pub const SPREAD: SpreadTerms = SpreadTerms { idle_tax: 99 };
 
 /// What is done at last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -361,16 +361,17 @@ impl Ladder {
     }
 }
 
-/// What the VMs at and below `top` should come down to, so that together they give `need` by one means: those that `facts`
-/// knows can give by it, in the order of the tree. Who gives nothing is left out. Also what nobody can give.
+/// What the VMs at and below `top` should come down to, so that together they give `need` by one means, on `terms`
+/// ([`SPREAD`]): those that `facts` knows can give by it, in the order of the tree. Who gives nothing is left out. Also what nobody can give.
 pub fn aims(
     tree: &Tree,
     top: NodeId,
     need: Pages,
+    terms: &SpreadTerms,
     facts: impl FnMut(NodeId) -> Option<Facts>,
 ) -> (Vec<(NodeId, Pages)>, Pages) {
     let claimants: Vec<Claimant> = claimants(tree, top, facts);
-    let spread = spread(need, &claimants, &SpreadTerms { idle_tax: IDLE_TAX });
+    let spread = spread(need, &claimants, terms);
     let gives = claimants.iter().zip(&spread.takes).filter(|(_, take)| !take.pages.is_zero());
     (gives.map(|(vm, take)| (vm.id, vm.usage.saturating_sub(take.pages))).collect(), spread.short)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use memcg_core::ladder::{Asks, Driver, Eviction, Ladder, Means, Rung, STEP, Sample, Terms, aims};
+use memcg_core::ladder::{Asks, Driver, Eviction, Ladder, Means, Rung, SPREAD, STEP, Sample, Terms, aims};
 use memcg_core::spread::Facts;
 use memcg_core::tree::{LimitPatch, Mode, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -259,11 +259,11 @@ fn the_need_of_a_group_is_divided_below_it() {
         let _ = family.tree.try_charge(id, Pages(pages), Mode::Wait).expect("no limit");
     }
     let known = |_| Some(Facts::default());
-    let of_group = aims(&family.tree, family.group, Pages(40), known);
+    let of_group = aims(&family.tree, family.group, Pages(40), &SPREAD, known);
     assert_eq!(of_group, (vec![(family.vm, Pages(270)), (family.sibling, Pages(90))], Pages::ZERO));
-    let of_vm = aims(&family.tree, family.vm, Pages(400), known);
+    let of_vm = aims(&family.tree, family.vm, Pages(400), &SPREAD, known);
     assert_eq!(of_vm, (vec![(family.vm, Pages::ZERO)], Pages(100)));
-    let some = aims(&family.tree, family.group, Pages(40), |id| (id == family.sibling).then(Facts::default));
+    let some = aims(&family.tree, family.group, Pages(40), &SPREAD, |id| (id == family.sibling).then(Facts::default));
     assert_eq!(some, (vec![(family.sibling, Pages(60))], Pages::ZERO));
 }
 
@@ -277,7 +277,7 @@ fn idle_pages_of_a_neighbour_are_evicted_before_those_in_use() {
     }
     let gives = |idle| {
         let of = |id| Facts { idle: Pages(if id == family.sibling { idle } else { 0 }), ..Facts::default() };
-        let (aims, _) = aims(&family.tree, family.group, Pages(200), |id| Some(of(id)));
+        let (aims, _) = aims(&family.tree, family.group, Pages(200), &SPREAD, |id| Some(of(id)));
         [900 - aims[0].1.0, 300 - aims[1].1.0]
     };
     assert_eq!(gives(300), [6, 194]);
@@ -373,7 +373,7 @@ proptest! {
             tree.set_limits(id, &patch).expect("no max");
         }
         let top = groups[top];
-        let (aims, short) = aims(&tree, top, Pages(need), |_| Some(Facts::default()));
+        let (aims, short) = aims(&tree, top, Pages(need), &SPREAD, |_| Some(Facts::default()));
         let mut given = 0;
         for (id, aim) in aims {
             prop_assert!(tree.is_within(id, top));

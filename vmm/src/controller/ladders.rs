@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use memcg_core::frame::Histogram;
 use memcg_core::idle::Known;
-use memcg_core::ladder::{Asks, Driver, Eviction, Ladder, Means, Rung, Sample, Terms, aims};
+use memcg_core::ladder::{Asks, Driver, Eviction, Ladder, Means, Rung, SPREAD, Sample, Terms, aims};
 use memcg_core::progress::State;
 use memcg_core::spread::Facts;
 use memcg_core::tree::NodeId;
@@ -372,7 +372,7 @@ impl Actor {
             let vm = &self.vms[by_node.get(&node)?];
             can(vm).then(|| Facts { idle: known(vm).idle(), pinned: vm.reserve_target, shares: vm.shares })
         };
-        let (aims, _) = aims(&self.tree, group, need, facts);
+        let (aims, _) = aims(&self.tree, group, need, &SPREAD, facts);
         aims.into_iter().map(|(node, aim)| (by_node[&node], aim)).collect()
     }
 

@@ -42,8 +42,6 @@ pub struct Shortage {
     reading: Reading,
     verdict: Verdict,
     next: Instant,
-    /// When a VM that had been paused for the host went on last.
-    resumed: Option<Instant>,
 }
 
 impl Shortage {
@@ -57,16 +55,9 @@ impl Shortage {
         self.verdict.short.is_some()
     }
 
-    /// Whether somebody who was paused for the host may go on: one after the other, as fast as victims are chosen.
-    fn may_resume(&self, now: Instant) -> bool {
-        !self.is_short() && self.resumed.is_none_or(|at| now >= at + host::scaled(self.watch.terms().cool_down))
-    }
-
     /// What is missing until `back` could come back without making the host short again.
     pub fn missing_for(&self, back: Pages) -> Pages {
-        let wanted = self.watch.terms().leave + back;
-        let missing = wanted.saturating_sub(self.reading.available);
-        if self.is_short() { missing.max(Pages::ONE) } else { missing }
+        self.watch.missing_for(back)
     }
 
     /// For people and their tools.
@@ -120,7 +111,7 @@ impl Controller {
     /// Watches the host from now on: what `read` says, on these terms.
     pub async fn watch_host(&self, read: Read, terms: Terms) {
         let (reading, verdict, next) = (Reading::default(), Verdict::default(), Instant::now());
-        let shortage = Shortage { read, watch: Watch::new(terms), reading, verdict, next, resumed: None };
+        let shortage = Shortage { read, watch: Watch::new(terms), reading, verdict, next };
         let begin = move |actor: &mut Actor| actor.shortage = Some(shortage);
         // A controller that is gone watches nothing.
         let _ = self.inbox.send(super::actor::Input::Request(Box::new(begin))).await;
@@ -150,14 +141,15 @@ impl Actor {
         if !verdict.reclaim.is_zero() {
             self.ask_all(asked + verdict.reclaim);
         }
-        let goes_on = self.shortage.as_ref().is_some_and(|shortage| shortage.may_resume(now)) && self.resume_for_host();
+        let goes_on =
+            self.shortage.as_ref().is_some_and(|shortage| shortage.watch.may_resume(elapsed)) && self.resume_for_host();
         let goes = verdict.victim && self.choose_for_host();
         let Some(shortage) = &mut self.shortage else { return };
         if goes {
             shortage.watch.chosen(elapsed);
         }
         if goes_on {
-            shortage.resumed = Some(now);
+            shortage.watch.resumed(elapsed);
         }
     }
 
