@@ -32,6 +32,7 @@
 //! | [`frame`] | state, lists and ages of every page of one VM | worker |
 //! | [`sample`] | how much of its memory a guest uses, from random samples | worker |
 //! | [`governor`] | how many pages may be put aside to learn that, so that a guest hardly notices | worker |
+//! | [`sim`] | hosts that are not there, under the same policy | `ballast sim`, tests |
 //!
 //! # For readers who know cgroup v2
 //!
@@ -75,6 +76,7 @@ pub mod reclaim;
 pub mod reporting;
 pub mod sample;
 pub mod shared;
+pub mod sim;
 pub mod spread;
 pub mod stock;
 pub mod tree;

@@ -32,6 +32,7 @@ mod reporting;
 mod sample;
 mod shared;
 mod shared_model;
+mod sim;
 mod spread;
 mod stock;
 mod transactions;
