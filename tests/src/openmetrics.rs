@@ -14,7 +14,8 @@ pub struct Family {
     pub help: String,
     /// The unit, if there is one.
     pub unit: Option<String>,
-    /// Values by their labels in order, `name="value"` joined with commas.
+    /// Values by their labels in order, `name="value"` joined with commas; of a histogram with `_bucket `, `_count ` or
+    /// `_sum ` before them.
     pub series: BTreeMap<String, f64>,
 }
 
@@ -48,7 +49,7 @@ pub fn parse(text: &str) -> Result<BTreeMap<String, Family>, String> {
             }
             match word {
                 "HELP" if family.help.is_empty() && !rest.is_empty() => rest.clone_into(&mut family.help),
-                "TYPE" if family.kind.is_empty() && ["counter", "gauge", "info"].contains(&rest) => {
+                "TYPE" if family.kind.is_empty() && ["counter", "gauge", "histogram", "info"].contains(&rest) => {
                     rest.clone_into(&mut family.kind);
                 }
                 "UNIT" if family.unit.is_none() && name.ends_with(&format!("_{rest}")) => {
@@ -65,19 +66,25 @@ pub fn parse(text: &str) -> Result<BTreeMap<String, Family>, String> {
             None => (series, ""),
         };
         let family = families.get_mut(&current).ok_or_else(|| wrong("a series without a family"))?;
-        let suffix = match family.kind.as_str() {
-            "counter" => "_total",
-            "info" => "_info",
-            "gauge" => "",
+        let suffixes: &[&str] = match family.kind.as_str() {
+            "counter" => &["_total"],
+            "histogram" => &["_bucket", "_count", "_sum"],
+            "info" => &["_info"],
+            "gauge" => &[""],
             _ => return Err(wrong("a family without a type")),
         };
-        if name != format!("{current}{suffix}") {
-            return Err(wrong("a series of another family"));
+        let suffix = name.strip_prefix(&current).filter(|suffix| suffixes.contains(suffix));
+        let suffix = suffix.ok_or_else(|| wrong("a series of another family"))?;
+        if suffixes.len() > 1 && (suffix == "_bucket") != labels.contains("le=\"") {
+            return Err(wrong("a bucket without an end, or an end without a bucket"));
         }
-        if family.kind == "counter" && !(value >= 0.0 && value.is_finite()) {
+        if ["counter", "histogram"].contains(&family.kind.as_str()) && !(value >= 0.0 && value.is_finite()) {
             return Err(wrong("a count that is none"));
         }
-        if family.series.insert(ordered(labels).ok_or_else(|| wrong("odd labels"))?, value).is_some() {
+        let labels = ordered(labels).ok_or_else(|| wrong("odd labels"))?;
+        // The parts of a histogram have the same labels.
+        let part = if suffixes.len() > 1 { format!("{suffix} ") } else { String::new() };
+        if family.series.insert(part + &labels, value).is_some() {
             return Err(wrong("a series that was there before"));
         }
     }
@@ -126,6 +133,9 @@ mod tests {
 
     #[test]
     fn what_a_collector_takes_is_read() {
+        let histogram = "# HELP h H.\n# TYPE h histogram\nh_sum 0.5\nh_count 1\nh_bucket{le=\"1\"} 1\n# EOF\n";
+        let series = &parse(histogram).unwrap()["h"].series;
+        assert_eq!((series["_sum "], series["_count "], series["_bucket le=\"1\""]), (0.5, 1.0, 1.0));
         let text = "# HELP b_x_bytes Some.\n# TYPE b_x_bytes gauge\n# UNIT b_x_bytes bytes\n\
                     b_x_bytes{vm=\"a\\\"b\",kind=\"c,d\"} 3\nb_x_bytes 4.5\n# EOF\n";
         let families = parse(text).unwrap();
@@ -150,6 +160,8 @@ mod tests {
             (format!("{head}# UNIT x bytes\n# EOF\n"), "an odd comment"),
             ("# TYPE x counter\nx_total 1\n# EOF\n".to_owned(), "no help"),
             (format!("{head}x_total{{a=1}} 1\n# EOF\n"), "odd labels"),
+            ("# HELP x X.\n# TYPE x histogram\nx_bucket 1\n# EOF\n".to_owned(), "without an end"),
+            ("# HELP x X.\n# TYPE x histogram\nx_total 1\n# EOF\n".to_owned(), "another family"),
         ] {
             let error = parse(&text).expect_err(&text);
             assert!(error.contains(part), "{text}: {error}");

@@ -142,6 +142,15 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     assert_eq!((&victim["vm"], &victim["action"]), (&json!("chosen"), &json!("kill")), "{victim}");
     assert_eq!(victim["ranked"].as_array().map(Vec::len), Some(3), "{victim}");
     wait_until("the host has memory again", 60, || events(&serve, "pressure_left").pop());
+    let decision = wait_until("its memory is back", 20, || {
+        let (_, log) = serve.ask("GET", "/oom/log", None);
+        Some(log["decisions"][0].clone()).filter(|decision| decision["outcome"] == "freed")
+    });
+    assert_eq!(decision["number"], victim["decision"], "{decision}");
+    assert!(number(&decision, "freed_bytes") >= 60 * MIB && number(&decision, "took_ms") < 10_000, "{decision}");
+    let (table, reason) = (serve.verb(&["oom", "log"]).stdout, decision["why"].as_str().expect("a sentence"));
+    let table = String::from_utf8(table).expect("text");
+    assert!(table.contains(" available  chosen  kill ") && table.ends_with(&format!("  {reason}\n")), "{table}");
     assert!(!is_alive(chosen.0) && is_alive(spared.0) && is_alive(small_one.0));
     assert_eq!(serve.show("chosen")["state"], "ended");
     ok(&mut spared.1, "verify 16M 180M seed=1");

@@ -111,6 +111,8 @@ pub const CALLS: &[Call] = &[
     call("GET /overview", "/overview?frob=1", "", Refused(400, "bad_request")),
     call("GET /oom/rank", "/oom/rank", "", Done(200)),
     call("GET /oom/rank", "/oom/rank?frob=1", "", Refused(400, "bad_request")),
+    call("GET /oom/log", "/oom/log?since=7", "", Done(200)),
+    call("GET /oom/log", "/oom/log?since=-1", "", Refused(400, "bad_request")),
     call("PUT /groups/{path}", "/groups/gold", r#"{"max_bytes":268435456,"high_bytes":null}"#, Twice(201, 200)),
     call("PUT /groups/{path}", "/groups/gold/apps", "{}", Twice(201, 200)),
     call("PUT /groups/{path}", "/groups/gold%2Fbatch", r#"{"min_bytes":4096}"#, Twice(201, 200)),

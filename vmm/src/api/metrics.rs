@@ -20,8 +20,12 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::Shared;
 use crate::controller::error::{Code, Refusal};
+use crate::controller::oom_log::{BUCKETS, DecidedBy, OomTotals, Returns};
 use crate::controller::overview::{Overview, Tally};
-use crate::controller::view::{ColdView, CounterView, GroupView, MemoryEvents, PressureView, VmState, VmView};
+use crate::controller::shortage::ShortageSign;
+use crate::controller::view::{
+    ColdView, CounterView, GroupView, MemoryEvents, OomAction, PressureView, VmState, VmView,
+};
 use crate::worker::protocol::Quantiles;
 
 /// What this is, for whoever collects it.
@@ -126,6 +130,13 @@ impl Family<'_> {
         let seconds = micros as f64 / 1e6;
         self.0.encode_family(&labels)?.encode_counter::<[Label<'_>; 0], _, u64>(&seconds, None)
     }
+
+    fn times(&mut self, labels: &[Label<'_>], times: &Returns) -> Result<(), Error> {
+        let ends = BUCKETS.iter().map(|ms| *ms as f64 / 1e3).chain([f64::INFINITY]);
+        let buckets: Vec<_> = ends.zip(times.counts).collect();
+        let (sum, count) = (times.sum.as_secs_f64(), times.counts.iter().sum());
+        self.0.encode_family(&labels)?.encode_histogram::<[Label<'_>; 0]>(sum, count, &buckets, None)
+    }
 }
 
 /// Writes the head of a metric.
@@ -143,6 +154,8 @@ impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
         let vms: Vec<_> = self.overview.vms.iter().filter(|vm| vm.state != VmState::Ended).collect();
         self.host(&mut encoder)?;
+        self.shortage(&mut encoder)?;
+        self.oom(&mut encoder)?;
         self.nodes(&mut encoder, &vms)?;
         states(&mut encoder, &vms)?;
         memory(&mut encoder, &vms)?;
@@ -169,9 +182,53 @@ impl Scrape {
             let kind = serde_json::to_value(kind).map_err(|_| Error)?;
             events.count(&[("event", kind.as_str().unwrap_or_default())], *count)?;
         }
-        let mut victims = family(e, Counter, "victims", None, "VMs that the policy acted on.")?;
-        for (action, count) in ["pause", "kill"].into_iter().zip(self.tally.victims) {
-            victims.count(&[("action", action)], count)?;
+        Ok(())
+    }
+
+    /// Whether the host runs short of memory, where somebody watches that.
+    fn shortage(&self, e: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        use MetricType::{Counter, Gauge};
+        let Some(now) = &self.overview.host.shortage else { return Ok(()) };
+        let bytes = Some(&Unit::Bytes);
+        let help = "1 while the host is seen to run short of memory, by this sign.";
+        let mut short = family(e, Gauge, "shortage", None, help)?;
+        for (name, sign) in [("available", ShortageSign::Available), ("stalled", ShortageSign::Stalled)] {
+            short.gauge(&[("sign", name)], (now.short == Some(sign)).into())?;
+        }
+        let help = "Memory that the host, and the cgroups above the controller, could give without swapping.";
+        family(e, Gauge, "shortage_available", bytes, help)?.gauge(&[], now.available_bytes)?;
+        let help = "Available memory below which the host is short, above which it is not any more, and below which somebody \
+                    is chosen.";
+        let mut marks = family(e, Gauge, "shortage_mark", bytes, help)?;
+        for (mark, bytes) in [("enter", now.enter_bytes), ("leave", now.leave_bytes), ("critical", now.critical_bytes)]
+        {
+            marks.gauge(&[("mark", mark)], bytes)?;
+        }
+        let help = "Time that the host was short of memory.";
+        family(e, Counter, "shortage", Some(&Unit::Seconds), help)?.seconds(&[], now.total_us)
+    }
+
+    /// What was decided when no memory was left, and what that brought.
+    fn oom(&self, e: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        use MetricType::{Counter, Histogram};
+        const ACTIONS: [OomAction; 2] = [OomAction::Pause, OomAction::Kill];
+        let OomTotals { decisions, freed, returns } = &self.tally.oom;
+        let help = "Decisions when no memory was left, by what was done and who decided; none: nobody could be chosen.";
+        let mut decided = family(e, Counter, "oom_decisions", None, help)?;
+        for action in ACTIONS.map(Some).into_iter().chain([None]) {
+            for by in DecidedBy::ALL {
+                let labels = [("action", action.map_or("none", OomAction::word)), ("by", by.word())];
+                decided.count(&labels, decisions.get(&(action, by)).copied().unwrap_or_default())?;
+            }
+        }
+        let mut bytes = family(e, Counter, "oom_freed", Some(&Unit::Bytes), "Memory that came back of those chosen.")?;
+        for action in ACTIONS {
+            bytes.count(&[("action", action.word())], freed.get(&action).copied().unwrap_or_default())?;
+        }
+        let help = "Time from a decision until all that was expected of it was back.";
+        let mut times = family(e, Histogram, "oom_return", Some(&Unit::Seconds), help)?;
+        for action in ACTIONS {
+            times.times(&[("action", action.word())], &returns.get(&action).copied().unwrap_or_default())?;
         }
         Ok(())
     }

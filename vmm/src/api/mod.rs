@@ -165,6 +165,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(observe::overview))
         .routes(routes!(observe::check))
         .routes(routes!(observe::oom_rank))
+        .routes(routes!(observe::oom_log))
         .routes(routes!(metrics::metrics))
         .routes(routes!(limits::post))
         .routes(routes!(vms::move_to))

@@ -1,4 +1,4 @@
-//! Looking at a whole host: `GET /overview`, `GET /check`, `GET /oom/rank`.
+//! Looking at a whole host: `GET /overview`, `GET /check`, `GET /oom/rank`, `GET /oom/log`.
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -9,6 +9,7 @@ use utoipa::IntoParams;
 use super::Shared;
 use crate::controller::check::CheckView;
 use crate::controller::error::{Code, Refusal};
+use crate::controller::oom_log::OomLogView;
 use crate::controller::overview::Overview;
 use crate::controller::rank::RankView;
 
@@ -30,6 +31,16 @@ pub struct RankQuery {
     /// Path of the group that would have no room, `/` for the host.
     #[serde(default = "host")]
     group: String,
+}
+
+/// The query of a request for decisions.
+#[derive(Clone, Copy, Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct LogQuery {
+    /// Number of the last decision that is known; 0 for all that are kept. Of an earlier controller: all that this one keeps.
+    #[serde(default)]
+    since: u64,
 }
 
 fn host() -> String {
@@ -74,4 +85,16 @@ pub(super) async fn oom_rank(
     query: Result<Query<RankQuery>, QueryRejection>,
 ) -> Result<Json<RankView>, Refusal> {
     shared.controller.oom_rank(&understood(query)?.group).await.map(Json)
+}
+
+/// What was decided when no memory was left, and what has come of it: the newest 256 decisions of this controller.
+#[utoipa::path(
+    get, path = "/oom/log", params(LogQuery),
+    responses((status = 200, body = OomLogView), (status = 400, body = Refusal)),
+)]
+pub(super) async fn oom_log(
+    State(shared): State<Shared>,
+    query: Result<Query<LogQuery>, QueryRejection>,
+) -> Result<Json<OomLogView>, Refusal> {
+    shared.controller.oom_log(understood(query)?.since).await.map(Json)
 }

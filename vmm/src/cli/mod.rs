@@ -20,6 +20,7 @@ mod group;
 mod manual;
 mod notify;
 mod observe;
+mod oom_log;
 mod options;
 mod output;
 mod reclaim;

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use hyper::Method;
 use memcg_core::units::human;
 
+use super::oom_log::{self, LogArgs};
 use super::{ERROR, Failure, SocketArg, client, output, show, socket};
 use crate::controller::check::CheckView;
 use crate::controller::rank::{RankView, RankedView};
-use crate::controller::view::{OomAction, OomPreference};
+use crate::controller::view::OomPreference;
 
 /// `ballast check`.
 #[derive(Debug, clap::Args)]
@@ -60,6 +61,8 @@ fn report(socket: Option<&Path>, view: &CheckView) -> String {
 pub enum OomVerb {
     /// Show who would be paused or killed first if there were no room, and why; nothing is done
     Rank(RankArgs),
+    /// Show what was decided when no memory was left, and what came of it
+    Log(LogArgs),
 }
 
 /// `ballast oom rank`.
@@ -75,9 +78,16 @@ pub struct RankArgs {
     socket: SocketArg,
 }
 
-/// Shows who would go first.
+/// Does what the word after `oom` says.
 pub async fn oom(verb: OomVerb) -> Result<u8, Failure> {
-    let OomVerb::Rank(args) = verb;
+    match verb {
+        OomVerb::Rank(args) => rank(args).await,
+        OomVerb::Log(args) => oom_log::log(args).await,
+    }
+}
+
+/// Shows who would go first.
+async fn rank(args: RankArgs) -> Result<u8, Failure> {
     if !args.group.starts_with('/') || !args.group.chars().all(|c| c.is_ascii_alphanumeric() || "/-_.".contains(c)) {
         let message = format!("{:?} is not the path of a group: write for example / or /gold", args.group);
         return Err(Failure::usage(message));
@@ -111,8 +121,7 @@ fn ranking(view: &RankView) -> String {
 fn row(candidate: &RankedView) -> [String; 10] {
     let would = match (candidate.spared, candidate.action) {
         (Some(_), _) => "-",
-        (None, OomAction::Pause) => "pause",
-        (None, OomAction::Kill) => "kill",
+        (None, action) => action.word(),
     };
     let preference = match candidate.preference {
         OomPreference::None => "none",
@@ -138,6 +147,7 @@ mod tests {
     use super::*;
     use crate::controller::check::InvariantView;
     use crate::controller::rank::SparedBy;
+    use crate::controller::view::OomAction;
 
     #[test]
     fn a_violation_stands_out() {

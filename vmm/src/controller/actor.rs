@@ -23,6 +23,7 @@
 //! | `strays.rs` | workers that run and could not be taken over |
 //! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
+//! | `oom_log.rs` | what was decided when no memory was left, and what came of it |
 //! | `pressure.rs` | how long VMs and groups wait for memory |
 //! | `show.rs` | what the interface sees |
 
@@ -48,6 +49,7 @@ use super::host;
 use super::journal::{Entry, Journal};
 use super::ladders::Climb;
 use super::link::FromLink;
+use super::oom_log::OomLog;
 use super::pressure::Pressures;
 use super::recall::Recall;
 use super::reclaim::Reclaiming;
@@ -140,6 +142,8 @@ pub(super) struct Actor {
     pub shortage: Option<Shortage>,
     /// Those who were chosen for others, until their memory is back.
     pub victims: Victims,
+    /// What was decided, and what came of it.
+    pub decisions: OomLog,
     /// While VMs are taken over: those that have said hello and are not granted anything yet.
     pub recounting: Option<Vec<(VmId, Hello)>>,
 }
@@ -164,6 +168,7 @@ impl Actor {
             unlooked: BTreeSet::new(),
             reclaims: Vec::new(),
             events: EventLog::of_life(journal.epoch()),
+            decisions: OomLog::of_life(journal.epoch()),
             pressures: Pressures::default(),
             news,
             inbox,
@@ -540,6 +545,7 @@ impl Actor {
         self.look_at_all();
         self.send_due();
         self.feel_pressure();
+        self.follow_decisions();
         debug_assert!(self.vms.in_order(), "a VM was changed behind the back of its index");
     }
 }

@@ -182,8 +182,7 @@ pub struct EventLog {
 impl EventLog {
     /// The events of a controller's life, from 1.
     pub fn of_life(life: u32) -> Self {
-        // More lives than that, one a second for 34 years, share their numbers.
-        let before = u64::from(life.saturating_sub(1)).min(1 << 30) * LIFE;
+        let before = before(life);
         let mut log = Self { before, last: before, ..Self::default() };
         if before > 0 {
             log.push(EventKind::Restarted, Subject::Host, serde_json::json!({ "life": life }));
@@ -238,7 +237,14 @@ impl EventLog {
     }
 }
 
-fn unix_ms() -> u64 {
+/// The number before the first of a controller's life, from 1.
+pub fn before(life: u32) -> u64 {
+    // More lives than that, one a second for 34 years, share their numbers.
+    u64::from(life.saturating_sub(1)).min(1 << 30) * LIFE
+}
+
+/// Now, in milliseconds since 1970.
+pub fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

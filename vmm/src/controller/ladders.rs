@@ -441,6 +441,12 @@ impl Actor {
         climb.is_some_and(|climb| climb.ladder.rung() == Rung::Evict)
     }
 
+    /// Whether a VM has come down as far as it can: its ladder is at its end, and its worker has nothing left to evict.
+    pub fn has_given_all(&self, id: VmId) -> bool {
+        let at_its_end = self.ladders.get(&Target::Vm(id)).is_some_and(|climb| climb.rung() >= Rung::Stuck);
+        at_its_end && eviction(&self.vms[&id]) == Eviction::Stuck
+    }
+
     /// What the VMs of a target have given so far.
     fn given(&self, target: Target) -> Given {
         let mut given = Given::default();

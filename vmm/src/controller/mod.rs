@@ -28,6 +28,7 @@ mod lifecycle;
 mod link;
 mod moves;
 mod no_room;
+pub mod oom_log;
 pub mod overhead;
 pub mod overview;
 mod pressure;

@@ -7,6 +7,7 @@ use super::Controller;
 use super::actor::answer;
 use super::error::Refusal;
 use super::events::{Event, EventKind};
+use super::oom_log::OomTotals;
 use super::shortage::ShortageView;
 use super::view::{GroupView, VmView};
 
@@ -56,8 +57,8 @@ pub struct Overview {
 pub struct Tally {
     /// How often what has happened.
     pub events: Vec<(EventKind, u64)>,
-    /// VMs that the policy paused and killed.
-    pub victims: [u64; 2],
+    /// What was decided when no memory was left.
+    pub oom: OomTotals,
 }
 
 impl Controller {
@@ -86,8 +87,7 @@ impl Controller {
     pub async fn tally(&self) -> Result<(Overview, Tally), Refusal> {
         let overview = self.overview(0).await?;
         let tally = self.ask(|actor, reply| {
-            let events = actor.tree.snapshot(actor.root).events;
-            let tally = Tally { events: actor.events.counts(), victims: [events.oom_pause, events.oom_kill] };
+            let tally = Tally { events: actor.events.counts(), oom: actor.oom_totals() };
             answer(reply, Ok(tally));
         });
         Ok((overview, tally.await?))

@@ -136,39 +136,41 @@ impl Actor {
         oom::candidates(&self.tree, top, |node| owners.get(&node).map(|id| self.attributes(*id)))
     }
 
+    /// An entry of a list, at the place `at` from 0; `owners` are those of [`Self::owners`].
+    pub fn ranked_view(&self, owners: &BTreeMap<NodeId, VmId>, at: usize, entry: &Ranked<'_>) -> RankedView {
+        let candidate = &entry.candidate;
+        let vm = &self.vms[&owners[&candidate.id]];
+        RankedView {
+            rank: at + 1,
+            vm: vm.name.clone(),
+            group: self.tree.parent(candidate.id).map_or_else(|| "/".to_owned(), |parent| self.tree.path(parent)),
+            usage_bytes: candidate.usage.bytes(),
+            vmm_bytes: candidate.vmm.bytes(),
+            stock_bytes: candidate.attributes.stock.bytes(),
+            min_bytes: candidate.protection.min.bytes(),
+            low_bytes: candidate.protection.low.bytes(),
+            above_bytes: candidate.above().bytes(),
+            action: vm.oom.action,
+            frees_bytes: entry.frees.bytes(),
+            score_bytes: entry.score.bytes(),
+            preference: vm.oom.preference,
+            priority: candidate.attributes.priority,
+            spared: entry.spared.map(SparedBy::from),
+            why: entry.to_string(),
+        }
+    }
+
     /// Who would go first if there were no room in `group`.
     fn oom_rank(&self, group: &str) -> Result<RankView, Refusal> {
         let owners = self.owners();
         let top = self.find_group(group)?;
         let candidates = self.candidates(top);
         let ranked = oom::rank(&candidates);
-        let line = |(index, entry): (usize, &Ranked<'_>)| {
-            let candidate = &entry.candidate;
-            let vm = &self.vms[&owners[&candidate.id]];
-            RankedView {
-                rank: index + 1,
-                vm: vm.name.clone(),
-                group: self.tree.parent(candidate.id).map_or_else(|| "/".to_owned(), |parent| self.tree.path(parent)),
-                usage_bytes: candidate.usage.bytes(),
-                vmm_bytes: candidate.vmm.bytes(),
-                stock_bytes: candidate.attributes.stock.bytes(),
-                min_bytes: candidate.protection.min.bytes(),
-                low_bytes: candidate.protection.low.bytes(),
-                above_bytes: candidate.above().bytes(),
-                action: vm.oom.action,
-                frees_bytes: entry.frees.bytes(),
-                score_bytes: entry.score.bytes(),
-                preference: vm.oom.preference,
-                priority: candidate.attributes.priority,
-                spared: entry.spared.map(SparedBy::from),
-                why: entry.to_string(),
-            }
-        };
         Ok(RankView {
             group: self.tree.path(top),
             usage_bytes: self.tree.usage(top).bytes(),
             max_bytes: self.tree.limits(top).max.as_bytes(),
-            candidates: ranked.iter().enumerate().map(line).collect(),
+            candidates: ranked.iter().enumerate().map(|(at, entry)| self.ranked_view(&owners, at, entry)).collect(),
         })
     }
 }

@@ -41,6 +41,9 @@ pub struct Shortage {
     watch: Watch,
     reading: Reading,
     verdict: Verdict,
+    /// Since when it is short, and for how long it was before.
+    since: Option<Instant>,
+    total: Duration,
     next: Instant,
 }
 
@@ -63,12 +66,14 @@ impl Shortage {
     /// For people and their tools.
     pub fn view(&self) -> ShortageView {
         let terms = self.watch.terms();
+        let total = self.total + self.since.map_or(Duration::ZERO, |since| since.elapsed());
         ShortageView {
             short: self.verdict.short.map(ShortageSign::from),
             available_bytes: self.reading.available.bytes(),
             enter_bytes: terms.enter.bytes(),
             leave_bytes: terms.leave.bytes(),
             critical_bytes: terms.critical.bytes(),
+            total_us: u64::try_from(total.as_micros()).unwrap_or(u64::MAX),
         }
     }
 }
@@ -86,6 +91,8 @@ pub struct ShortageView {
     pub leave_bytes: u64,
     /// Below this much for five seconds somebody is chosen.
     pub critical_bytes: u64,
+    /// For how long it was short in all, in microseconds; counted anew by every controller.
+    pub total_us: u64,
 }
 
 /// How a host shows that it is short of memory.
@@ -111,7 +118,8 @@ impl Controller {
     /// Watches the host from now on: what `read` says, on these terms.
     pub async fn watch_host(&self, read: Read, terms: Terms) {
         let (reading, verdict, next) = (Reading::default(), Verdict::default(), Instant::now());
-        let shortage = Shortage { read, watch: Watch::new(terms), reading, verdict, next };
+        let (watch, total) = (Watch::new(terms), Duration::ZERO);
+        let shortage = Shortage { read, watch, reading, verdict, since: None, total, next };
         let begin = move |actor: &mut Actor| actor.shortage = Some(shortage);
         // A controller that is gone watches nothing.
         let _ = self.inbox.send(super::actor::Input::Request(Box::new(begin))).await;
@@ -136,6 +144,8 @@ impl Actor {
         (shortage.reading, shortage.next) = (reading, now + shortage.watch.next_look(reading));
         let verdict = shortage.verdict;
         if before.short.is_some() != verdict.short.is_some() {
+            let began = std::mem::replace(&mut shortage.since, verdict.short.map(|_| now));
+            shortage.total += began.map_or(Duration::ZERO, |began| now.saturating_duration_since(began));
             self.tell_pressure(before, verdict);
         }
         if !verdict.reclaim.is_zero() {

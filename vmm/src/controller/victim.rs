@@ -24,6 +24,7 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
+use super::oom_log::DecidedBy;
 use super::view::{OomAction, PausedBy, VmState};
 use super::vm::{KilledBy, Vm, VmEnd, VmId};
 
@@ -51,7 +52,8 @@ impl Actor {
             return self.act_for_host(id, details);
         }
         tracing::warn!(why, "the host has no memory left");
-        self.event(EventKind::NobodyChosen, None, details);
+        let number = self.log_nobody(self.root, DecidedBy::Policy, &why);
+        self.event(EventKind::NobodyChosen, None, merged(details, json!({ "decision": number })));
         true
     }
 
@@ -61,6 +63,7 @@ impl Actor {
         let (node, name, action) = (vm.node, vm.name.clone(), vm.oom.action);
         if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
             self.victims.failed(node);
+            self.log_decision(id, self.root, DecidedBy::Policy);
             return false;
         }
         tracing::warn!(vm = name, ?action, "the host has no memory left");
@@ -77,6 +80,7 @@ impl Actor {
 
     /// Counts and tells that the policy acts on a VM because `level` has no room; `more` is what else explains it.
     pub fn tell_victim(&mut self, id: VmId, level: NodeId, more: Value) {
+        let number = self.log_decision(id, level, DecidedBy::Policy);
         let vm = &self.vms[&id];
         let (node, name) = (vm.node, vm.name.clone());
         let (counted, action) = match vm.oom.action {
@@ -85,7 +89,7 @@ impl Actor {
         };
         self.tree.record(level, Event::Oom);
         self.tree.record(node, counted);
-        let said = json!({ "action": action, "limit_of": self.tree.path(level) });
+        let said = json!({ "action": action, "limit_of": self.tree.path(level), "decision": number });
         let details = self.account(id, merged(said, more));
         self.event(EventKind::VictimSelected, Some(&name), details);
     }

@@ -527,7 +527,7 @@ pub struct OomView {
 }
 
 /// What the policy does to a VM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OomAction {
     /// Stop its vCPUs until there is memory again.
@@ -535,6 +535,16 @@ pub enum OomAction {
     Pause,
     /// End it.
     Kill,
+}
+
+impl OomAction {
+    /// As the interface names it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Kill => "kill",
+        }
+    }
 }
 
 /// Whether a VM is a candidate when memory is short elsewhere.

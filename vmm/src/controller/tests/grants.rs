@@ -209,7 +209,7 @@ async fn a_worker_that_says_nothing_is_ended() {
 }
 
 /// A VM that is held since now: its limit is used up and it has a debt of 3 pages.
-async fn held(setup: Setup) -> FakeWorker {
+pub(super) async fn held(setup: Setup) -> FakeWorker {
     let mut worker = FakeWorker::running(setup).await;
     for _ in 0..60 {
         worker.touch(100).await;

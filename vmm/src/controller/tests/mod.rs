@@ -15,6 +15,7 @@ mod grants;
 mod groups;
 mod ladders;
 mod limits;
+mod oom_log;
 mod pressure;
 mod requests;
 mod shortage;

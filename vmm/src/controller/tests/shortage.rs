@@ -18,14 +18,14 @@ fn terms() -> Terms {
 }
 
 /// Has a controller watch a host of which somebody else says how it is; `None` when it says nothing.
-async fn watched(controller: &Controller) -> Arc<Mutex<Option<Reading>>> {
+pub(super) async fn watched(controller: &Controller) -> Arc<Mutex<Option<Reading>>> {
     let host = Arc::new(Mutex::new(None));
     let said = Arc::clone(&host);
     controller.watch_host(Box::new(move || *said.lock().expect("alive")), terms()).await;
     host
 }
 
-fn left(pages: u64) -> Option<Reading> {
+pub(super) fn left(pages: u64) -> Option<Reading> {
     Some(Reading { available: Pages(pages), stalled: Some(Duration::ZERO) })
 }
 
@@ -71,16 +71,16 @@ async fn a_host_that_runs_short_asks_its_vms_until_it_is_not() {
 }
 
 /// A VM without a limit whose guest holds `guest` pages.
-async fn chosen_by(controller: &Controller, name: &str, guest: u64, oom: OomPolicy) -> FakeWorker {
+pub(super) async fn chosen_by(controller: &Controller, name: &str, guest: u64, oom: OomPolicy) -> FakeWorker {
     holding(controller, name, Setup { max: Limit::Max, evicts: true, oom, ..Setup::default() }, guest).await
 }
 
-fn policy(action: OomAction, preference: OomPreference) -> OomPolicy {
+pub(super) fn policy(action: OomAction, preference: OomPreference) -> OomPolicy {
     OomPolicy { action, preference, ..OomPolicy::default() }
 }
 
 /// Lets all workers obey for so many milliseconds.
-async fn pass(workers: &mut [FakeWorker], ms: u64) {
+pub(super) async fn pass(workers: &mut [FakeWorker], ms: u64) {
     for _ in 0..ms / 50 {
         for worker in &mut *workers {
             worker.obey().await;
