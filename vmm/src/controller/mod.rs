@@ -36,6 +36,7 @@ mod promises;
 pub mod rank;
 mod recall;
 pub mod reclaim;
+mod release;
 pub mod residency;
 pub mod shortage;
 mod show;

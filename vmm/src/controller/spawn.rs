@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use super::cgroup::Cgroup;
 use super::host::{self, Problem};
 use super::link::{self, ConnectError};
+use super::release;
 use super::residency::Residency;
 use crate::machine::cpuid;
 use crate::machine::kvm::{VmError, supported_cpuid};
@@ -544,10 +545,11 @@ impl WorkerHandle {
         &self.directory
     }
 
-    /// Sends SIGKILL; harmless when it is dead already.
+    /// Sends SIGKILL, and has its memory taken; harmless when it is dead already.
     pub fn kill(&self) {
-        if let Err(error) = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            tracing::debug!(%error, pid = self.pid, "the worker is gone already");
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) => release::after_kill(&self.pidfd),
+            Err(error) => tracing::debug!(%error, pid = self.pid, "the worker is gone already"),
         }
     }
 
@@ -643,6 +645,7 @@ pub fn watch_over(
     cgroup: Option<Cgroup>,
 ) -> io::Result<(WorkerHandle, DeathWatch)> {
     let pidfd = Arc::new(pidfd);
+    release::prepare();
     // After the exec: the address space is the worker's. One that may not be looked into is not audited.
     let residency = Residency::open(pid, cgroup).inspect_err(|error| tracing::warn!(%error, pid, "no pagemap")).ok();
     let handle =
