@@ -13,6 +13,7 @@ mod metrics;
 mod observe;
 mod reclaim;
 pub mod reference;
+mod resume;
 pub mod server;
 mod stop;
 mod vms;
@@ -156,7 +157,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(vms::console))
         .routes(routes!(memory::patch))
         .routes(routes!(pause))
-        .routes(routes!(resume))
+        .routes(routes!(resume::resume))
         .routes(routes!(kill))
         .routes(routes!(stop::stop))
         .routes(routes!(reclaim::reclaim))
@@ -227,16 +228,6 @@ async fn show(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmV
 )]
 async fn pause(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
     shared.controller.pause(&name).await.map(Json)
-}
-
-/// Lets the vCPUs go on. Refused while the memory that the VM needs does not fit its limit.
-#[utoipa::path(
-    post, path = "/vms/{name}/resume", params(("name" = String, Path, description = "name of the VM")),
-    responses((status = 200, body = VmView), (status = 404, body = Refusal), (status = 409, body = Refusal),
-        (status = 503, body = Refusal)),
-)]
-async fn resume(State(shared): State<Shared>, Name(name): Name) -> Result<Json<VmView>, Refusal> {
-    shared.controller.resume(&name).await.map(Json)
 }
 
 /// Ends a VM at once; answered when its worker is gone.

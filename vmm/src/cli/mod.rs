@@ -52,7 +52,7 @@ pub use reclaim::ReclaimArgs;
 pub use run::RunArgs;
 pub use serve::ServeArgs;
 pub use top::TopArgs;
-pub use verbs::{EventsArgs, SetArgs, StopArgs};
+pub use verbs::{EventsArgs, ResumeArgs, SetArgs, StopArgs};
 pub use vm_args::VmArgs;
 
 /// Done.
@@ -125,7 +125,7 @@ pub enum Verb {
     /// Stop the vCPUs of VMs
     Pause(NamesArg),
     /// Let the vCPUs of VMs go on
-    Resume(NamesArg),
+    Resume(ResumeArgs),
     /// End VMs at once
     Kill(NamesArg),
     /// Print what has happened, and what happens
@@ -244,7 +244,7 @@ pub fn main() -> ExitCode {
             Verb::Move(args) => fleet::move_to(args).await,
             Verb::Group(args) => group::group(args).await,
             Verb::Pause(args) => verbs::act(args, "pause").await,
-            Verb::Resume(args) => verbs::act(args, "resume").await,
+            Verb::Resume(args) => verbs::resume(args).await,
             Verb::Kill(args) => verbs::act(args, "kill").await,
             Verb::Events(args) => verbs::events(args).await,
             Verb::Top(args) => top::top(args).await,

@@ -167,6 +167,10 @@ fn table(vm: &VmView) -> String {
             human(vm.size_bytes)
         ),
     );
+    if let Some(bytes) = vm.resume_bytes {
+        let kept = if vm.kept_paused { ", and somebody has to ask for it: it is paused on request, too" } else { "" };
+        line("  resume", format!(" {} have to be free for it to go on{kept}", human(bytes)));
+    }
     if !vm.accounting {
         line("  memory", " not tracked: no limit was ever set, and track is off".to_owned());
         return out;

@@ -231,8 +231,29 @@ pub async fn act(args: NamesArg, verb: &'static str) -> Result<u8, Failure> {
     let ended = verb == "start";
     each(&args.names, &args.socket, ended, move |vm, socket| async move {
         let (_, body) = client::request(&socket, Method::POST, &format!("/vms/{vm}/{verb}"), String::new()).await?;
+        client::decode::<VmView>(&body).map(drop)
+    })
+    .await
+}
+
+/// `ballast resume`.
+#[derive(Debug, clap::Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    vms: NamesArg,
+    /// How long to wait for the memory that a VM needs, such as 30s
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    wait: Option<Duration>,
+}
+
+/// Lets VMs go on, at once or as soon as there is memory for them.
+pub async fn resume(args: ResumeArgs) -> Result<u8, Failure> {
+    let wait = args.wait.unwrap_or_default();
+    each(&args.vms.names, &args.vms.socket, false, move |vm, socket| async move {
+        let target = format!("/vms/{vm}/resume?wait_ms={}", wait.as_millis());
+        let (_, body) = client::request(&socket, Method::POST, &target, String::new()).await?;
         let view: VmView = client::decode(&body)?;
-        if verb == "resume" && view.state == VmState::Running && view.held.now {
+        if view.state == VmState::Running && view.held.now {
             eprintln!("ballast: {vm} goes on when it has memory: it is held at its limit");
         }
         Ok(())

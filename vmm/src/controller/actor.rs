@@ -19,6 +19,7 @@
 //! | `moves.rs` | VMs and groups that change their group |
 //! | `ladders.rs`, `reclaim.rs` | what is done about those who use too much, and memory that somebody wants back |
 //! | `recall.rs` | stocks that are wanted back |
+//! | `resume.rs` | paused VMs that go on |
 //! | `squeeze.rs` | who gives what a group has to |
 //! | `strays.rs` | workers that run and could not be taken over |
 //! | `stop.rs` | guests that are asked to end |
@@ -33,7 +34,7 @@ use std::time::Duration;
 
 use memcg_core::oom::Victims;
 use memcg_core::tree::{NodeId, Tree};
-use memcg_core::units::{Limit, Pages};
+use memcg_core::units::Limit;
 use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -53,6 +54,7 @@ use super::oom_log::OomLog;
 use super::pressure::Pressures;
 use super::recall::Recall;
 use super::reclaim::Reclaiming;
+use super::resume::Resuming;
 use super::shortage::Shortage;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
@@ -67,7 +69,7 @@ use crate::worker::protocol::{Hello, ToWorker};
 const VIEW_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How long `pause` and `resume` wait for the worker.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PAUSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a worker may take to say hello, and to end after its last words.
 pub(super) const WORKER_PATIENCE: Duration = Duration::from_secs(10);
@@ -123,6 +125,8 @@ pub(super) struct Actor {
     pub unlooked: BTreeSet<Target>,
     /// Memory that somebody wants back.
     pub reclaims: Vec<Reclaiming>,
+    /// Paused VMs that somebody waits for.
+    pub resumes: Vec<Resuming>,
     pub events: EventLog,
     pub pressures: Pressures,
     pub news: watch::Sender<u64>,
@@ -167,6 +171,7 @@ impl Actor {
             ladders: BTreeMap::new(),
             unlooked: BTreeSet::new(),
             reclaims: Vec::new(),
+            resumes: Vec::new(),
             events: EventLog::of_life(journal.epoch()),
             decisions: OomLog::of_life(journal.epoch()),
             pressures: Pressures::default(),
@@ -334,14 +339,18 @@ impl Actor {
 
     /// Stops the vCPUs. The stock comes back as well: a VM that stands still may hold none.
     pub fn pause(&mut self, id: VmId, by: PausedBy, reply: Option<Reply<VmView>>) {
+        if by == PausedBy::User {
+            self.supersede_resumes(id);
+        }
         let vm = self.vms.get_mut(&id).expect("found");
         if vm.state == VmState::Starting {
             refuse(reply, Refusal::new(Code::WrongState, format!("the VM {:?} is still starting", vm.name)));
             return;
         }
         if vm.state == VmState::Paused {
-            if by == PausedBy::User && vm.paused_by != Some(by) {
-                vm.paused_by = Some(by);
+            if by == PausedBy::User && vm.paused_by != Some(by) && !vm.kept_paused {
+                // What it was paused for still holds, and what it gives for that.
+                vm.kept_paused = true;
                 let entry = Entry::Paused { vm: vm.name.clone(), by };
                 self.remember(entry);
             }
@@ -394,82 +403,6 @@ impl Actor {
         }
     }
 
-    /// Lets the vCPUs go on for somebody at the interface.
-    pub fn resume_on_request(&mut self, name: &str, reply: Reply<VmView>) {
-        let id = match self.find_alive(name).and_then(|id| self.can_remember().map(|()| id)) {
-            Ok(id) => id,
-            Err(refusal) => return answer(reply, Err(refusal)),
-        };
-        let vm = &self.vms[&id];
-        if vm.state != VmState::Paused {
-            answer(reply, Ok(self.vm_view(id, false)));
-            return;
-        }
-        if let Some(refusal) = self.stays_empty(id) {
-            let why = json!({ "why": refusal.message });
-            return self.refuse_resume(id, refusal, why, reply);
-        }
-        if vm.paused_by == Some(PausedBy::Policy) && !self.pay(id) {
-            let vm = &self.vms[&id];
-            let (name, need) = (vm.name.clone(), Pages(vm.need()));
-            let usage = self.tree.snapshot(vm.node).memory.usage;
-            let (limit, raise) = self.limit_in_the_way(id);
-            let message = format!(
-                "the VM {name:?} needs {} more than {limit} leaves: raise it with `{raise}`",
-                memcg_core::units::human(need.bytes())
-            );
-            let refusal = Refusal::new(Code::ResumeRefused, message).usage(usage.bytes());
-            return self.refuse_resume(id, refusal, json!({ "missing_bytes": need.bytes() }), reply);
-        }
-        self.resume(id, "request", Some(reply));
-    }
-
-    /// Refuses to let a VM go on: an answer, and an event with what else explains it.
-    fn refuse_resume(&mut self, id: VmId, refusal: Refusal, more: serde_json::Value, reply: Reply<VmView>) {
-        let details = self.account(id, more);
-        let name = self.vms[&id].name.clone();
-        self.event(EventKind::ResumeRefused, Some(&name), details);
-        answer(reply, Err(refusal));
-    }
-
-    /// Lets the vCPUs go on.
-    pub fn resume(&mut self, id: VmId, by: &str, reply: Option<Reply<VmView>>) {
-        let vm = self.vms.get_mut(&id).expect("found");
-        let seq = vm.next_seq();
-        if !vm.send(ToWorker::Resume { seq }) {
-            let silent = silent(&vm.name);
-            refuse(reply, silent);
-            return;
-        }
-        vm.state = VmState::Running;
-        vm.paused_by = None;
-        vm.grant_due = true;
-        vm.report.paused = false;
-        // The worker answers no pause that was taken back before its vCPUs were out.
-        let taken_back = vm.waiting.extract_if(.., |w| matches!(w.what, Awaited::Paused(_)));
-        for waiting in taken_back.collect::<Vec<_>>() {
-            if let Awaited::Paused(reply) = waiting.what {
-                answer(reply, Err(Refusal::new(Code::Superseded, "a later request let the VM go on")));
-            }
-        }
-        // Time in which nobody could have helped does not count.
-        vm.holds = Default::default();
-        vm.count_hold(self.start.elapsed());
-        if let Some(hold) = &mut vm.hold {
-            hold.since = Instant::now();
-            hold.deadline = hold.since + vm.oom.deadline;
-            (hold.recalled, hold.acted) = (false, false);
-        }
-        if let Some(reply) = reply {
-            let until = Instant::now() + host::scaled(PAUSE_PATIENCE);
-            vm.waiting.push(Waiting { seq, until, what: Awaited::Resumed(reply) });
-        }
-        let details = self.account(id, json!({ "by": by }));
-        let name = self.vms[&id].name.clone();
-        self.remember(Entry::Resumed { vm: name.clone() });
-        self.event(EventKind::Resumed, Some(&name), details);
-    }
-
     /// Ends a VM for somebody at the interface.
     pub fn kill_on_request(&mut self, name: &str, reply: Reply<VmView>) {
         let id = match self.find(name) {
@@ -499,8 +432,9 @@ impl Actor {
         let squeezes = self.squeezed.values().map(|squeeze| squeeze.next);
         let ladders = self.ladders.values().filter_map(Climb::next);
         let reclaims = self.reclaims.iter().map(Reclaiming::deadline);
+        let resumes = self.resumes.iter().map(Resuming::deadline);
         let host = self.shortage.iter().map(Shortage::next_look);
-        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims).chain(host);
+        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims).chain(resumes).chain(host);
         all.chain(self.vms.next_deadline()).min()
     }
 
@@ -513,6 +447,7 @@ impl Actor {
         self.overdue_ladders(now);
         self.overdue_reclaims(now);
         self.overdue_shortage(now);
+        self.overdue_resumes(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);
@@ -540,6 +475,7 @@ impl Actor {
     fn settle(&mut self) {
         self.advance_changes();
         self.serve_refused();
+        self.serve_resumes();
         // What a worker may evict comes before what it is to evict.
         self.send_due();
         self.look_at_all();
@@ -555,7 +491,7 @@ pub(super) fn answer<T>(reply: Reply<T>, result: Result<T, Refusal>) {
     let _ = reply.send(result);
 }
 
-fn refuse(reply: Option<Reply<VmView>>, refusal: Refusal) {
+pub(super) fn refuse(reply: Option<Reply<VmView>>, refusal: Refusal) {
     match reply {
         Some(reply) => answer(reply, Err(refusal)),
         None => tracing::warn!(%refusal, "could not be done"),

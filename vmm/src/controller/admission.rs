@@ -37,6 +37,8 @@ pub(super) struct Created {
     pub adopted: bool,
     /// Who has paused it.
     pub paused_by: Option<PausedBy>,
+    /// Whether it does not go on by itself.
+    pub kept_paused: bool,
 }
 
 impl Actor {
@@ -64,16 +66,21 @@ impl Actor {
             let (vm, group, config) = (spec.name.clone(), spec.group.clone(), Box::new(VmConfig::clone(config)));
             self.remember(Entry::Made { vm, group, instance: spec.instance, accounting: spec.accounting, config });
         }
-        Ok(self.created(Created { spec, node, adopted: false, paused_by: None }))
+        Ok(self.created(Created { spec, node, adopted: false, paused_by: None, kept_paused: false }))
     }
 
     /// Makes the node of a VM that runs already, and charges its overhead whatever the limits.
-    pub fn create_again(&mut self, spec: VmSpec, paused_by: Option<PausedBy>) -> Result<(VmId, NodeId), Refusal> {
+    pub fn create_again(
+        &mut self,
+        spec: VmSpec,
+        paused_by: Option<PausedBy>,
+        kept_paused: bool,
+    ) -> Result<(VmId, NodeId), Refusal> {
         let node = self.add_node(self.group_for(&spec.group)?, &spec)?;
         if spec.accounting {
             self.charge_what_is_there(node, &spec.overhead);
         }
-        Ok((self.created(Created { spec, node, adopted: true, paused_by }), node))
+        Ok((self.created(Created { spec, node, adopted: true, paused_by, kept_paused }), node))
     }
 
     fn created(&mut self, created: Created) -> VmId {
@@ -169,7 +176,7 @@ impl Actor {
         process: Box<dyn WorkerProcess>,
         to_worker: mpsc::Sender<ToWorker>,
     ) -> Result<oneshot::Receiver<VmEnd>, Refusal> {
-        let Created { spec, node, adopted, paused_by } = self.created.remove(&id).ok_or_else(unknown)?;
+        let Created { spec, node, adopted, paused_by, kept_paused } = self.created.remove(&id).ok_or_else(unknown)?;
         let (ended, end) = oneshot::channel();
         let details = json!({
             "pid": process.pid(),
@@ -193,6 +200,7 @@ impl Actor {
             to_worker,
             state: VmState::Starting,
             paused_by,
+            kept_paused,
             ram: Vec::new(),
             store: AreaView::default(),
             pool: AreaView::default(),

@@ -403,7 +403,7 @@ impl Actor {
 
     /// Makes room for a VM whose worker runs. Limits are not compared with what it uses.
     pub fn restore(&mut self, vm: &RememberedVm, console: Option<ConsoleLog>) -> Result<VmId, Refusal> {
-        let (id, node) = self.create_again(VmSpec { console, ..vm.spec()? }, vm.paused)?;
+        let (id, node) = self.create_again(VmSpec { console, ..vm.spec()? }, vm.paused, vm.kept_paused)?;
         if let Some((generation, _)) = vm.limits {
             self.tree.restore_generation(node, generation);
         }
@@ -498,7 +498,7 @@ impl Actor {
 
     /// A VM that has ended before this controller began. `end`: nobody was there to see it.
     pub fn restore_ended(&mut self, remembered: &RememberedVm, end: Option<VmEnd>) -> Result<(), Refusal> {
-        let (id, node) = self.create_again(remembered.spec()?, None)?;
+        let (id, node) = self.create_again(remembered.spec()?, None, false)?;
         let (to_worker, _) = mpsc::channel(1);
         self.attach(id, Box::new(Nobody), to_worker)?;
         let vm = self.vms.get_mut(&id).expect("just attached");

@@ -171,7 +171,7 @@ impl Actor {
             neighbours.retain(|id| !self.is_recalled(*id));
             self.recall(&neighbours, |_| ());
         }
-        if !refused && self.vms[&id].stopped_by_policy() {
+        if !refused && self.vms[&id].stopped_by_policy() && !self.vms[&id].kept_paused {
             self.resume(id, "policy", None);
         }
     }

@@ -200,6 +200,8 @@ pub struct RememberedVm {
     pub limits: Option<(u64, LimitsInBytes)>,
     /// Who has paused it.
     pub paused: Option<PausedBy>,
+    /// Somebody at the interface wants that, too.
+    pub kept_paused: bool,
     /// How it ended, if it has.
     pub ended: Option<String>,
 }
@@ -233,6 +235,13 @@ impl RememberedVm {
     fn set_group(&mut self, group: String) {
         Arc::make_mut(&mut self.config).group.clone_from(&group);
         self.group = group;
+    }
+
+    /// It is paused, or somebody else wants that, too: what it was paused for first still holds.
+    fn set_paused(&mut self, by: PausedBy) {
+        let others = self.paused.filter(|first| *first != PausedBy::User);
+        self.kept_paused = by == PausedBy::User && others.is_some();
+        self.paused = others.filter(|_| self.kept_paused).or(Some(by));
     }
 }
 
@@ -326,8 +335,8 @@ impl Remembered {
                 self.next += 1;
                 self.names.insert(name.clone(), self.next);
                 let config = Arc::from(config);
-                let vm =
-                    RememberedVm { name, group, instance, accounting, config, limits: None, paused: None, ended: None };
+                let (limits, paused, kept_paused, ended) = (None, None, false, None);
+                let vm = RememberedVm { name, group, instance, accounting, config, limits, paused, kept_paused, ended };
                 self.vms.insert(self.next, vm);
             }
             Entry::Limits { nodes } => {
@@ -339,8 +348,11 @@ impl Remembered {
                 check_path(&to)?;
                 self.move_to(&node, to)?;
             }
-            Entry::Paused { vm, by } => self.vm(&vm)?.paused = Some(by),
-            Entry::Resumed { vm } => self.vm(&vm)?.paused = None,
+            Entry::Paused { vm, by } => self.vm(&vm)?.set_paused(by),
+            Entry::Resumed { vm } => {
+                let vm = self.vm(&vm)?;
+                (vm.paused, vm.kept_paused) = (None, false);
+            }
             Entry::Ended { vm, how } => self.vm(&vm)?.ended = Some(how),
             Entry::Gone { vm } => self.forget(&vm),
         }
@@ -362,7 +374,8 @@ impl Remembered {
             }
         }
         for vm in self.vms.values() {
-            let RememberedVm { name, group, instance, accounting, config, limits, paused, ended } = vm.clone();
+            let vm = vm.clone();
+            let RememberedVm { name, group, instance, accounting, config, limits, paused, kept_paused, ended } = vm;
             let of = || name.clone();
             let config = Box::new(VmConfig::clone(&config));
             entries.push(Entry::Made { vm: of(), group, instance, accounting, config });
@@ -370,6 +383,7 @@ impl Remembered {
                 nodes: vec![NodeLimits { node: of(), generation, limits }],
             }));
             entries.extend(paused.map(|by| Entry::Paused { vm: of(), by }));
+            entries.extend(kept_paused.then(|| Entry::Paused { vm: of(), by: PausedBy::User }));
             entries.extend(ended.map(|how| Entry::Ended { vm: of(), how }));
         }
         entries

@@ -193,7 +193,7 @@ impl Actor {
         }
         let death = vm.death.unwrap_or(Death::Unknown);
         vm.state = VmState::Ended;
-        vm.paused_by = None;
+        (vm.paused_by, vm.kept_paused) = (None, false);
         vm.hold = None;
         vm.patience = None;
         // Its name is free again; its charges stay until the host has the memory.

@@ -38,6 +38,7 @@ mod recall;
 pub mod reclaim;
 mod release;
 pub mod residency;
+mod resume;
 pub mod shortage;
 mod show;
 pub mod signals;
@@ -56,11 +57,13 @@ mod vms;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use memcg_core::tree::LimitPatch;
 use memcg_core::units::{Limit, Pages};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use actor::{Actor, Input, answer};
 pub use changes::{Changed, DEADLINE, MemoryChange, NodeChange};
@@ -332,8 +335,16 @@ impl Controller {
     /// # Errors
     /// See [`Code`].
     pub async fn resume(&self, name: &str) -> Result<VmView, Refusal> {
-        let name = name.to_owned();
-        self.ask(move |actor, reply| actor.resume_on_request(&name, reply)).await
+        self.resume_within(name, Duration::ZERO).await
+    }
+
+    /// The same, as soon as that is possible: within `wait`, or not at all.
+    ///
+    /// # Errors
+    /// See [`Code`].
+    pub async fn resume_within(&self, name: &str, wait: Duration) -> Result<VmView, Refusal> {
+        let (name, until) = (name.to_owned(), Instant::now() + wait);
+        self.ask(move |actor, reply| actor.resume_on_request(&name, until, reply)).await
     }
 
     /// Ends a VM and completes when its worker is gone.

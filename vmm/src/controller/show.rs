@@ -35,6 +35,8 @@ impl Actor {
             accounting: vm.accounted(),
             end: vm.epitaph.clone(),
             paused_by: vm.paused_by.filter(|_| vm.state == VmState::Paused),
+            kept_paused: vm.kept_paused,
+            resume_bytes: self.resume_need(id).map(Pages::bytes),
             console: (vm.state != VmState::Ended)
                 .then(|| vm.process.console())
                 .flatten()

@@ -101,7 +101,7 @@ impl Actor {
     }
 
     /// What a VM that was emptied needs in order to go on as before: what was evicted, less what that takes now.
-    fn comes_back(&self, id: VmId) -> Pages {
+    pub fn comes_back(&self, id: VmId) -> Pages {
         let report = &self.vms[&id].report;
         Pages(report.swapped.saturating_sub(report.store))
     }
@@ -119,12 +119,13 @@ impl Actor {
              when they are there; `ballast oom rank` shows who holds how much",
             human(missing.bytes())
         );
-        Some(Refusal::new(Code::ResumeRefused, message).usage(self.tree.usage(self.vms[&id].node).bytes()))
+        let usage = self.tree.usage(self.vms[&id].node).bytes();
+        Some(Refusal::new(Code::ResumeRefused, message).usage(usage).missing(missing.bytes()))
     }
 
     /// The host has been calm: who was paused first goes on, if there is room.
     pub fn resume_for_host(&mut self) -> bool {
-        let emptied = |(id, _): &(VmId, &Vm)| self.is_emptied(*id);
+        let emptied = |(id, vm): &(VmId, &Vm)| self.is_emptied(*id) && !vm.kept_paused;
         let Some(id) = self.vms.iter().filter(emptied).map(|(id, _)| id).next() else { return false };
         if self.stays_empty(id).is_some() {
             return false;

@@ -55,6 +55,12 @@ pub struct VmView {
     /// Who has paused it, as long as it is paused.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub paused_by: Option<PausedBy>,
+    /// Somebody at the interface wants it paused as well: it does not go on by itself.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub kept_paused: bool,
+    /// What has to be free for it to go on, as long as it is paused for want of memory: what it gave up, or what it owes.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub resume_bytes: Option<u64>,
     /// Socket at which its console is, as long as it has not ended: a stream with the last of what it printed, then
     /// what it prints; what is written to it is typed.
     #[serde(skip_serializing_if = "Option::is_none", default)]

@@ -196,6 +196,8 @@ pub(super) struct Vm {
     pub since: Instant,
     pub state: VmState,
     pub paused_by: Option<PausedBy>,
+    /// Somebody at the interface wants it paused as well: it does not go on by itself.
+    pub kept_paused: bool,
     pub ram: Vec<RamView>,
     pub store: AreaView,
     pub pool: AreaView,

@@ -30,7 +30,15 @@ fn history() -> Vec<Entry> {
         Entry::Paused { vm: of("web"), by: PausedBy::User },
         Entry::Limits { nodes: vec![limits("web", 300, 2)] },
         Entry::Paused { vm: of("db"), by: PausedBy::Policy },
+        Entry::Paused { vm: of("db"), by: PausedBy::User },
         Entry::Resumed { vm: of("db") },
+        made("kept", 1),
+        Entry::Paused { vm: of("kept"), by: PausedBy::Host },
+        Entry::Paused { vm: of("kept"), by: PausedBy::User },
+        made("taken-back", 1),
+        Entry::Paused { vm: of("taken-back"), by: PausedBy::Host },
+        Entry::Paused { vm: of("taken-back"), by: PausedBy::User },
+        Entry::Paused { vm: of("taken-back"), by: PausedBy::Host },
         made("old", 1),
         Entry::Ended { vm: of("old"), how: "it was killed on request".to_owned() },
         made("gone", 1),
@@ -52,11 +60,13 @@ fn what_was_appended_is_what_the_next_controller_knows() {
     let (second, journal) = Journal::open(&path).expect("read");
     assert_eq!((second.epoch, journal.epoch()), (2, 2));
     let vms: Vec<_> = second.vms().collect();
-    assert_eq!(vms.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["web", "db", "old"]);
+    assert_eq!(vms.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["web", "db", "kept", "taken-back", "old"]);
     assert_eq!(vms[0].limits.map(|(generation, limits)| (generation, limits.max)), Some((2, Some(300 * 4096))));
-    assert_eq!((vms[0].paused, vms[1].paused), (Some(PausedBy::User), None));
+    let paused: Vec<_> = vms.iter().take(4).map(|vm| (vm.paused, vm.kept_paused)).collect();
+    let (user, host) = (Some(PausedBy::User), Some(PausedBy::Host));
+    assert_eq!(paused, [(user, false), (None, false), (host, true), (host, false)]);
     assert_eq!((vms[0].config.cpus, vms[1].config.cpus), (1, 2));
-    assert_eq!(vms[2].ended.as_deref(), Some("it was killed on request"));
+    assert_eq!(vms[4].ended.as_deref(), Some("it was killed on request"));
     let groups: Vec<_> = second.groups().map(|(path, at)| (path, at.accounting, at.limits.max)).collect();
     let expected = [("/", true, Some(900 * 4096)), ("/gold", true, Some(800 * 4096)), ("/gold/web", false, None)];
     assert_eq!(groups, expected);

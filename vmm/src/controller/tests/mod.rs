@@ -18,6 +18,7 @@ mod limits;
 mod oom_log;
 mod pressure;
 mod requests;
+mod resume;
 mod shortage;
 mod stop;
 mod wire;

@@ -12,6 +12,8 @@ fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
     VmView {
         name: name.to_owned(),
         paused_by: None,
+        kept_paused: false,
+        resume_bytes: None,
         group: group.to_owned(),
         state: VmState::Running,
         pid: 1,
