@@ -56,6 +56,7 @@
 mod age;
 mod check;
 mod cost;
+mod evicted;
 mod isolate;
 mod links;
 mod rank;
@@ -65,6 +66,7 @@ mod table;
 pub use age::{EXACT, Histogram, WorkingSet};
 pub use check::Violation;
 pub use cost::Cost;
+pub use evicted::Turns;
 pub use isolate::{Scan, Scanned};
 pub use links::List;
 pub use rank::Walk;

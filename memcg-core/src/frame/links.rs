@@ -108,6 +108,16 @@ impl Links {
         self.entries[i][HEAD] = note;
     }
 
+    /// What was noted beside that.
+    pub fn turn(&self, i: usize) -> u32 {
+        self.entries[i][TAIL]
+    }
+
+    /// Notes another number for entry `i`, which is on no list.
+    pub fn set_turn(&mut self, i: usize, turn: u32) {
+        self.entries[i][TAIL] = turn;
+    }
+
     /// The entries of a list, coldest first.
     pub fn iter(&self, list: List) -> impl Iterator<Item = usize> + '_ {
         successors(self.tail(list), |i| self.hotter(*i))

@@ -1,6 +1,6 @@
 //! The frame table.
 
-use memcg_core::frame::{BLOCK, Cost, FrameState, FrameTable, List};
+use memcg_core::frame::{BLOCK, Cost, FrameState, FrameTable, List, Turns};
 use memcg_core::units::Pages;
 use proptest::prelude::*;
 
@@ -288,6 +288,57 @@ proptest! {
             at = end;
         }
     }
+}
+
+/// Pages that were evicted last are found first, those of one window in the order of their numbers, however much of the table
+/// is looked at at a time. Numbers of evictions may wrap.
+#[test]
+fn evicted_pages_are_found_by_the_order_in_which_they_went() {
+    const FIRST: u32 = u32::MAX - 5;
+    let mut frames = FrameTable::new(8 * 512);
+    // Backwards through every other block.
+    let pages: Vec<usize> = (0..4).rev().flat_map(|block| (1024 * block..1024 * block + 5).rev()).collect();
+    for (page, turn) in pages.iter().zip(0..) {
+        use FrameState::{Active, Evicting, Idle, Moving, Swapped};
+        [Active, Moving, Idle, Evicting, Swapped].iter().for_each(|state| frames.set(*page, *state));
+        frames.set_place(*page, 1);
+        frames.set_turn(*page, FIRST.wrapping_add(turn));
+    }
+    let all = Turns { first: FIRST, count: 20 };
+    let search = |turns, blocks: usize, most: usize| {
+        let (mut found, mut from) = (Vec::new(), Some(0));
+        while let Some(at) = from {
+            let before = found.len();
+            from = frames.evicted_in(turns, at, blocks, |page| {
+                let takes = found.len() - before < most;
+                found.extend(takes.then_some(page));
+                takes
+            });
+        }
+        found
+    };
+    for (blocks, most) in [(1, 1), (1, 100), (100, 3), (100, 100)] {
+        let (last, before) = all.split_last(7);
+        assert_eq!(search(last, blocks, most), [0, 1, 2, 3, 4, 1024, 1025]);
+        let (last, before) = before.split_last(8);
+        assert_eq!(search(last, blocks, most), [1026, 1027, 1028, 2048, 2049, 2050, 2051, 2052]);
+        let (last, before) = before.split_last(100);
+        assert_eq!(search(last, blocks, most), [3072, 3073, 3074, 3075, 3076]);
+        assert_eq!(before.count, 0);
+    }
+    // One that is moved within the store keeps its turn, one that is back has none.
+    frames.set_place(2, 77);
+    frames.set(1, FrameState::Active);
+    let (last, _) = all.split_last(5);
+    let mut found = Vec::new();
+    assert_eq!(
+        frames.evicted_in(last, 0, 100, |page| {
+            found.push(page);
+            true
+        }),
+        None
+    );
+    assert_eq!(found, [0, 2, 3, 4]);
 }
 
 /// A page without memory is on no list: what its links were has room for where its content is. What happens to its

@@ -346,6 +346,9 @@ pub struct ColdView {
     pub refaulted_bytes: u64,
     /// Of what was evicted, brought back with a neighbour.
     pub read_around_bytes: u64,
+    /// Of what was evicted, brought back before it was touched, after a pause.
+    #[serde(default)]
+    pub read_ahead_bytes: u64,
     /// Not evicted, because it does not shrink enough.
     pub incompressible_bytes: u64,
     /// Of what is evicted now, in the swap file.
@@ -388,6 +391,7 @@ impl From<Cold> for ColdView {
             evicted_bytes: bytes(cold.evicted),
             refaulted_bytes: bytes(cold.refaulted),
             read_around_bytes: bytes(cold.read_around),
+            read_ahead_bytes: bytes(cold.read_ahead),
             incompressible_bytes: bytes(cold.incompressible),
             file_bytes: bytes(cold.file),
             fetched_bytes: bytes(cold.fetched),

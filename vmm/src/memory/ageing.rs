@@ -170,6 +170,12 @@ impl Ageing {
         pages.start.into()..pages.end.into()
     }
 
+    /// Whether `page` is of the sample, and waits for its own touch.
+    pub fn is_watched(&self, page: u64) -> bool {
+        let before = page.saturating_sub(1);
+        page > before && self.unwatched(before, before..page + 1).end <= page
+    }
+
     /// Length of a period in milliseconds, 0 before the first.
     pub fn generation_ms(&self) -> u32 {
         if self.began == 0 { 0 } else { self.terms.period.as_millis() as u32 }

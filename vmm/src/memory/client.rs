@@ -80,6 +80,8 @@ pub enum Work {
     },
     /// Read what [`Load::fetched`] names from the store's file.
     Fetch,
+    /// The same of pages that nobody waits for yet, wherever in the store they are.
+    Refill,
 }
 
 /// What has become of it.
@@ -100,6 +102,8 @@ pub enum Done {
     },
     /// [`Load::fetched`] has the contents.
     Fetched,
+    /// The same, of what nobody waits for.
+    Refilled,
 }
 
 /// The pages of a job. It goes to and fro between the two threads, so that neither allocates once it has grown.
@@ -117,7 +121,7 @@ pub struct Load {
     pub fetched: Fetched,
 }
 
-/// Pages and what the store's file has of them. Goes to the reclaim thread with the pages, and comes back with the contents.
+/// Pages and what the store has of them. Goes to the reclaim thread with the pages, and comes back with the contents.
 #[derive(Debug, Default)]
 pub struct Fetched {
     /// The pages, and where they are.

@@ -161,7 +161,7 @@ impl Reclaim {
     }
 
     /// Nobody wants the content of `page`, which is at `place`, any more.
-    fn release(&mut self, page: u64, place: Place) -> Result<(), Corrupt> {
+    pub(super) fn release(&mut self, page: u64, place: Place) -> Result<(), Corrupt> {
         if place.slot().is_some() {
             self.counts.file = self.counts.file.saturating_sub(1);
             if let Some(read) = self.fetched.pages.iter_mut().find(|read| u64::from(read.page) == page) {
@@ -199,6 +199,11 @@ impl Reclaim {
             (self.swap_max, self.store_max) = (swap_max, store_max);
             self.try_again();
         }
+    }
+
+    /// What the VM should hold at most, in pages.
+    pub(super) fn aim(&self) -> u64 {
+        self.aim
     }
 
     /// The controller's aim.
@@ -259,7 +264,12 @@ impl Pages {
         let wants = !self.reclaim.wants.is_empty();
         let large = self.may_write_back(self.reclaim.store_max);
         if self.reclaim.resting
-            && (wants || dead || large || self.ageing_is_due() || self.need() > 0 && self.reclaim.stuck_until.is_none())
+            && (wants
+                || dead
+                || large
+                || self.ageing_is_due()
+                || self.refill_is_due()
+                || self.need() > 0 && self.reclaim.stuck_until.is_none())
         {
             self.reclaim.resting = false;
             // Fails only when the counter is full: it is awake already.
@@ -281,9 +291,10 @@ impl Pages {
                 self.settle()
             }
             Done::Evicted { incompressible, store, failed_writes } => {
-                for page in &load.stored {
+                for (page, turn) in load.stored.iter().zip(self.reclaim.counts.evicted..) {
                     self.frames.set(page.page as usize, FrameState::Swapped);
                     self.frames.set_place(page.page as usize, page.place.raw());
+                    self.frames.set_turn(page.page as usize, turn as u32);
                     self.reclaim.counts.file += u64::from(page.place.slot().is_some());
                 }
                 self.reclaim.counts.failed_writes = failed_writes;
@@ -296,6 +307,7 @@ impl Pages {
                 std::mem::swap(&mut self.reclaim.fetched, &mut load.fetched);
                 self.fetched()
             }
+            Done::Refilled => self.refilled(&load.fetched),
         };
         let work = self.next_work(load);
         self.reclaim.resting = matches!(work, Work::Rest(_));
@@ -308,20 +320,16 @@ impl Pages {
         let (wants, read) = (&mut self.reclaim.wants, &self.reclaim.fetched);
         let failed = |page: u32| read.failed.iter().any(|(failed, _)| *failed == page);
         wants.retain(|want| !read.pages.contains(want) && !failed(want.page));
-        let needed = |page: u32, place: u32| {
-            let page = page as usize;
-            page < self.frames.len()
-                && self.frames.state(page) == FrameState::Swapped
-                && self.frames.place(page) == place
-        };
-        if let Some((_, corrupt)) = read.failed.iter().find(|(page, corrupt)| needed(*page, corrupt.place)) {
+        let lost = read.failed.iter().find(|(page, corrupt)| self.is_at(*page, corrupt.place));
+        if let Some((_, corrupt)) = lost {
             self.corrupt = Some(*corrupt);
         }
-        for read in &mut self.reclaim.fetched.pages {
-            if needed(read.page, read.place.raw()) {
+        for i in 0..self.reclaim.fetched.pages.len() {
+            let Stored { page, place } = self.reclaim.fetched.pages[i];
+            if self.is_at(page, place.raw()) {
                 self.reclaim.counts.fetched += 1;
             } else {
-                read.page = GONE;
+                self.reclaim.fetched.pages[i].page = GONE;
             }
         }
         self.settle()
@@ -417,6 +425,9 @@ impl Pages {
         let need = self.need();
         if need == 0 {
             self.reclaim.counts.stuck = false;
+            if let Some(work) = self.refill(load) {
+                return work;
+            }
             let cold = self.ageing.proactive().min(BATCH);
             if cold > 0 && self.may_evict() && self.claim(List::Idle, cold, true, &mut load.claimed) {
                 return self.evict(store_max);
@@ -569,7 +580,7 @@ impl Pages {
     }
 
     /// Where the content of an evicted page is.
-    fn place(&self, page: u64) -> Place {
+    pub(super) fn place(&self, page: u64) -> Place {
         Place::from_raw(self.frames.place(page as usize))
             .unwrap_or_else(|| broken(format_args!("evicted page {page} is nowhere")))
     }

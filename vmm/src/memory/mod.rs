@@ -15,6 +15,7 @@
 //! | `client` | how other threads ask |
 //! | `cold` | which pages are moved aside and evicted, and how they come back |
 //! | `ageing` | how it is found out what is in use |
+//! | `refill` | what a guest that goes on gets back before it asks |
 //! | `reclaim` | the thread that moves and evicts them |
 //! | `guest` | the accessor of all VMM code |
 //! | `give` | the balloon's pages: claim, discard, uncharge |
@@ -43,6 +44,7 @@ pub mod place;
 pub mod pool;
 pub mod ram;
 pub mod reclaim;
+mod refill;
 mod stall;
 pub mod store;
 pub mod thread;

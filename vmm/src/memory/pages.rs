@@ -40,6 +40,7 @@ use super::cold::Reclaim;
 use super::histogram::Histogram;
 use super::huge::{Blocks, Due, Patience};
 use super::ram::Ram;
+use super::refill::Refill;
 use super::stall::Stall;
 use super::store::Corrupt;
 use super::uffd::{Fill, Uffd};
@@ -112,6 +113,7 @@ pub struct Pages {
     pub(super) frames: FrameTable,
     pub(super) stock: Stock,
     pub(super) reclaim: Reclaim,
+    pub(super) refill: Refill,
     pub(super) ageing: Ageing,
     pub(super) gate: Arc<Gate>,
     pub(super) around: Around,
@@ -178,6 +180,7 @@ impl Pages {
             now: seconds(monotonic_ns()),
             corrupt: None,
             reclaim,
+            refill: Refill::default(),
             ageing: Ageing::new(plan, cpus),
             device_taken: 0,
             device_blocked: false,

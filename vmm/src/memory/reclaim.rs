@@ -98,7 +98,14 @@ impl ReclaimThread {
                 Work::Rest(time) => self.rest(time),
                 Work::Age => self.age(&mut load),
                 Work::Evict { store_max } => self.evict(&mut load, store_max, &discarder),
-                Work::Fetch => self.fetch(&mut load.fetched),
+                Work::Fetch => {
+                    self.fetch(&mut load.fetched);
+                    Done::Fetched
+                }
+                Work::Refill => {
+                    self.fetch(&mut load.fetched);
+                    Done::Refilled
+                }
             };
         }
     }
@@ -177,19 +184,22 @@ impl ReclaimThread {
         Done::Evicted { incompressible, store: self.store.resident_pages(), failed_writes: self.failed_writes }
     }
 
-    /// Reads pages from the file.
-    fn fetch(&mut self, fetched: &mut Fetched) -> Done {
-        let Some(file) = &mut self.file else { broken(format_args!("there is no file to read from")) };
+    /// Reads pages from the file, or from memory.
+    fn fetch(&mut self, fetched: &mut Fetched) {
         fetched.contents.resize(fetched.pages.len(), [0; PAGE_SIZE as usize]);
         fetched.failed.clear();
         for (stored, content) in fetched.pages.iter_mut().zip(&mut fetched.contents) {
-            if let Err(corrupt) = file.read(stored.page, stored.place, content) {
+            let read = match (stored.place.slot(), &mut self.file) {
+                (None, _) => self.store.read(stored.page, stored.place, content),
+                (Some(_), Some(file)) => file.read(stored.page, stored.place, content),
+                (Some(_), None) => broken(format_args!("there is no file to read from")),
+            };
+            if let Err(corrupt) = read {
                 fetched.failed.push((stored.page, corrupt));
                 // Whatever has been read is nobody's page.
                 stored.page = GONE;
             }
         }
-        Done::Fetched
     }
 
     /// Takes a page of the stage into the file's batch, unless there is no file or no room in it.

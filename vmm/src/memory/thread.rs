@@ -551,13 +551,17 @@ impl FaultThread {
                 self.gate.release(gate::NOT_STARTED);
             }
             ToWorker::Pause { seq } => {
-                self.gate.hold(gate::PAUSED);
+                if self.gate.hold(gate::PAUSED) {
+                    self.pages.iter_mut().for_each(Pages::on_pause);
+                }
                 self.pause_seq = Some(seq);
                 self.all_out();
             }
             ToWorker::Resume { seq } => {
                 self.pause_seq = None;
-                self.gate.release(gate::PAUSED);
+                if self.gate.release(gate::PAUSED) {
+                    self.pages.iter_mut().for_each(Pages::on_resume);
+                }
                 self.report(Some(seq), 0, 0);
             }
             ToWorker::Activate { seq, epoch } => self.prepare_activation(seq, epoch),

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 8;
+pub const VERSION: u8 = 9;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -222,6 +222,8 @@ pub struct Cold {
     pub refaulted: u64,
     /// Evicted pages that came back around a touched one.
     pub read_around: u64,
+    /// Evicted pages that came back before they were touched, after a pause.
+    pub read_ahead: u64,
     /// Pages that were to be evicted and stayed because they do not shrink enough.
     pub incompressible: u64,
     /// Evicted pages whose contents are in the file now.

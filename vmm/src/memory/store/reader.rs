@@ -37,15 +37,7 @@ impl Reader {
     /// # Errors
     /// [`Corrupt`] when it is not what was written; `out` means nothing then.
     pub fn read(&mut self, page: u32, place: Place, out: &mut [u8; PAGE]) -> Result<(), Corrupt> {
-        if place == Place::ZEROES {
-            out.fill(0);
-            return Ok(());
-        }
-        let (header, payload) = entry(&self.arena, page, place)?;
-        match self.decoder.decode(header.kind, payload, out) {
-            true => Ok(()),
-            false => Err(place.corrupt(Damage::Content)),
-        }
+        read(&self.arena, &mut self.decoder, page, place, out)
     }
 
     /// Nobody wants `page`'s entry at `place` any more. Once for every place that the writer told of, whether it was ever
@@ -80,6 +72,28 @@ impl Reader {
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reader").field("emptied", &self.emptied()).finish_non_exhaustive()
+    }
+}
+
+/// Writes the content of `page`, which is at `place`, to `out`.
+///
+/// # Errors
+/// [`Corrupt`] when it is not what was written, or nobody wants it any more.
+pub(super) fn read(
+    arena: &Arena,
+    decoder: &mut Decoder,
+    page: u32,
+    place: Place,
+    out: &mut [u8; PAGE],
+) -> Result<(), Corrupt> {
+    if place == Place::ZEROES {
+        out.fill(0);
+        return Ok(());
+    }
+    let (header, payload) = entry(arena, page, place)?;
+    match decoder.decode(header.kind, payload, out) {
+        true => Ok(()),
+        false => Err(place.corrupt(Damage::Content)),
     }
 }
 

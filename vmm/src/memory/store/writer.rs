@@ -10,7 +10,7 @@ use std::{fmt, io};
 use super::arena::{Arena, Mapping, SEGMENT, SEGMENT_UNITS};
 use super::codec::{Codec, Decoder, Encoder, ROOM, same_word};
 use super::entry::{HEADER, Header, Kind, MOST, UNIT, units};
-use super::{PAGE, Place};
+use super::{Corrupt, PAGE, Place, reader};
 
 /// The most pages of a batch.
 pub const BATCH: usize = 64;
@@ -158,6 +158,15 @@ impl Writer {
         self.pending.push(Pending { page, bytes: HEADER + length });
         self.filled += HEADER + length;
         outcome
+    }
+
+    /// Writes the content of `page`, which is at `place`, in memory, to `out`, whatever becomes of the entry meanwhile: what was
+    /// read of one that has been released means nothing. Only this half makes a segment empty, so the bytes stay.
+    ///
+    /// # Errors
+    /// [`Corrupt`] when it is not what was written, or was released; `out` means nothing then.
+    pub fn read(&mut self, page: u32, place: Place, out: &mut [u8; PAGE]) -> Result<(), Corrupt> {
+        reader::read(&self.arena, &mut self.decoder, page, place, out)
     }
 
     /// Pages in the batch.

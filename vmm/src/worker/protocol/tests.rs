@@ -82,6 +82,7 @@ fn cold(n: &mut Numbers, odd: bool) -> Cold {
         evicted: n.next(),
         refaulted: n.next(),
         read_around: n.next(),
+        read_ahead: n.next(),
         incompressible: n.next(),
         file: n.next(),
         fetched: n.next(),
