@@ -126,6 +126,9 @@ fn conclude(end: VmEnd, name: &str, memory: &Memory) -> Result<u8, Failure> {
         VmEnd::Killed(KilledBy::Host) => {
             Err(Failure { message: format!("the VM {name} was killed: the host ran short of memory"), status: KILLED })
         }
+        VmEnd::Killed(KilledBy::Group) => {
+            Err(Failure { message: format!("the VM {name} was killed: its group ran short of memory"), status: KILLED })
+        }
         VmEnd::Killed(KilledBy::Policy) => Err(Failure {
             message: format!(
                 "the VM {name} was killed: it was held at memory.max {} for too long; raise max, or choose --oom \

@@ -146,6 +146,9 @@ fn table(vm: &VmView) -> String {
         Some(PausedBy::Host) if vm.state == VmState::Paused => {
             "paused because the host ran short of memory (it goes on when there is room for what was evicted)"
         }
+        Some(PausedBy::Group) if vm.state == VmState::Paused => {
+            "paused because its group ran short of memory (it goes on when there is room for what was evicted)"
+        }
         Some(PausedBy::User) if vm.state == VmState::Paused => "paused on request (resume lets it go on)",
         _ => state(vm),
     };

@@ -22,6 +22,7 @@
 //! | `resume.rs` | paused VMs that go on |
 //! | `squeeze.rs` | who gives what a group has to |
 //! | `strays.rs` | workers that run and could not be taken over |
+//! | `shortage.rs`, `victim.rs` | a host that runs short, and who is chosen when nobody can give more |
 //! | `stop.rs` | guests that are asked to end |
 //! | `vms.rs` | the VMs, and for which of them something has to be done |
 //! | `oom_log.rs` | what was decided when no memory was left, and what came of it |
@@ -59,7 +60,7 @@ use super::shortage::Shortage;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
-use super::victim::RETURNS;
+use super::victim::{Choices, RETURNS};
 use super::view::{PausedBy, VmState, VmView};
 use super::vm::{Awaited, KilledBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;
@@ -148,6 +149,8 @@ pub(super) struct Actor {
     pub victims: Victims,
     /// What was decided, and what came of it.
     pub decisions: OomLog,
+    /// What is remembered of how they were chosen.
+    pub choices: Choices,
     /// While VMs are taken over: those that have said hello and are not granted anything yet.
     pub recounting: Option<Vec<(VmId, Hello)>>,
 }
@@ -184,6 +187,7 @@ impl Actor {
             strays: BTreeMap::new(),
             shortage: None,
             victims: Victims::new(host::scaled(RETURNS)),
+            choices: Choices::default(),
             recounting: None,
         }
     }
@@ -367,6 +371,7 @@ impl Actor {
         }
         vm.state = VmState::Paused;
         vm.paused_by = Some(by);
+        vm.paused_at = Some(Instant::now());
         vm.grant_due = true;
         let name = vm.name.clone();
         if let Some(reply) = reply {
@@ -434,7 +439,15 @@ impl Actor {
         let reclaims = self.reclaims.iter().map(Reclaiming::deadline);
         let resumes = self.resumes.iter().map(Resuming::deadline);
         let host = self.shortage.iter().map(Shortage::next_look);
-        let all = changes.chain(recalls).chain(squeezes).chain(ladders).chain(reclaims).chain(resumes).chain(host);
+        let emptied = self.choices.look;
+        let all = changes
+            .chain(recalls)
+            .chain(squeezes)
+            .chain(ladders)
+            .chain(reclaims)
+            .chain(resumes)
+            .chain(host)
+            .chain(emptied);
         all.chain(self.vms.next_deadline()).min()
     }
 
@@ -475,6 +488,7 @@ impl Actor {
     fn settle(&mut self) {
         self.advance_changes();
         self.serve_refused();
+        self.resume_emptied();
         self.serve_resumes();
         // What a worker may evict comes before what it is to evict.
         self.send_due();

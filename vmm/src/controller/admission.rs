@@ -201,6 +201,7 @@ impl Actor {
             state: VmState::Starting,
             paused_by,
             kept_paused,
+            paused_at: None,
             ram: Vec::new(),
             store: AreaView::default(),
             pool: AreaView::default(),

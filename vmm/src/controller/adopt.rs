@@ -47,6 +47,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, answer};
 use super::cgroup::Cgroup;
+use super::changes::Target;
 use super::check;
 use super::console::ConsoleLog;
 use super::error::{Code, Refusal};
@@ -494,6 +495,11 @@ impl Actor {
         }
         self.aim_balloon(id);
         self.aim_reclaim(id, None);
+        if self.is_emptied(id) {
+            // What an earlier controller has begun.
+            self.look_soon(Target::Vm(id));
+            self.look_at_emptied();
+        }
     }
 
     /// A VM that has ended before this controller began. `end`: nobody was there to see it.

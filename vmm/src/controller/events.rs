@@ -76,7 +76,8 @@ pub enum EventKind {
     PressureLeft,
     /// The policy has chosen this VM to be paused or killed.
     VictimSelected,
-    /// The host has no memory left and nobody may be chosen; `why` says how many are spared for which reason.
+    /// A group, or the host, has no memory left and nobody may be chosen; `why` says how many are spared for which reason. The same is
+    /// told once a minute.
     NobodyChosen,
     /// The VM was killed.
     Killed,

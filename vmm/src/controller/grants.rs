@@ -21,7 +21,8 @@
 //!                      the neighbours' stocks come back ─ served ─► it goes on
 //!                         │ too little came
 //!                         ▼
-//!                      the policy: kill, or pause until there is room for what it owes and GO_ON more
+//!                      the policy: at its own limit it is killed, or paused until there is room for what it owes and GO_ON
+//!                      more; at a group's, somebody in the group is chosen (`victim.rs`), and it is looked at again
 //! ```
 //!
 //! Why more? A VM that went on with the page that it owes would touch the next one and be paused again, and so on.
@@ -29,6 +30,7 @@
 use std::time::Duration;
 
 use memcg_core::hold::Verdict;
+use memcg_core::oom;
 use memcg_core::reclaim::{self, FIRST_STOCK};
 use memcg_core::tree::{Charge, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -42,15 +44,16 @@ use super::events::{EventKind, merged};
 use super::host;
 use super::overhead;
 use super::shortage;
-use super::view::{OomAction, PausedBy, VmState};
-use super::vm::{Awaited, Hold, KilledBy, Vm, VmEnd, VmId};
+use super::victim::{Outcome, RETURNS};
+use super::view::VmState;
+use super::vm::{Awaited, Hold, Vm, VmId};
 use crate::worker::protocol::{Report, ToWorker};
 
 /// Room beyond what it owes that a VM needs to go on by itself after its policy has paused it.
-const GO_ON: u64 = 64;
+pub(super) const GO_ON: u64 = 64;
 
 /// Time after which the policy tries again to pause a VM whose worker does not read.
-const SILENT_RETRY: Duration = Duration::from_secs(1);
+pub(super) const SILENT_RETRY: Duration = Duration::from_secs(1);
 
 impl Actor {
     /// Takes a report.
@@ -197,9 +200,11 @@ impl Actor {
     }
 
     /// Charges at most `pages` that faults wait for and returns how many. In mode `Wait` what does not fit counts as
-    /// a failure. A VM that its policy has stopped gets all of it when it can go on with it, else nothing.
+    /// a failure. A VM that its policy has stopped gets all of it when it can go on with it, else nothing; one that stands still
+    /// for others gets it when it goes on.
     fn charge_need(&mut self, id: VmId, pages: u64, mode: Mode) -> u64 {
-        if self.vms[&id].stopped_by_policy() && pages > 0 && !self.has_room(id, pages.saturating_add(GO_ON)) {
+        let stopped = self.vms[&id].stopped_by_policy() && pages > 0;
+        if self.is_emptied(id) || stopped && !self.has_room(id, pages.saturating_add(GO_ON)) {
             return 0;
         }
         let node = self.vms[&id].node;
@@ -208,7 +213,8 @@ impl Actor {
         if charged < pages {
             // Does not fit; the tree counts that.
             let refused = self.tree.try_charge(node, Pages(pages - charged), mode).err();
-            self.vms.get_mut(&id).expect("checked").refused_at = refused.map(|refused| refused.level);
+            let level = refused.and_then(|refused| oom::level(mode, &refused));
+            self.vms.get_mut(&id).expect("checked").refused_at = level;
         }
         charged
     }
@@ -352,6 +358,7 @@ impl Actor {
         if !std::mem::take(&mut self.roomier) {
             return;
         }
+        self.look_at_emptied();
         for id in self.vms.refused() {
             if Some(id) != next {
                 self.serve(id, false);
@@ -453,30 +460,19 @@ impl Actor {
         });
     }
 
-    /// Lets the policy act on a VM that is held and that nobody can help.
+    /// Lets the policy act for a VM that is held and that nobody can help: on itself at its own limit, else on somebody of the
+    /// group that has no room.
     fn act_on_hold(&mut self, id: VmId, now: Instant) {
-        let vm = self.vms.get_mut(&id).expect("checked");
-        let action = vm.oom.action;
-        let Some(hold) = &mut vm.hold else { return };
-        if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
-            // A silent worker cannot be told; it holds its vCPUs itself, and is told when it reads again.
-            hold.deadline = now + SILENT_RETRY;
-            return;
-        }
-        hold.acted = true;
+        let vm = &self.vms[&id];
         let (node, refused_at) = (vm.node, vm.refused_at);
-        // It happened where the limit was met, and to this VM.
         let level = refused_at.filter(|level| self.tree.contains(*level)).unwrap_or(node);
-        self.tell_victim(id, level, json!({}));
-        match action {
-            OomAction::Pause => {
-                // Whoever looks at its console sees a guest that has stopped.
-                let name = self.vms[&id].name.clone();
-                let (limit, raise) = self.limit_in_the_way(id);
-                tracing::warn!(vm = name, "held at {limit} for too long, now paused: raise it with `{raise}`");
-                self.pause(id, PausedBy::Policy, None);
-            }
-            OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Policy)),
+        let outcome = if level == node { self.choose_itself(id) } else { self.choose(level) };
+        let again = match outcome {
+            Outcome::Wait(until) => until,
+            Outcome::Done | Outcome::Nobody => now + host::scaled(RETURNS),
+        };
+        if let Some(hold) = self.vms.get_mut(&id).and_then(|vm| vm.hold.as_mut()).filter(|hold| !hold.acted) {
+            hold.deadline = again;
         }
     }
 

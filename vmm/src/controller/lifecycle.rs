@@ -388,6 +388,7 @@ fn describe(cause: &VmEnd) -> (EventKind, serde_json::Value) {
             let by = match by {
                 KilledBy::Policy => "policy",
                 KilledBy::Host => "host",
+                KilledBy::Group => "group",
                 KilledBy::Request => "request",
                 KilledBy::Stop => "stop",
             };

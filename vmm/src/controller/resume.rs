@@ -76,7 +76,7 @@ impl Actor {
             let why = json!({ "why": refusal.message, "missing_bytes": refusal.missing_bytes });
             return Err((refusal, why));
         }
-        if self.vms[&id].paused_by != Some(PausedBy::Policy) || self.pay(id) {
+        if self.vms[&id].paused_by == Some(PausedBy::User) || self.pay(id) {
             return Ok(());
         }
         let vm = &self.vms[&id];
@@ -99,7 +99,7 @@ impl Actor {
         match vm.paused_by.filter(|_| vm.state == VmState::Paused)? {
             PausedBy::User => None,
             PausedBy::Policy => Some(Pages(vm.need())),
-            PausedBy::Host => Some(self.comes_back(id)),
+            PausedBy::Host | PausedBy::Group => Some(self.comes_back(id)),
         }
     }
 
@@ -157,6 +157,8 @@ impl Actor {
             refuse(reply, silent);
             return;
         }
+        // It is a candidate like any other.
+        self.victims.forget(vm.node);
         vm.state = VmState::Running;
         (vm.paused_by, vm.kept_paused) = (None, false);
         vm.grant_due = true;

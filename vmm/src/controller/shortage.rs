@@ -27,6 +27,7 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::events::EventKind;
 use super::host;
+use super::victim::Outcome;
 use super::vm::{Vm, VmId};
 
 /// Stock that a VM may have while the host is short: what it is granted ahead of need is missing elsewhere.
@@ -151,15 +152,15 @@ impl Actor {
         if !verdict.reclaim.is_zero() {
             self.ask_all(asked + verdict.reclaim);
         }
-        let goes_on =
-            self.shortage.as_ref().is_some_and(|shortage| shortage.watch.may_resume(elapsed)) && self.resume_for_host();
-        let goes = verdict.victim && self.choose_for_host();
-        let Some(shortage) = &mut self.shortage else { return };
-        if goes {
-            shortage.watch.chosen(elapsed);
+        if verdict.short.is_none() {
+            self.look_at_emptied();
         }
-        if goes_on {
-            shortage.watch.resumed(elapsed);
+        // While memory is on its way, it is asked again with the next reading.
+        if verdict.victim
+            && !matches!(self.choose(self.root), Outcome::Wait(_))
+            && let Some(shortage) = &mut self.shortage
+        {
+            shortage.watch.chosen(elapsed);
         }
     }
 

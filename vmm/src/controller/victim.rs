@@ -1,79 +1,181 @@
-//! Somebody is chosen: the host has no memory left, and what its VMs were asked for did not come in time.
+//! Somebody is chosen: a level has no memory left, and what its VMs were asked for did not come in time.
 //!
-//! Who goes is `memcg_core::oom`'s: one after the other, by rules that `ballast oom rank` shows beforehand. Here it is done, and
-//! said why, with the whole list.
+//! The level is a group at whose limit a VM is held (`grants.rs`), or the host (`shortage.rs`); there is one way to choose for
+//! both. Who goes is `memcg_core::oom`'s: one after the other, by rules that `ballast oom rank` shows beforehand. Here it is done,
+//! and said why, with the list.
 //!
 //! ```text
-//!              ┌─ pause: vCPUs stop, then all of its memory is evicted ─── host calm, and room for what was evicted ──► resume
-//!  critical ───┤
-//!              └─ kill: its worker ends, and the host has its memory back
+//!                 ┌─ pause: vCPUs stop, then all of its memory is evicted ── room for what it lacks, host calm ──► resume
+//!  no memory ─────┼─ kill: its worker ends, and its memory is back
+//!  at a level     ├─ wait: somebody's memory is on its way, or somebody was chosen just before
+//!                 └─ nobody: why is said, whoever is held stays so, and it is tried again
 //! ```
 //!
+//! *One at a time*: nobody else is chosen for a level while the memory of somebody in it is on its way, nor before [`RETURNS`]
+//! has passed since the last one in it was chosen. What happens elsewhere puts nothing off.
+//!
 //! A pause is a remedy only by what it frees. So a VM that is paused for others is *emptied*: its ladder has a goal of
-//! nothing, and ends when nothing is left that could be evicted. It goes on by itself when the host has been calm for long
-//! enough and has room for what is to come back; nobody else may let it go on before.
+//! nothing, and ends when nothing is left that could be evicted. It goes on by itself when each limit above it has room for
+//! what it lacks and the host has been calm for long enough; nobody else may let it go on before. Who was paused first goes on
+//! first, and one in [`RETURNS`], so that it is seen what the last one takes before the next one follows.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use memcg_core::oom::{self, Choice};
+use memcg_core::oom::{self, Choice, Nobody, Ranked};
 use memcg_core::tree::{Event, NodeId};
 use memcg_core::units::{Pages, human};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::actor::Actor;
 use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
+use super::grants::{GO_ON, SILENT_RETRY};
+use super::host;
 use super::oom_log::DecidedBy;
-use super::view::{OomAction, PausedBy, VmState};
-use super::vm::{KilledBy, Vm, VmEnd, VmId};
+use super::view::{OomAction, OomPreference, PausedBy};
+use super::vm::{KilledBy, VmEnd, VmId};
 
 /// How long the memory of one who was chosen may take to come back before the next one is chosen.
 pub const RETURNS: Duration = Duration::from_secs(10);
 
+/// That nobody can be chosen for a level is told again only after this, unless there is another reason.
+const QUIET: Duration = Duration::from_secs(60);
+
 /// Entries of the list that an event shows, at most: more would crowd the others out of the log.
 const SHOWN: usize = 10;
 
-impl Actor {
-    /// Chooses somebody for the host, and says whether the time to cool down begins.
-    pub fn choose_for_host(&mut self) -> bool {
-        let mut victims = self.victims.clone();
-        let ranked = oom::rank(&self.candidates(self.root));
-        let list: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
-        let chosen = match victims.decide(&self.tree, self.root, &ranked, self.elapsed()) {
-            Choice::Wait(_) => None,
-            Choice::Nobody(why) => Some((None, why.to_string())),
-            Choice::Act(entry) => Some((Some(entry.candidate.id), entry.to_string())),
-        };
-        self.victims = victims;
-        let Some((node, why)) = chosen else { return false };
-        let details = json!({ "why": why, "ranked": list });
-        if let Some(id) = node.and_then(|node| self.owners().remove(&node)) {
-            return self.act_for_host(id, details);
-        }
-        tracing::warn!(why, "the host has no memory left");
-        let number = self.log_nobody(self.root, DecidedBy::Policy, &why);
-        self.event(EventKind::NobodyChosen, None, merged(details, json!({ "decision": number })));
-        true
+/// What came of a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Somebody was chosen, and it is done.
+    Done,
+    /// Nobody may be chosen.
+    Nobody,
+    /// Nothing is done before this time: memory is on its way.
+    Wait(Instant),
+}
+
+/// What is remembered of choices.
+#[derive(Debug, Default)]
+pub struct Choices {
+    /// When somebody in a level was chosen last.
+    chosen: BTreeMap<NodeId, Instant>,
+    /// Why nobody could be, as it was told last.
+    told: BTreeMap<NodeId, (String, Instant)>,
+    /// When a VM that had been emptied went on last.
+    went_on: Option<Instant>,
+    /// When those that were emptied are looked at.
+    pub look: Option<Instant>,
+}
+
+impl Choices {
+    /// Until when nobody is chosen for a level, because somebody was.
+    fn rests(&mut self, level: NodeId, now: Instant) -> Option<Instant> {
+        let over = |at: Instant| at + host::scaled(RETURNS);
+        self.chosen.retain(|_, at| now < over(*at));
+        self.chosen.get(&level).copied().map(over)
     }
 
-    /// Does what was chosen. False when it cannot be done: the next one is chosen at the next look.
-    fn act_for_host(&mut self, id: VmId, why: Value) -> bool {
-        let vm = &self.vms[&id];
-        let (node, name, action) = (vm.node, vm.name.clone(), vm.oom.action);
-        if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
+    /// Notes that it is told now why nobody could be chosen; false when that was done lately.
+    fn tell(&mut self, level: NodeId, why: &str, now: Instant) -> bool {
+        self.told.retain(|_, (_, at)| now < *at + QUIET);
+        let lately = self.told.get(&level).is_some_and(|(told, _)| told == why);
+        if !lately {
+            self.told.insert(level, (why.to_owned(), now));
+        }
+        !lately
+    }
+}
+
+impl Actor {
+    /// Chooses somebody for a level that has no memory left, and does it. Whoever does not listen is passed over.
+    pub fn choose(&mut self, level: NodeId) -> Outcome {
+        if let Some(until) = self.choices.rests(level, Instant::now()) {
+            return Outcome::Wait(until);
+        }
+        let mut passed = Vec::new();
+        let outcome = loop {
+            let mut victims = self.victims.clone();
+            let ranked = oom::rank(&self.candidates(level));
+            let list = shown(&ranked);
+            let (entry, why) = match victims.decide(&self.tree, level, &ranked, self.elapsed()) {
+                Choice::Wait(waiting) => break Outcome::Wait(self.start + waiting.until),
+                Choice::Nobody(why) => (None, why.to_string()),
+                Choice::Act(entry) => (Some((entry.candidate.id, entry.frees)), entry.to_string()),
+            };
+            self.victims = victims;
+            let Some((node, frees)) = entry else {
+                self.tell_nobody(level, why, list);
+                break Outcome::Nobody;
+            };
+            let Some(id) = self.owners().remove(&node) else { break Outcome::Nobody };
+            let details = json!({ "why": why, "ranked": list, "frees_bytes": frees.bytes() });
+            if self.carry_out(id, level, details) {
+                let now = Instant::now();
+                self.choices.chosen.extend(self.tree.ancestry(node).map(|at| (at, now)));
+                break Outcome::Done;
+            }
             self.victims.failed(node);
-            self.log_decision(id, self.root, DecidedBy::Policy);
+            self.log_decision(id, level, DecidedBy::Policy);
+            passed.push(node);
+        };
+        // Those are candidates again the next time: their workers may listen by then.
+        for node in passed {
+            self.victims.forget(node);
+        }
+        outcome
+    }
+
+    /// Acts on a VM that is held at its own limit: nobody else would help it, and a pause need not free anything. One that is never
+    /// to be chosen stays held.
+    pub fn choose_itself(&mut self, id: VmId) -> Outcome {
+        let vm = &self.vms[&id];
+        let node = vm.node;
+        if vm.oom.preference == OomPreference::Omit {
+            let list = shown(&oom::rank(&self.candidates(node)));
+            self.tell_nobody(node, Nobody { omitted: 1, ..Nobody::default() }.to_string(), list);
+            return Outcome::Nobody;
+        }
+        if self.carry_out(id, node, json!({})) { Outcome::Done } else { Outcome::Wait(Instant::now() + SILENT_RETRY) }
+    }
+
+    /// Acts on a VM because `level` has no memory left; `details` say why it is this one. False when its worker does not listen.
+    fn carry_out(&mut self, id: VmId, level: NodeId, details: Value) -> bool {
+        let vm = self.vms.get_mut(&id).expect("a candidate");
+        let action = vm.oom.action;
+        if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
+            // It holds its vCPUs itself if it has to.
             return false;
         }
-        tracing::warn!(vm = name, ?action, "the host has no memory left");
-        self.tell_victim(id, self.root, why);
+        if let Some(hold) = &mut vm.hold {
+            hold.acted = true;
+        }
+        let (node, name) = (vm.node, vm.name.clone());
+        // Whoever looks at its console sees a guest that has stopped.
+        let (limit, advice) = self.advice(level);
+        tracing::warn!(vm = name, ?action, "no memory is left in {limit}{advice}");
+        self.tell_victim(id, level, details);
         match action {
             OomAction::Pause => {
-                self.pause(id, PausedBy::Host, None);
+                let by = match level {
+                    level if level == node => PausedBy::Policy,
+                    level if level == self.root => PausedBy::Host,
+                    _ => PausedBy::Group,
+                };
+                self.pause(id, by, None);
                 self.look_soon(Target::Vm(id));
             }
-            OomAction::Kill => self.kill(id, VmEnd::Killed(KilledBy::Host)),
+            OomAction::Kill => {
+                let by = match level {
+                    level if level == node => KilledBy::Policy,
+                    level if level == self.root => KilledBy::Host,
+                    _ => KilledBy::Group,
+                };
+                self.kill(id, VmEnd::Killed(by));
+            }
         }
         true
     }
@@ -94,44 +196,102 @@ impl Actor {
         self.event(EventKind::VictimSelected, Some(&name), details);
     }
 
-    /// Whether a VM stands still for others, and gives all that it has.
-    pub fn is_emptied(&self, id: VmId) -> bool {
-        let vm = &self.vms[&id];
-        vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::Host)
+    /// Tells that nobody could be chosen for a level; the same of the same level once a minute.
+    fn tell_nobody(&mut self, level: NodeId, why: String, ranked: Vec<String>) {
+        if !self.choices.tell(level, &why, Instant::now()) {
+            return;
+        }
+        let (limit, advice) = self.advice(level);
+        tracing::warn!(why, "no memory is left in {limit}{advice}");
+        let target = self.owners().remove(&level).map_or(Target::Group(level), Target::Vm);
+        let number = self.log_nobody(level, DecidedBy::Policy, &why);
+        self.target_event(EventKind::NobodyChosen, target, json!({ "why": why, "ranked": ranked, "decision": number }));
     }
 
-    /// What a VM that was emptied needs in order to go on as before: what was evicted, less what that takes now.
+    /// A level that has no memory left, and what would help it; for the log.
+    fn advice(&self, level: NodeId) -> (String, String) {
+        if level == self.root && self.is_short() {
+            return ("the host".to_owned(), String::new());
+        }
+        let raise = match self.owners().remove(&level) {
+            Some(id) => format!("ballast set {}", self.vms[&id].name),
+            None => format!("ballast group set {}", self.tree.path(level)),
+        };
+        (self.tree.path(level), format!(": `{raise} memory.max=…` gives it more"))
+    }
+
+    /// Whether a VM stands still for others, and gives all that it has.
+    pub fn is_emptied(&self, id: VmId) -> bool {
+        self.vms[&id].is_emptied()
+    }
+
+    /// What a VM that was emptied needs in order to go on as before: what was evicted, less what that takes now, and what it
+    /// owes.
     pub fn comes_back(&self, id: VmId) -> Pages {
-        let report = &self.vms[&id].report;
-        Pages(report.swapped.saturating_sub(report.store))
+        let vm = &self.vms[&id];
+        Pages(vm.report.swapped.saturating_sub(vm.report.store) + vm.need())
+    }
+
+    /// What is missing until a VM that was emptied may go on, and whose limit is in its way: the host is the root. `None` when
+    /// nothing is missing.
+    fn missing(&self, id: VmId) -> Option<(Pages, NodeId)> {
+        let (node, back) = (self.vms[&id].node, self.comes_back(id));
+        let on_host = self.shortage.as_ref().map_or(Pages::ZERO, |shortage| shortage.missing_for(back));
+        let room = self.tree.margin(node);
+        let below = room.map_or(Pages::ZERO, |room| (back + Pages(GO_ON)).saturating_sub(room));
+        let at = self.tree.narrowest(node).filter(|_| below >= on_host).unwrap_or(self.root);
+        Some((on_host.max(below), at)).filter(|(missing, _)| !missing.is_zero())
     }
 
     /// Why a VM that was emptied may not go on now, if it may not.
     pub fn stays_empty(&self, id: VmId) -> Option<Refusal> {
-        let shortage = self.shortage.as_ref().filter(|_| self.is_emptied(id))?;
-        let missing = shortage.missing_for(self.comes_back(id));
-        let name = &self.vms[&id].name;
-        if missing.is_zero() {
-            return None;
-        }
+        let (missing, at) = self.is_emptied(id).then(|| self.missing(id))??;
+        let (vm, bytes, missing) = (&self.vms[&id], missing.bytes(), human(missing.bytes()));
+        let (name, short) = (&vm.name, if vm.paused_by == Some(PausedBy::Host) { "the host" } else { "its group" });
+        let ((limit, advice), group) = (self.advice(at), self.tree.path(if at == vm.node { self.root } else { at }));
         let message = format!(
-            "the VM {name:?} was paused because the host ran short of memory, and {} are missing still: it goes on by itself \
-             when they are there; `ballast oom rank` shows who holds how much",
-            human(missing.bytes())
+            "the VM {name:?} was paused because {short} ran short of memory, and {missing} are missing still in {limit}{advice}. It \
+             goes on by itself when they are there; `ballast oom rank {group}` shows who holds how much"
         );
-        let usage = self.tree.usage(self.vms[&id].node).bytes();
-        Some(Refusal::new(Code::ResumeRefused, message).usage(usage).missing(missing.bytes()))
+        Some(Refusal::new(Code::ResumeRefused, message).usage(self.tree.usage(vm.node).bytes()).missing(bytes))
     }
 
-    /// The host has been calm: who was paused first goes on, if there is room.
-    pub fn resume_for_host(&mut self) -> bool {
-        let emptied = |(id, vm): &(VmId, &Vm)| self.is_emptied(*id) && !vm.kept_paused;
-        let Some(id) = self.vms.iter().filter(emptied).map(|(id, _)| id).next() else { return false };
-        if self.stays_empty(id).is_some() {
-            return false;
-        }
-        self.victims.forget(self.vms[&id].node);
-        self.resume(id, "policy", None);
-        true
+    /// Something may have changed for those that were emptied: they are looked at after this input.
+    pub fn look_at_emptied(&mut self) {
+        self.choices.look = Some(Instant::now());
     }
+
+    /// Lets one of those that were emptied go on, the first for whom there is room. Nobody overtakes another one who waits for
+    /// the same limit.
+    pub fn resume_emptied(&mut self) {
+        let now = Instant::now();
+        let over = |at: Instant| at + host::scaled(RETURNS);
+        if self.choices.look.take_if(|at| *at <= now).is_none() {
+            return;
+        }
+        let emptied = self.vms.emptied();
+        let next = self.choices.went_on.map(over).filter(|next| now < *next && !emptied.is_empty());
+        if next.is_some() {
+            self.choices.look = next;
+            return;
+        }
+        let mut full = Vec::new();
+        for id in emptied {
+            let node = self.vms[&id].node;
+            if full.iter().any(|at| self.tree.is_within(node, *at)) {
+                continue;
+            }
+            if let Some((_, at)) = self.missing(id) {
+                full.push(at);
+            } else if self.pay(id) {
+                (self.choices.went_on, self.choices.look) = (Some(now), Some(over(now)));
+                return self.resume(id, "policy", None);
+            }
+        }
+    }
+}
+
+/// The beginning of the list, for an event.
+fn shown(ranked: &[Ranked<'_>]) -> Vec<String> {
+    ranked.iter().take(SHOWN).map(ToString::to_string).collect()
 }

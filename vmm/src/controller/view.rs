@@ -113,6 +113,8 @@ pub enum PausedBy {
     Policy,
     /// The policy, because the host ran short of memory: all that it held was evicted, and it goes on when there is room for it.
     Host,
+    /// The same, because its group had no room left.
+    Group,
 }
 
 impl PausedBy {
@@ -122,6 +124,7 @@ impl PausedBy {
             Self::User => "request",
             Self::Policy => "policy",
             Self::Host => "host",
+            Self::Group => "group",
         }
     }
 }

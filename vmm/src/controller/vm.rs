@@ -97,6 +97,8 @@ pub enum KilledBy {
     Policy,
     /// The same, because the host ran short of memory.
     Host,
+    /// The same, because its group did.
+    Group,
     /// Somebody at the interface.
     Request,
     /// Somebody at the interface who had asked the guest to end, and it did not in time.
@@ -135,6 +137,7 @@ impl fmt::Display for VmEnd {
             Self::Killed(KilledBy::Request) => write!(f, "it was killed on request"),
             Self::Killed(KilledBy::Stop) => write!(f, "it was killed: it did not power itself off in time"),
             Self::Killed(KilledBy::Host) => write!(f, "it was killed: the host ran short of memory"),
+            Self::Killed(KilledBy::Group) => write!(f, "it was killed: its group ran short of memory"),
             Self::Killed(KilledBy::Policy) => write!(f, "it was killed: it was held at its limit for too long"),
             Self::Failed { message, smallest_max: None } => write!(f, "{message}"),
             Self::Failed { message, smallest_max: Some(smallest) } => {
@@ -198,6 +201,8 @@ pub(super) struct Vm {
     pub paused_by: Option<PausedBy>,
     /// Somebody at the interface wants it paused as well: it does not go on by itself.
     pub kept_paused: bool,
+    /// When it was paused last; not known of one that was taken over paused.
+    pub paused_at: Option<Instant>,
     pub ram: Vec<RamView>,
     pub store: AreaView,
     pub pool: AreaView,
@@ -357,6 +362,11 @@ impl Vm {
     /// The policy has stopped it, nobody else.
     pub fn stopped_by_policy(&self) -> bool {
         self.state == VmState::Paused && self.paused_by == Some(PausedBy::Policy)
+    }
+
+    /// It stands still for others, and gives all that it has.
+    pub fn is_emptied(&self) -> bool {
+        self.state == VmState::Paused && matches!(self.paused_by, Some(PausedBy::Host | PausedBy::Group))
     }
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.

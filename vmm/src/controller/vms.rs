@@ -8,7 +8,8 @@
 //! ```text
 //!  get_mut(id) ─► touched ─► refresh: Needs::of(vm) ─┬─► deadlines  ordered by time
 //!  insert         {id, …}    the only writer of the  ├─► refused    a want could not be served, the longest first
-//!  remove                    sets on the right       ├─► due        a message was dropped
+//!  remove                    sets on the right       ├─► emptied    paused for others, the longest first
+//!                                                    ├─► due        a message was dropped
 //!                                                    └─► restless   held, or not any more
 //! ```
 //!
@@ -30,6 +31,8 @@ use super::vm::{Vm, VmId};
 struct Needs {
     deadline: Option<Instant>,
     refused: Option<Instant>,
+    /// Since when it stands still for others, to go on by itself; `None` in it: since before this controller.
+    emptied: Option<Option<Instant>>,
     due: bool,
 }
 
@@ -39,6 +42,7 @@ impl Needs {
         Self {
             deadline: vm.next_deadline(),
             refused: vm.refused_since,
+            emptied: (vm.is_emptied() && !vm.kept_paused).then_some(vm.paused_at),
             // One that waits for room in its queue is due again when it has some.
             due: vm.alive() && !vm.awaits_room && (grant || vm.balloon_due || vm.start_due || vm.reclaim_due),
         }
@@ -61,6 +65,7 @@ pub(super) struct Vms {
     touched: BTreeSet<VmId>,
     deadlines: BTreeSet<(Instant, VmId)>,
     refused: BTreeSet<(Instant, VmId)>,
+    emptied: BTreeSet<(Option<Instant>, VmId)>,
     due: BTreeSet<VmId>,
     restless: BTreeSet<VmId>,
     crowded: bool,
@@ -133,6 +138,12 @@ impl Vms {
         self.refused.iter().map(|(_, id)| *id).collect()
     }
 
+    /// Those that stand still for others, and go on by themselves; who was paused first comes first.
+    pub fn emptied(&mut self) -> Vec<VmId> {
+        self.refresh();
+        self.emptied.iter().map(|(_, id)| *id).collect()
+    }
+
     /// Those for whose workers a message was dropped, and who do not wait for room yet.
     pub fn due(&mut self) -> Vec<VmId> {
         self.refresh();
@@ -181,6 +192,10 @@ impl Vms {
                 before.map(|at| set.remove(&(at, id)));
                 now.map(|at| set.insert((at, id)));
             }
+        }
+        if before.emptied != now.emptied {
+            before.emptied.map(|at| self.emptied.remove(&(at, id)));
+            now.emptied.map(|at| self.emptied.insert((at, id)));
         }
         match (before.due, now.due) {
             (false, true) => drop(self.due.insert(id)),

@@ -289,6 +289,28 @@ async fn a_pause_stays_by_the_same_hand() {
     pausing.abort();
 }
 
+/// Who was paused for others gives all that it has to the next controller, too, and goes on when there is room for what it gave.
+/// Semantics: T7.
+#[tokio::test(start_paused = true)]
+async fn one_that_was_emptied_goes_on_giving_and_goes_on_when_there_is_room() {
+    let disk = Disk::default();
+    left_behind(&disk, setup(true)).await;
+    let line = serde_json::to_vec(&Entry::Paused { vm: "vm".to_owned(), by: PausedBy::Group }).expect("plain");
+    disk.text.lock().expect("no panic").extend([&line[..], b"\n"].concat());
+    let mut said = holding(2000);
+    (said.report.guest, said.report.store, said.report.swapped) = (800, 1200, 5000);
+    said.paused = true;
+    let mut worker = take_over(&disk, said).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let before = messages(&mut worker).await;
+    assert!(before.iter().any(|message| matches!(message, ToWorker::Reclaim { aim } if *aim <= RESERVE)), "{before:?}");
+    let goes_on = |messages: &[ToWorker]| messages.iter().any(|message| matches!(message, ToWorker::Resume { .. }));
+    assert!(!goes_on(&before), "what it gave does not fit");
+    worker.controller.change("vm", super::limits::change(pages(8192))).await.expect("raised");
+    let after = messages(&mut worker).await;
+    assert!(goes_on(&after), "{after:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_pause_that_was_taken_back_before_the_worker_heard_of_it_is_taken_back_again() {
     let disk = Disk::default();

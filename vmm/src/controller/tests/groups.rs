@@ -371,18 +371,18 @@ async fn the_stock_of_neighbours_is_recalled_before_the_policy_acts() {
 #[tokio::test(start_paused = true)]
 async fn out_of_memory_is_recorded_at_the_level_that_refused() {
     let controller = groups(1500, 4096).await;
-    let mut a = member(&controller, "a", "/gold", 500).await;
+    let oom = OomPolicy { action: OomAction::Kill, ..OomPolicy::default() };
+    let setup = Setup { max: Limit::Max, group: "/gold", oom, ..Setup::default() };
+    let mut a = super::ladders::holding(&controller, "a", setup, 500).await;
     let calm = member(&controller, "b", "/iron", 500).await;
     a.touch(3000).await;
     a.report.held = true;
     a.tell().await;
-    while vm(&controller, "a").await.state != VmState::Paused {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    tokio::time::sleep(Duration::from_secs(6)).await;
     let gold = group(&controller, "/gold").await.memory;
-    assert_eq!((gold.events.oom, gold.events_local.oom, gold.events.oom_pause), (1, 1, 1));
+    assert_eq!((gold.events.oom, gold.events_local.oom, gold.events.oom_kill), (1, 1, 1));
     let own = vm(&controller, "a").await.memory.events;
-    assert_eq!((own.oom, own.oom_pause, own.failcnt), (0, 1, 0), "its own limit was not met");
+    assert_eq!((own.oom, own.oom_kill, own.failcnt), (0, 1, 0), "its own limit was not met");
     assert_eq!(group(&controller, "/").await.memory.events_local.oom, 0);
     assert_eq!(vm(&controller, "b").await.state, VmState::Running);
     let event = a.has_event(EventKind::VictimSelected).await.expect("an event");

@@ -21,6 +21,7 @@ mod requests;
 mod resume;
 mod shortage;
 mod stop;
+mod victims;
 mod wire;
 
 use std::sync::Arc;
