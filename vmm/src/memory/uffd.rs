@@ -158,9 +158,28 @@ impl Uffd {
     ///
     /// A range within one mapping each. It stops at the first page that cannot be moved.
     ///
+    /// Linux 6.18 moves several pages in one step, and forgets to count a step that follows one that had to be tried again: it
+    /// comes to the same pages once more, finds them at `to`, and says that somebody else's are there. (`move_pages()` in
+    /// `mm/userfaultfd.c` keeps the `-EAGAIN` of the step before when `move_pages_ptes()` succeeds.) Such pages
+    /// are moved back and moved again, which also wakes those who wait for them. Where there are pages on both sides neither
+    /// direction does anything.
+    ///
     /// # Safety
-    /// Nobody but the guest and those who serve its faults relies on what is at `from`: a later touch of it is a fault.
+    /// Nobody but the guest and those who serve its faults relies on what is at `from`: a later touch of it is a fault. Nor does
+    /// anybody rely on a page at `to` that is not there yet.
     pub unsafe fn move_pages(&self, to: u64, from: u64, pages: u64) -> Move {
+        for _ in 0..UNTOLD {
+            match self.move_once(to, from, pages) {
+                // Whether it does anything is seen by the next try: it may not count its pages either.
+                Move::Occupied => _ = self.move_once(from, to, pages),
+                other => return other,
+            }
+        }
+        Move::Occupied
+    }
+
+    /// One call, and what it says.
+    fn move_once(&self, to: u64, from: u64, pages: u64) -> Move {
         let mut arg = sys::uffdio_move { dst: to, src: from, len: pages * PAGE_SIZE, mode: 0, move_: 0 };
         let result = ioctl(self.fd.as_fd(), UFFDIO_MOVE, &mut arg);
         match (result, arg.move_) {
@@ -207,6 +226,10 @@ impl AsFd for Uffd {
         self.fd.as_fd()
     }
 }
+
+/// Tries to move pages in whose place something is. The kernel's mistake needs two processors at the same page, so once is
+/// nearly always enough.
+const UNTOLD: u32 = 4;
 
 /// Maps zeroes to copy from, for the life of the process. Nobody writes there, so every page of it is the kernel's one
 /// zero page: the copy reads from the fastest cache, however long it is.
