@@ -128,6 +128,8 @@ pub struct Attributes {
     pub ending: bool,
     /// What of its usage is charged ahead of need. Only shown: it is recalled long before anybody is chosen.
     pub stock: Pages,
+    /// What it has given already, if it was paused for others before. Only shown.
+    pub given: Option<Pages>,
 }
 
 impl Default for Attributes {
@@ -138,6 +140,7 @@ impl Default for Attributes {
             priority: 0,
             ending: false,
             stock: Pages::ZERO,
+            given: None,
         }
     }
 }
@@ -224,7 +227,10 @@ impl fmt::Display for Ranked<'_> {
             Some(Spared::Omit) => return f.write_str("spared: its preference is omit"),
             Some(Spared::Ending) => return write!(f, "spared: it is ending, with {} to come back", size(usage)),
             Some(Spared::FreesNothing) if usage.is_zero() => return f.write_str("spared: it has nothing"),
-            Some(Spared::FreesNothing) => return f.write_str("spared: a pause would free nothing"),
+            Some(Spared::FreesNothing) => {
+                let Some(given) = attributes.given else { return f.write_str("spared: a pause would free nothing") };
+                return write!(f, "spared: it has been paused, and has given {}", size(given));
+            }
             Some(Spared::WithinMin) => {
                 let min = size(protection.min);
                 return write!(f, "spared: {} in use are within its memory.min of {min}", size(usage));

@@ -54,6 +54,7 @@ fn attributes(vm: &Guest, tree: &Tree) -> Option<Attributes> {
         priority: vm.setup.priority,
         ending: vm.state == State::Ending,
         stock: Pages::ZERO,
+        given: None,
     })
 }
 

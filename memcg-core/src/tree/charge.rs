@@ -2,7 +2,7 @@
 
 use super::{Accounting, Counter, Event, MAX_LEVELS, NodeId, Overhead, Tree};
 use crate::reclaim;
-use crate::units::{Limit, Pages};
+use crate::units::{Limit, Pages, human};
 
 /// How strict a charge is, and what its refusal counts as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -89,7 +89,7 @@ pub struct Charge {
 
 /// A charge that was refused. Nothing has changed but one count of failures at `level`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{counter}: {usage} in use of {limit}, short by {short_by}")]
+#[error("{counter}: {} in use of {limit}, short by {}", human(.usage.bytes()), human(.short_by.bytes()))]
 pub struct Refused {
     /// The lowest node without room: reclaim, and the choice of a victim, are its subtree's affair alone.
     pub level: NodeId,

@@ -486,7 +486,7 @@ fn a_refusal_has_the_numbers() {
     let refused = f.tree.try_charge(f.vm, Pages(16), Mode::Wait).unwrap_err();
     assert_eq!((refused.level, refused.counter), (f.group, Counter::Memory));
     assert_eq!((refused.usage, refused.limit, refused.short_by), (Pages(500), Limit::Pages(Pages(512)), Pages(4)));
-    assert_eq!(refused.to_string(), "memory: 500 pages in use of 2M, short by 4 pages");
+    assert_eq!(refused.to_string(), "memory: 2.0M in use of 2M, short by 16K");
     let refused = f.tree.try_charge_as(f.vm, Kind::Swap, Pages(4), Mode::Wait).unwrap_err();
-    assert_eq!(refused.to_string(), "swap: 0 pages in use of 12K, short by 1 page");
+    assert_eq!(refused.to_string(), "swap: 0 in use of 12K, short by 4K");
 }

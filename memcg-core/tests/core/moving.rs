@@ -142,7 +142,7 @@ fn a_move_that_does_not_fit_is_refused_whole() {
     w.set(w.c, LimitPatch::max(Limit::Pages(Pages(1000))));
     w.tree.set_ceiling(w.c, Some(Pages(114)));
     let error = w.tree.move_node(w.vm, w.c).unwrap_err();
-    let told = "\"vm\" does not fit /top/c (memory: 0 pages in use of 456K, short by 1 page): raise that limit, or free \
+    let told = "\"vm\" does not fit /top/c (memory: 0 in use of 456K, short by 4K): raise that limit, or free \
                 memory first";
     assert_eq!(error.to_string(), told);
     w.tree.set_ceiling(w.c, Some(Pages(115)));

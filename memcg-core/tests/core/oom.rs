@@ -156,6 +156,7 @@ fn the_order_and_its_sentences() {
     };
     let kill = Attributes::default();
     let pause = |frees| Attributes { action: Action::Pause { frees: mib(frees) }, ..kill };
+    let emptied = Attributes { given: Some(mib(400)), ..pause(0) };
     let omit = Attributes { preference: Preference::Omit, priority: -9, ..kill };
     let avoid = Attributes { preference: Preference::Avoid, priority: -9, ..kill };
     let first = Attributes { priority: -1, ..kill };
@@ -177,6 +178,7 @@ fn the_order_and_its_sentences() {
         (of(500, 0, 0, ending), Some(Spared::Ending), "x: spared: it is ending, with 500M to come back"),
         (of(300, 300, 0, kill), Some(Spared::WithinMin), "x: spared: 300M in use are within its memory.min of 300M"),
         (of(200, 0, 0, pause(0)), Some(Spared::FreesNothing), "x: spared: a pause would free nothing"),
+        (of(90, 0, 0, emptied), Some(Spared::FreesNothing), "x: spared: it has been paused, and has given 400M"),
         (of(0, 0, 0, kill), Some(Spared::FreesNothing), "x: spared: it has nothing"),
         (of(9999, 0, 0, omit), Some(Spared::Omit), "x: spared: its preference is omit"),
     ];
@@ -466,7 +468,7 @@ fn attributes() -> impl Strategy<Value = Attributes> {
     let preference =
         prop::sample::select(vec![Preference::None, Preference::None, Preference::Avoid, Preference::Omit]);
     (action, preference, -1i32..2, prop::bool::weighted(0.1)).prop_map(|(action, preference, priority, ending)| {
-        Attributes { action, preference, priority, ending, stock: Pages::ZERO }
+        Attributes { action, preference, priority, ending, stock: Pages::ZERO, given: None }
     })
 }
 

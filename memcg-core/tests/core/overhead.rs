@@ -77,7 +77,7 @@ fn the_store_is_memory_with_a_cap() {
     let _ = tree.try_charge(vm, Pages(3), Mode::NoWait).unwrap();
     let refused = tree.try_charge_as(vm, Kind::Store, Pages(1), Mode::NoWait).unwrap_err();
     assert_eq!((refused.counter, refused.usage, refused.limit), (Counter::Store, Pages(5), limit(5).unwrap()));
-    assert_eq!(refused.to_string(), "store: 5 pages in use of 20K, short by 1 page");
+    assert_eq!(refused.to_string(), "store: 20K in use of 20K, short by 4K");
     tree.set_limits(vm, &LimitPatch { store_max: limit(6), ..LimitPatch::default() }).unwrap();
     let refused = tree.try_charge_as(vm, Kind::Store, Pages(1), Mode::NoWait).unwrap_err();
     assert_eq!((refused.counter, refused.short_by), (Counter::Memory, Pages(1)));

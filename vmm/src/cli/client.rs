@@ -8,6 +8,7 @@
 //!     └ answered: done                     └─ not within PATIENCE: it is silent
 //! ```
 
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
@@ -15,10 +16,13 @@ use std::time::Duration;
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
+use hyper::client::conn::http1::Parts;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use super::socket::deserted;
@@ -29,6 +33,10 @@ use crate::controller::host::scaled;
 
 /// How long nothing may be heard of a controller before it is asked whether it is there, and how long it may take to say so.
 const PATIENCE: Duration = Duration::from_millis(2500);
+
+/// How long the last words of a controller that has closed a connection are waited for, and the most of them that is read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+const MOST_SAID: u64 = 16 * 1024;
 
 /// Time between two attempts to connect with one at whom as many wait already as may.
 const CONNECT_AGAIN: Duration = Duration::from_millis(20);
@@ -92,11 +100,20 @@ async fn send(socket: &Path, method: Method, target: &str, body: String) -> Resu
         }
         _ => lost(&error),
     })?;
-    let (mut sender, connection) =
+    let (mut sender, mut connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
+    let (left, rest) = oneshot::channel();
     tokio::spawn(async move {
-        if let Err(error) = connection.await {
+        if let Err(error) = poll_fn(|cx| connection.poll_without_shutdown(cx)).await {
             tracing::debug!(%error, "the connection has ended");
+        }
+        // Whoever has an answer waits for no last words.
+        if !left.is_closed() {
+            let Parts { io, read_buf, .. } = connection.into_parts();
+            let mut said = read_buf.to_vec();
+            // What cannot be read was not said. Whoever has asked may have gone.
+            let _ = timeout(LAST_WORDS, io.into_inner().take(MOST_SAID).read_to_end(&mut said)).await;
+            let _ = left.send(said);
         }
     });
     let request = Request::builder()
@@ -106,7 +123,17 @@ async fn send(socket: &Path, method: Method, target: &str, body: String) -> Resu
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| lost(&error))?;
-    sender.send_request(request).await.map_err(|error| lost(&error))
+    match sender.send_request(request).await {
+        Ok(answer) => Ok(answer),
+        Err(error) => Err(rest.await.ok().and_then(|said| turned_away(&said)).unwrap_or_else(|| lost(&error))),
+    }
+}
+
+/// What a controller said to one from whom it took no request, if it said anything: it had closed before that came.
+fn turned_away(said: &[u8]) -> Option<Failure> {
+    let head = said.windows(4).position(|end| end == b"\r\n\r\n")?;
+    let status = said.strip_prefix(b"HTTP/1.1 ")?.get(..3).and_then(|status| StatusCode::from_bytes(status).ok())?;
+    Some(refused(status, &said[head + 4..]))
 }
 
 /// Sends a request and reads the whole answer; a refusal becomes a failure with its sentence.
@@ -197,6 +224,28 @@ mod tests {
     fn answer(mut stream: &UnixStream, body: &str) {
         let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         stream.write_all(answer.as_bytes()).unwrap();
+    }
+
+    /// One who has too many clients says so and closes, before it has read what the next one wants.
+    #[tokio::test]
+    async fn who_is_turned_away_is_told_why() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("a.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let refusal = Refusal::new(Code::Busy, "there are 256 connections already");
+        let body = serde_json::to_string(&refusal).unwrap();
+        let controller = std::thread::spawn(move || {
+            for _ in 0..20 {
+                let (mut stream, _) = listener.accept().unwrap();
+                let head = format!("HTTP/1.1 503 Service Unavailable\r\ncontent-length: {}\r\n\r\n", body.len());
+                stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            }
+        });
+        for _ in 0..20 {
+            let failure = request(&path, Method::GET, "/host", String::new()).await.unwrap_err();
+            assert_eq!(failure.message, refusal.message);
+        }
+        controller.join().unwrap();
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use memcg_core::units::{Limit, human};
 use super::options::{duration, group_path, limit, name};
 use super::{DONE, Failure, NOT_REACHED, SocketArg, client, output, socket};
 use crate::controller::reclaim::ReclaimedView;
-use crate::controller::view::{ReclaimRung, ReclaimView};
+use crate::controller::view::ReclaimView;
 
 /// Time between two looks at how far it has got.
 const LOOK: Duration = Duration::from_millis(250);
@@ -94,7 +94,7 @@ async fn progress<T>(socket: &Path, place: &str) -> Result<T, Failure> {
         tokio::time::sleep(LOOK).await;
         let (_, body) = client::request(socket, Method::GET, place, String::new()).await?;
         let view: View = client::decode(&body)?;
-        show(&format!("{}, {} in use", doing(view.reclaim.rung), human(view.memory.current_bytes)));
+        show(&format!("{}, {} in use", view.reclaim.rung.doing(), human(view.memory.current_bytes)));
     }
 }
 
@@ -102,20 +102,6 @@ async fn progress<T>(socket: &Path, place: &str) -> Result<T, Failure> {
 fn show(line: &str) {
     // A terminal that is gone has seen enough.
     let _ = write!(std::io::stderr(), "\r\x1b[K{line}\r").and_then(|()| std::io::stderr().flush());
-}
-
-/// What is being done, in words.
-pub fn doing(rung: ReclaimRung) -> &'static str {
-    match rung {
-        ReclaimRung::Rest => "nothing to do",
-        ReclaimRung::Recall => "calling the stock back",
-        ReclaimRung::Reports => "the guest gives free memory back",
-        ReclaimRung::Balloon => "asking the balloon",
-        ReclaimRung::Evict => "evicting cold pages",
-        ReclaimRung::Stuck => "stuck: nothing more can be had",
-        ReclaimRung::Hold => "held: nothing more can be had",
-        ReclaimRung::Oom => "out of memory",
-    }
 }
 
 #[cfg(test)]
@@ -129,12 +115,5 @@ mod tests {
             let message = size(word).expect_err(word);
             assert!(message.contains(says), "{word:?}: {message}");
         }
-    }
-
-    #[test]
-    fn every_rung_has_words_of_its_own() {
-        let rungs = memcg_core::ladder::Rung::ALL.map(|rung| doing(rung.into()));
-        let distinct: std::collections::BTreeSet<_> = rungs.iter().collect();
-        assert_eq!(distinct.len(), rungs.len());
     }
 }

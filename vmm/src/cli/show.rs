@@ -7,7 +7,6 @@ use memcg_core::units::{Pages, human};
 use serde_json::Value;
 
 use super::options::name;
-use super::reclaim::doing;
 use super::{Failure, SocketArg, client, output, socket};
 use crate::controller::view::{
     BalloonProgress, ColdView, OverheadView, PausedBy, PressureLine, ReclaimRung, VmState, VmView,
@@ -207,7 +206,8 @@ fn table(vm: &VmView) -> String {
     }
     if vm.reclaim.rung != ReclaimRung::Rest {
         let goal = vm.reclaim.goal_bytes.map_or(String::new(), |goal| format!(", down to {}", human(goal)));
-        line("  reclaim", format!(" {}{goal}", doing(vm.reclaim.rung)));
+        let doing = vm.reclaim.stuck.as_ref().map_or(vm.reclaim.rung.doing().to_owned(), |why| format!("stuck: {why}"));
+        line("  reclaim", format!(" {doing}{goal}"));
     }
     line("  overhead", overhead(&vm.overhead));
     line(
@@ -266,6 +266,9 @@ fn table(vm: &VmView) -> String {
         );
     }
     let mut held = format!(" {:.1} ms in all", vm.held.total_us as f64 / 1e3);
+    if let Some(path) = &vm.held.limit_of {
+        held.push_str(&format!(", now at the limit of {path}"));
+    }
     if let Some(deadline) = vm.held.deadline_ms {
         held.push_str(&format!(", the policy acts in {:.1} s", deadline as f64 / 1e3));
     }

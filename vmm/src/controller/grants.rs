@@ -166,7 +166,9 @@ impl Actor {
             self.send_grant(id, refused);
         }
         if refused && fresh && !was_refused {
-            let details = self.account(id, json!({ "missing_bytes": Pages(need - got).bytes() }));
+            let at = self.vms[&id].refused_at.map(|at| self.tree.path(at));
+            let missing = json!({ "missing_bytes": Pages(need - got).bytes(), "limit_of": at });
+            let details = self.account(id, missing);
             let name = self.vms[&id].name.clone();
             self.event(EventKind::MaxHit, Some(&name), details);
             // What those who share the limit hold ahead of need is needed here, now.

@@ -526,6 +526,7 @@ impl Actor {
             rung: rung.into(),
             since_ms: (rung != Rung::Rest).then(|| u64::try_from(since.as_millis()).unwrap_or(u64::MAX)),
             goal_bytes: climb.ladder.goal().map(Pages::bytes),
+            stuck: (rung >= Rung::Stuck).then(|| self.no_more(&[target])),
         }
     }
 }

@@ -122,6 +122,7 @@ impl Actor {
             priority: vm.oom.priority,
             ending: vm.state == VmState::Ended || vm.cause.is_some(),
             stock: Pages(vm.report.stock + vm.in_flight()),
+            given: self.is_emptied(id).then(|| self.comes_back(id)),
         }
     }
 

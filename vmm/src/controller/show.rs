@@ -59,7 +59,7 @@ impl Actor {
                 .guest_stats
                 .as_ref()
                 .map(|(stats, at)| GuestStatsView::new(stats, stats.age_ms.saturating_add(millis_since(*at)))),
-            held: held_view(vm),
+            held: self.held_view(vm),
             pressure: self.pressure_view(vm.node),
             oom: OomView {
                 action: vm.oom.action,
@@ -125,6 +125,20 @@ impl Actor {
         }
     }
 
+    fn held_view(&self, vm: &Vm) -> HeldView {
+        let until = vm.hold.filter(|hold| !hold.acted && vm.state == VmState::Running).map(|hold| hold.deadline);
+        let now = vm.report.held && vm.state != VmState::Ended;
+        let at = vm.refused_at.filter(|at| now && vm.refused() && self.tree.contains(*at));
+        HeldView {
+            now,
+            limit_of: at.map(|at| self.tree.path(at)),
+            total_us: vm.report.held_us,
+            deadline_ms: until.map(|until| {
+                u64::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u64::MAX)
+            }),
+        }
+    }
+
     /// The host now.
     pub fn host_view(&self) -> HostView {
         let memory = host::memory().unwrap_or_default();
@@ -168,17 +182,6 @@ fn accounted(vm: &Vm) -> AccountedView {
     view.frame_records_bytes += records.bytes();
     view.user_bytes += records.bytes();
     view
-}
-
-fn held_view(vm: &Vm) -> HeldView {
-    let until = vm.hold.filter(|hold| !hold.acted && vm.state == VmState::Running).map(|hold| hold.deadline);
-    HeldView {
-        now: vm.report.held && vm.state != VmState::Ended,
-        total_us: vm.report.held_us,
-        deadline_ms: until.map(|until| {
-            u64::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u64::MAX)
-        }),
-    }
 }
 
 fn millis_since(at: Instant) -> u64 {

@@ -1,16 +1,19 @@
 //! What the interface shows of a VM and of the host, as JSON. Amounts carry their unit in the name.
 
 mod cold;
+#[cfg(test)]
+pub mod example;
+mod reclaim;
 
 use std::ops::Range;
 
-use memcg_core::ladder::Rung;
 use memcg_core::progress::State;
 use memcg_core::tree::Events;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use cold::{AGES, AgeView, ColdView};
+pub use reclaim::{ReclaimRung, ReclaimView};
 
 use super::residency::MeasuredView;
 use crate::worker::protocol::{Area, FaultCounts, GuestStats, Quantiles};
@@ -326,57 +329,6 @@ pub struct MemoryStat {
     pub overcharge_bytes: u64,
 }
 
-/// What is being done about a VM or a group that uses more than it should.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ReclaimView {
-    /// What is done now, beside what was done before.
-    pub rung: ReclaimRung,
-    /// Since when, in milliseconds; absent at rest.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub since_ms: Option<u64>,
-    /// What usage is to come down to; absent at rest.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub goal_bytes: Option<u64>,
-}
-
-/// A rung of the ladder.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ReclaimRung {
-    /// Nothing: usage is where it should be.
-    #[default]
-    Rest,
-    /// The stock is called back.
-    Recall,
-    /// The guest is giving back free memory by itself.
-    Reports,
-    /// The guest is asked by its balloon.
-    Balloon,
-    /// Cold pages are evicted.
-    Evict,
-    /// Usage does not come down, whatever is done.
-    Stuck,
-    /// The same, and the vCPUs are held.
-    Hold,
-    /// The policy acts.
-    Oom,
-}
-
-impl From<Rung> for ReclaimRung {
-    fn from(rung: Rung) -> Self {
-        match rung {
-            Rung::Rest => Self::Rest,
-            Rung::Recall => Self::Recall,
-            Rung::Reports => Self::Reports,
-            Rung::Balloon => Self::Balloon,
-            Rung::Evict => Self::Evict,
-            Rung::Stuck => Self::Stuck,
-            Rung::Hold => Self::Hold,
-            Rung::Oom => Self::Oom,
-        }
-    }
-}
-
 /// The balloon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BalloonView {
@@ -415,10 +367,13 @@ impl From<State> for BalloonProgress {
 }
 
 /// Whether the vCPUs are stopped for want of memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HeldView {
     /// They are now.
     pub now: bool,
+    /// Path of the group whose limit leaves no room for what they wait for, or of the VM itself; only while they are.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub limit_of: Option<String>,
     /// They were for so long since the start.
     pub total_us: u64,
     /// Time until the policy acts, while it is going to.

@@ -224,7 +224,7 @@ pub struct Cold {
     pub read_around: u64,
     /// Evicted pages that came back before they were touched, after a pause.
     pub read_ahead: u64,
-    /// Pages that were to be evicted and stayed because they do not shrink enough.
+    /// Pages that were to be evicted and stayed because they do not shrink enough; one that is tried again counts again.
     pub incompressible: u64,
     /// Evicted pages whose contents are in the file now.
     pub file: u64,

@@ -210,7 +210,11 @@ async fn a_worker_that_says_nothing_is_ended() {
 
 /// A VM that is held since now: its limit is used up and it has a debt of 3 pages.
 pub(super) async fn held(setup: Setup) -> FakeWorker {
-    let mut worker = FakeWorker::running(setup).await;
+    until_held(FakeWorker::running(setup).await).await
+}
+
+/// Has the guest of a VM touch memory until it is held.
+async fn until_held(mut worker: FakeWorker) -> FakeWorker {
     for _ in 0..60 {
         worker.touch(100).await;
     }
@@ -223,6 +227,24 @@ pub(super) async fn held(setup: Setup) -> FakeWorker {
     worker.tell().await;
     while worker.try_next().await.is_some() {}
     worker
+}
+
+/// Who looks at a VM that is held sees whose limit that is.
+#[tokio::test(start_paused = true)]
+async fn a_hold_names_the_limit_that_leaves_no_room() {
+    let mut own = held(Setup::default()).await;
+    assert_eq!(own.view().await.held.limit_of.as_deref(), Some("/vm"));
+    own.report.held = false;
+    assert_eq!(own.view().await.held.limit_of, None);
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", super::limits::change(pages(2000))).await.expect("made");
+    let setup = Setup { group: "/gold", max: Limit::Max, ..Setup::default() };
+    let mut in_group = FakeWorker::add_to(&controller, "vm", setup).await.expect("added");
+    in_group.hello().await;
+    in_group.say(FromWorker::Loaded { plan: 0 }).await;
+    let mut in_group = until_held(in_group).await;
+    assert_eq!(in_group.view().await.held.limit_of.as_deref(), Some("/gold"));
+    assert_eq!(in_group.has_event(EventKind::MaxHit).await.expect("told").details["limit_of"], "/gold");
 }
 
 /// Semantics: 42, B34, T11.

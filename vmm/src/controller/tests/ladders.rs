@@ -429,7 +429,9 @@ async fn a_ban_on_swap_comes_before_the_need_to_evict() {
         worker.next().await;
     }
     assert_eq!(worker.leases.0, 0);
-    assert_eq!(worker.rung().await, Stuck);
+    let reclaim = worker.view().await.reclaim;
+    assert_eq!(reclaim.rung, Stuck);
+    assert!(reclaim.stuck.is_some_and(|why| why.contains("raise swap.max, which is full")));
 }
 
 /// A limit is not reached because nothing more can be had: to wait longer would not help, and what would is said.

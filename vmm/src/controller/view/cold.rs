@@ -35,7 +35,7 @@ pub struct ColdView {
     /// Of what was evicted, brought back before it was touched, after a pause.
     #[serde(default)]
     pub read_ahead_bytes: u64,
-    /// Not evicted, because it does not shrink enough.
+    /// Was to be evicted and stayed, because it does not shrink enough; a page that is tried again counts again.
     pub incompressible_bytes: u64,
     /// Of what is evicted now, in the swap file.
     pub file_bytes: u64,

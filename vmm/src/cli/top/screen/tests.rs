@@ -1,52 +1,10 @@
 use super::*;
 use crate::controller::events::EventKind;
 use crate::controller::overview::HostView;
-use crate::controller::view::{
-    BalloonView, ColdView, CounterView, FaultsView, GroupMemoryView, GroupView, HeldView, MemoryView, OomAction,
-    OomPreference, OomView, OverheadView, PressureView, ReclaimView, VmState,
-};
+use crate::controller::view::example::{group, vm};
+use crate::controller::view::{HeldView, VmState};
 
 const MIB: u64 = 1 << 20;
-
-fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
-    VmView {
-        name: name.to_owned(),
-        paused_by: None,
-        kept_paused: false,
-        resume_bytes: None,
-        group: group.to_owned(),
-        state: VmState::Running,
-        pid: 1,
-        age_ms: 1,
-        generation: 0,
-        size_bytes: 512 * MIB,
-        cpus: 1,
-        accounting: true,
-        end: None,
-        console: None,
-        stale: false,
-        memory: MemoryView { current_bytes: used_mib * MIB, max_bytes: Some(256 * MIB), ..MemoryView::default() },
-        vmm: CounterView::default(),
-        overhead: OverheadView::default(),
-        swap: CounterView::default(),
-        cold: ColdView::default(),
-        reclaim: ReclaimView::default(),
-        balloon: BalloonView {
-            target_bytes: 64 * MIB,
-            actual_bytes: MIB + MIB / 2,
-            ready: true,
-            ..BalloonView::default()
-        },
-        guest_stats: None,
-        held: HeldView::default(),
-        pressure: PressureView::default(),
-        oom: OomView { action: OomAction::Pause, deadline_ms: 5000, priority: 0, preference: OomPreference::None },
-        ram: Vec::new(),
-        store: Default::default(),
-        pool: Default::default(),
-        faults: FaultsView::default(),
-    }
-}
 
 fn overview(vms: Vec<VmView>) -> Overview {
     let event = |seq| Event {
@@ -73,23 +31,6 @@ fn overview(vms: Vec<VmView>) -> Overview {
         groups: vec![group("/", 1024, Some(4096)), group("/gold", 300, None)],
         vms,
         events: (1..=9).map(event).collect(),
-    }
-}
-
-fn group(path: &str, used_mib: u64, max_mib: Option<u64>) -> GroupView {
-    let max_bytes = max_mib.map(|mib| mib * MIB);
-    GroupView {
-        path: path.to_owned(),
-        dying: false,
-        generation: 0,
-        accounting: true,
-        vms: 1,
-        groups: 0,
-        memory: GroupMemoryView { current_bytes: used_mib * MIB, max_bytes, ..GroupMemoryView::default() },
-        vmm: CounterView::default(),
-        swap: CounterView::default(),
-        reclaim: ReclaimView::default(),
-        pressure: PressureView::default(),
     }
 }
 
@@ -122,7 +63,7 @@ fn many(count: u64) -> Vec<VmView> {
 #[test]
 fn an_ordinary_terminal_has_everything_in_its_place() {
     let mut vms = vec![vm("web", "/", 192), vm("db", "/", 256), vm("idle", "/", 8)];
-    vms[1].held = HeldView { now: true, total_us: 61_000_000, deadline_ms: Some(5000) };
+    vms[1].held = HeldView { now: true, limit_of: None, total_us: 61_000_000, deadline_ms: Some(5000) };
     vms[1].pressure.some.avg10 = 63.18;
     vms[2].state = VmState::Paused;
     let lines = text(&mut screen(vms), 80, 24);
