@@ -153,6 +153,20 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     assert!(table.contains(" available  chosen  kill ") && table.ends_with(&format!("  {reason}\n")), "{table}");
     assert!(!is_alive(chosen.0) && is_alive(spared.0) && is_alive(small_one.0));
     assert_eq!(serve.show("chosen")["state"], "ended");
+    let why = |name: &str| String::from_utf8(serve.verb(&["why", name]).stdout).expect("text");
+    let (of_chosen, of_spared) = (why("chosen"), why("spared"));
+    for part in [
+        "the policy killed it, 1st in the list: ",
+        "; spared was spared: its preference is omit",
+        "`ballast start chosen`",
+    ] {
+        assert!(of_chosen.contains(part), "{part:?} is not in\n{of_chosen}");
+    }
+    let part = "the policy killed chosen, not this one, which was spared: its preference is omit";
+    assert!(of_spared.contains(part), "{part:?} is not in\n{of_spared}");
+    let (_, facts) = serve.ask("GET", "/vms/chosen/why", None);
+    assert_eq!(facts["decisions"][0]["number"], victim["decision"], "{facts}");
+    assert_eq!(facts["story"].as_array().map(Vec::len), Some(of_chosen.lines().count()), "{of_chosen}");
     ok(&mut spared.1, "verify 16M 180M seed=1");
     assert_eq!(events(&serve, "victim_selected").len(), 1, "one was enough");
     drop(serve);

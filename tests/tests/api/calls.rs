@@ -60,6 +60,8 @@ pub const CALLS: &[Call] = &[
     call("GET /vms/{name}", "/vms/db", "", Refused(404, "not_found")),
     call("GET /vms/{name}", "/vms/w%C3%A9b", "", Refused(404, "not_found")),
     call("GET /vms/{name}", "/vms/%ff", "", Refused(400, "bad_request")),
+    call("GET /vms/{name}/why", "/vms/web/why", "", Done(200)),
+    call("GET /vms/{name}/why", "/vms/db/why", "", Refused(404, "not_found")),
     call("GET /vms/{name}/console", "/vms/web/console", "", Done(200)),
     call("GET /vms/{name}/console", "/vms/db/console", "", Refused(404, "not_found")),
     call(MEMORY, "/vms/web/memory", r#"{"max_bytes":46137344}"#, Twice(200, 200)),

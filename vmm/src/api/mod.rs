@@ -167,6 +167,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(observe::check))
         .routes(routes!(observe::oom_rank))
         .routes(routes!(observe::oom_log))
+        .routes(routes!(observe::why))
         .routes(routes!(metrics::metrics))
         .routes(routes!(limits::post))
         .routes(routes!(vms::move_to))

@@ -1,4 +1,5 @@
-//! Looking at a whole host: `GET /overview`, `GET /check`, `GET /oom/rank`, `GET /oom/log`.
+//! Looking at a whole host: `GET /overview`, `GET /check`, `GET /oom/rank`, `GET /oom/log`; and at one VM: `GET
+//! /vms/{name}/why`.
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -6,12 +7,13 @@ use axum::extract::{Query, State};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::Shared;
+use super::{Name, Shared};
 use crate::controller::check::CheckView;
 use crate::controller::error::{Code, Refusal};
 use crate::controller::oom_log::OomLogView;
 use crate::controller::overview::Overview;
 use crate::controller::rank::RankView;
+use crate::controller::why::WhyView;
 
 /// The query of a request for an overview.
 #[derive(Clone, Copy, Debug, Deserialize, IntoParams)]
@@ -85,6 +87,16 @@ pub(super) async fn oom_rank(
     query: Result<Query<RankQuery>, QueryRejection>,
 ) -> Result<Json<RankView>, Refusal> {
     shared.controller.oom_rank(&understood(query)?.group).await.map(Json)
+}
+
+/// What has become of a VM's memory, and why, in sentences: what happened, the oldest first, how it is now, and what would
+/// help; with the facts behind them. Also of a VM that has ended, or was removed so lately that events tell of it.
+#[utoipa::path(
+    get, path = "/vms/{name}/why", params(("name" = String, Path, description = "name of the VM")),
+    responses((status = 200, body = WhyView), (status = 404, body = Refusal)),
+)]
+pub(super) async fn why(State(shared): State<Shared>, Name(name): Name) -> Result<Json<WhyView>, Refusal> {
+    shared.controller.why(&name).await.map(Json)
 }
 
 /// What was decided when no memory was left, and what has come of it: the newest 256 decisions of this controller.

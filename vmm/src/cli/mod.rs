@@ -35,6 +35,7 @@ mod top;
 mod usage;
 mod verbs;
 mod vm_args;
+mod why;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -114,6 +115,8 @@ pub enum Verb {
         #[command(flatten)]
         socket: SocketArg,
     },
+    /// Tell what has become of a VM's memory, and why: what happened, how it is, what would help
+    Why(why::WhyArgs),
     /// Change limits of running VMs and of groups
     Set(SetArgs),
     /// Take memory back from a VM, whatever its limits: stock, balloon, cold pages
@@ -239,6 +242,7 @@ pub fn main() -> ExitCode {
             Verb::Stop(args) => verbs::stop(args).await,
             Verb::Console(args) => attach::attach(args).await,
             Verb::Show { name, json, socket } => show::show(&name, json, &socket).await,
+            Verb::Why(args) => why::why(args).await,
             Verb::Set(args) => verbs::set(args).await,
             Verb::Reclaim(args) => reclaim::reclaim(args).await,
             Verb::Move(args) => fleet::move_to(args).await,

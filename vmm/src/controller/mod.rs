@@ -53,6 +53,7 @@ mod victim;
 pub mod view;
 mod vm;
 mod vms;
+pub mod why;
 
 use std::io;
 use std::path::PathBuf;

@@ -223,7 +223,7 @@ impl OomLog {
     }
 
     /// The decisions of this life after number `since`, as [`events::EventLog::after`] has it.
-    fn after(&self, since: u64) -> OomLogView {
+    pub fn after(&self, since: u64) -> OomLogView {
         let since = if since > self.last { self.before } else { since.max(self.before) };
         let oldest = self.last + 1 - self.ring.len() as u64;
         let skip = usize::try_from((since + 1).saturating_sub(oldest)).unwrap_or(usize::MAX);
@@ -316,7 +316,10 @@ impl Actor {
             id: Some(id.0),
             action: Some(vm.oom.action),
             by,
-            why: chosen.map_or_else(String::new, ToString::to_string),
+            why: match chosen {
+                Some(chosen) if level != vm.node => chosen.to_string(),
+                _ => format!("{}: it was held at its own limit for too long", vm.name),
+            },
             expected_bytes: chosen.map_or(0, |entry| entry.frees.bytes()),
             outcome: Outcome::UnderWay,
             ..self.decision(level, &ranked, &owners)

@@ -99,6 +99,7 @@ async fn a_pause_at_a_limit_of_its_own_waits_until_that_is_raised() {
     let decision = last(&worker.controller).await;
     assert_eq!((decision.outcome, decision.expected_bytes, decision.short), (Outcome::Waits, 0, None));
     assert_eq!((decision.level.as_str(), decision.max_bytes), ("/vm", Some(4096 * 4096)));
+    assert_eq!(decision.why, "vm: it was held at its own limit for too long");
     worker.controller.change("vm", super::limits::change(pages(8192))).await.expect("in force");
     worker.obey().await;
     assert_eq!(last(&worker.controller).await.outcome, Outcome::Resumed);

@@ -1,0 +1,235 @@
+//! How a VM's memory is now, and what would help.
+
+use super::super::view::{BalloonProgress, GroupView, PausedBy, ReclaimRung, VmState, VmView};
+use super::{Facts, Limited, lasting, size};
+
+/// A mebibyte.
+const MIB: u64 = 1 << 20;
+
+/// Part of its time that a VM waits for memory, in per cent, from which that is worth a word.
+const PRESSED: f64 = 0.5;
+
+/// Sentences about now, and what would help.
+pub fn sentences(facts: &Facts) -> Vec<String> {
+    let Some(vm) = &facts.vm else {
+        return vec!["it is not there any more: it was removed".to_owned()];
+    };
+    let mut now = vec![state(vm, facts)];
+    if vm.state == VmState::Ended {
+        let left = vm.memory.current_bytes;
+        let returning = if left > 0 {
+            format!("{} of its memory are on their way back", size(left))
+        } else {
+            "all of its memory is back".to_owned()
+        };
+        now.push(format!("{returning}; it used {} at most", size(vm.memory.peak_bytes)));
+    } else if vm.accounting {
+        now.push(usage(vm));
+        now.push(limits(vm, facts));
+        now.extend(asked(vm, facts));
+        now.push(guest(vm));
+        now.extend(waited(vm));
+    }
+    now.push(help(vm, facts));
+    now
+}
+
+/// What it is doing.
+fn state(vm: &VmView, facts: &Facts) -> String {
+    let what = match (vm.state, vm.paused_by) {
+        (VmState::Starting, _) => "it is starting".to_owned(),
+        (VmState::Running, _) if vm.held.now => held(vm, facts),
+        (VmState::Running, _) => "it runs".to_owned(),
+        (VmState::Paused, Some(PausedBy::User)) => "it is paused, because somebody wanted that".to_owned(),
+        (VmState::Paused, Some(PausedBy::Policy)) => {
+            "it is paused by the policy, until there is memory for it".to_owned()
+        }
+        (VmState::Paused, Some(PausedBy::Host)) => {
+            format!("it is paused for the others, until there is room for {}", back(vm))
+        }
+        (VmState::Paused, Some(PausedBy::Group)) => {
+            format!("it is paused for the others of its group, until there is room for {}", back(vm))
+        }
+        (VmState::Paused, None) => "it is paused".to_owned(),
+        (VmState::Ended, _) => format!("it has ended: {}", vm.end.as_deref().unwrap_or("nobody knows how")),
+    };
+    let kept = if vm.kept_paused { "; somebody wants it paused as well" } else { "" };
+    let stale = if vm.stale { "; its worker does not answer, so these are the last known numbers" } else { "" };
+    format!("{what}{kept}{stale}")
+}
+
+/// What there has to be room for before it goes on.
+fn back(vm: &VmView) -> String {
+    vm.resume_bytes.map_or("what was evicted of it".to_owned(), |bytes| format!("the {} that it needs", size(bytes)))
+}
+
+/// That its vCPUs are stopped, and whose limit it is.
+fn held(vm: &VmView, facts: &Facts) -> String {
+    let at = vm.held.limit_of.as_deref().map_or("a limit".to_owned(), |path| Limited::of(path, facts).to_string());
+    let until = vm.held.deadline_ms.map_or(String::new(), |ms| format!("; the policy acts in {}", lasting(ms)));
+    format!("it is held: its vCPUs wait for memory, and {at} leaves no room{until}")
+}
+
+/// What it uses, and for what.
+fn usage(vm: &VmView) -> String {
+    let (memory, stat) = (&vm.memory, &vm.memory.stat);
+    let working_set = match vm.cold.working_set_bytes {
+        Some(set) => format!(" (about {} in use of late, {} set aside)", size(set), size(stat.idle_bytes)),
+        None => String::new(),
+    };
+    let mut parts = vec![format!("{} of its guest{working_set}", size(stat.guest_bytes))];
+    if stat.swapped_bytes > 0 {
+        parts.push(format!("{} of store for {} that are evicted", size(stat.store_bytes), size(stat.swapped_bytes)));
+    }
+    parts.push(format!("{} of overhead", size(stat.vmm_bytes)));
+    let ahead = stat.stock_bytes + stat.reserve_bytes;
+    if ahead > 0 {
+        parts.push(format!("{} ahead of need", size(ahead)));
+    }
+    let peak = size(memory.peak_bytes);
+    format!("it uses {}, {peak} at most so far: {}", size(memory.current_bytes), parts.join(", "))
+}
+
+/// What leaves how much room: usage, limit, and whose it is.
+fn room<'f>(vm: &VmView, facts: &'f Facts) -> Option<(u64, u64, u64, Limited<'f>)> {
+    let left = |used: u64, max: u64| max.saturating_sub(used);
+    let own =
+        vm.memory.max_bytes.map(|max| (left(vm.memory.current_bytes, max), vm.memory.current_bytes, max, Limited::Own));
+    let above = facts.groups.iter().filter_map(|group: &GroupView| {
+        let (used, max) = (group.memory.current_bytes, group.memory.max_bytes?);
+        Some((left(used, max), used, max, Limited::Group(group.path.as_str())))
+    });
+    own.into_iter().chain(above).min_by_key(|(left, ..)| *left)
+}
+
+/// What it is limited by.
+fn limits(vm: &VmView, facts: &Facts) -> String {
+    let own = vm.memory.max_bytes.map(size);
+    let mut text = match room(vm, facts) {
+        None => "no limit is set, neither of it nor of its groups".to_owned(),
+        Some((left, _, max, Limited::Own)) => {
+            format!("its own memory.max is the nearest limit: {} leave {}", size(max), size(left))
+        }
+        Some((left, used, max, nearest)) => {
+            let own = own.map_or("it has none of its own".to_owned(), |own| format!("its own is {own}"));
+            format!(
+                "{nearest} is the nearest limit: {} of {} in use leave {}; {own}",
+                size(used),
+                size(max),
+                size(left)
+            )
+        }
+    };
+    if let Some(high) = vm.memory.high_bytes {
+        text.push_str(&format!("; memory is taken back above its memory.high of {}", size(high)));
+    }
+    if let Some(pending) = vm.memory.max_pending_bytes {
+        text.push_str(&format!("; its memory.max is going to {}", size(pending)));
+    }
+    text
+}
+
+/// What is being done about its usage, or that of its groups.
+fn asked(vm: &VmView, facts: &Facts) -> Option<String> {
+    let groups = facts.groups.iter().map(|group| (group.path.as_str(), &group.reclaim));
+    let busy = |(_, reclaim): &(&str, &super::super::view::ReclaimView)| reclaim.rung != ReclaimRung::Rest;
+    let (who, reclaim) = std::iter::once(("it", &vm.reclaim)).chain(groups).find(busy)?;
+    let goal = reclaim.goal_bytes.map_or(String::new(), |goal| format!(" to {}", size(goal)));
+    let since = reclaim.since_ms.map_or(String::new(), |ms| format!(" for {}", lasting(ms)));
+    let doing = reclaim.stuck.as_deref().unwrap_or_else(|| reclaim.rung.doing());
+    Some(format!("{who} is to come down{goal}{since}: {doing}"))
+}
+
+/// Whether its guest helps.
+fn guest(vm: &VmView) -> String {
+    let balloon = &vm.balloon;
+    let (target, actual) = (size(balloon.target_bytes), size(balloon.actual_bytes));
+    match balloon.progress {
+        None => "its guest runs no balloon driver: what has to come back is evicted".to_owned(),
+        Some(_) if balloon.target_bytes == 0 && balloon.actual_bytes == 0 => {
+            "its guest is asked for nothing".to_owned()
+        }
+        Some(BalloonProgress::Cooperating) => {
+            format!("its guest cooperates: it has given {actual}, {target} are asked for")
+        }
+        Some(BalloonProgress::Slow) => format!("its guest gives slowly: {actual} of the {target} that are asked for"),
+        Some(BalloonProgress::Stalled) => {
+            format!("its guest does not cooperate: it has given {actual} of the {target} that are asked for")
+        }
+    }
+}
+
+/// How long it has waited for memory.
+fn waited(vm: &VmView) -> Option<String> {
+    let held = vm.held.total_us / 1000;
+    let pressed = vm.pressure.some.avg60;
+    let held = (held > 0).then(|| format!("it was held for {} in all", lasting(held)));
+    let pressed =
+        (pressed >= PRESSED).then(|| format!("its vCPUs waited for memory for {pressed:.0} % of the last minute"));
+    let both: Vec<_> = held.into_iter().chain(pressed).collect();
+    (!both.is_empty()).then(|| both.join("; "))
+}
+
+/// A quarter more than `max`, or what is used if that is more, in whole MiB.
+fn more(max: u64, used: u64) -> String {
+    size((max.max(used) / 4 * 5).div_ceil(MIB).saturating_mul(MIB))
+}
+
+/// The words that raise the nearest limit.
+fn raise(vm: &VmView, facts: &Facts) -> Option<String> {
+    let (_, used, max, nearest) = room(vm, facts)?;
+    let more = more(max, used);
+    Some(match nearest {
+        Limited::Own => format!("`ballast set {} memory.max={more}`", facts.name),
+        Limited::Group(path) => format!("`ballast group set {path} memory.max={more}`"),
+    })
+}
+
+/// What would help, with the words to type.
+fn help(vm: &VmView, facts: &Facts) -> String {
+    let name = &facts.name;
+    let raised = || raise(vm, facts).map_or("more memory helps".to_owned(), |raise| format!("{raise} gives it more"));
+    match (vm.state, vm.paused_by) {
+        (VmState::Ended, _) => format!("`ballast start {name}` runs it again"),
+        (VmState::Starting, _) => "nothing needs to be done".to_owned(),
+        (VmState::Paused, _) if vm.kept_paused => {
+            format!("`ballast resume {name}` lets it go on as soon as there is room")
+        }
+        (VmState::Paused, Some(PausedBy::Host)) => host(facts),
+        (VmState::Paused, Some(PausedBy::Policy | PausedBy::Group)) => {
+            format!("{}, and it goes on by itself", raised())
+        }
+        (VmState::Paused, _) => format!("`ballast resume {name}` lets it go on"),
+        (VmState::Running, _) if !vm.accounting => {
+            format!("what it uses is not known, as it has no limit: `ballast set {name} track=on` counts it")
+        }
+        (VmState::Running, _) if vm.held.now => {
+            let (_, group) = room(vm, facts).map_or((0, None), |(left, .., nearest)| match nearest {
+                Limited::Group(path) => (left, Some(path)),
+                Limited::Own => (left, None),
+            });
+            let others =
+                group.map_or(String::new(), |path| format!("; `ballast oom rank {path}` shows who uses how much"));
+            format!("{}{others}", raised())
+        }
+        (VmState::Running, _) if is_tight(vm) => format!("what it uses of late does not fit: {}", raised()),
+        (VmState::Running, _) => "nothing needs to be done".to_owned(),
+    }
+}
+
+/// Whether what it uses of late is more than it may have, or it waits for memory.
+fn is_tight(vm: &VmView) -> bool {
+    let needs = vm.cold.working_set_bytes.map(|set| set + vm.memory.stat.vmm_bytes);
+    let too_much = vm.memory.max_bytes.zip(needs).is_some_and(|(max, needs)| needs > max);
+    too_much || vm.pressure.some.avg60 >= 5.0
+}
+
+/// What a VM waits for that was paused for the host.
+fn host(facts: &Facts) -> String {
+    let missing = facts.shortage.as_ref().map(|host| match host.short {
+        Some(_) => format!("the host is short of memory ({} available)", size(host.available_bytes)),
+        None => format!("the host has {} available", size(host.available_bytes)),
+    });
+    let missing = missing.unwrap_or_else(|| "nobody watches the host".to_owned());
+    format!("it goes on by itself when there is room: {missing}; `ballast oom rank` shows who uses how much")
+}
