@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use memcg_core::host::{Reading, Terms};
+use memcg_core::units::human;
 
 use super::super::shortage::ShortageSign;
 use super::super::view::{OomPreference, VmState};
@@ -27,6 +28,18 @@ pub(super) async fn watched(controller: &Controller) -> Arc<Mutex<Option<Reading
 
 pub(super) fn left(pages: u64) -> Option<Reading> {
     Some(Reading { available: Pages(pages), stalled: Some(Duration::ZERO) })
+}
+
+/// The operations page has the marks of small and large hosts.
+#[test]
+fn the_marks_in_the_documentation_are_those_of_the_program() {
+    let page = include_str!("../../../../docs/operations.md");
+    for gib in [1, 4, 16, 64, 512] {
+        let terms = Terms::new(Pages::from_mib(gib * 1024));
+        let marks = [terms.enter, terms.leave, terms.critical, terms.step].map(|pages| human(pages.bytes()));
+        let row = format!("| {gib}G | {} |\n", marks.join(" | "));
+        assert!(page.contains(&row), "docs/operations.md has no row {row}");
+    }
 }
 
 /// A host that runs short asks its VMs, who has idle memory first, for as much as is missing; when there is enough again, nobody
