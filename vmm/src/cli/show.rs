@@ -205,9 +205,12 @@ fn table(vm: &VmView) -> String {
         line("", format!(" idle {idle} of guest, store {store} for {swapped} in swap"));
     }
     if vm.reclaim.rung != ReclaimRung::Rest {
-        let goal = vm.reclaim.goal_bytes.map_or(String::new(), |goal| format!(", down to {}", human(goal)));
-        let doing = vm.reclaim.stuck.as_ref().map_or(vm.reclaim.rung.doing().to_owned(), |why| format!("stuck: {why}"));
-        line("  reclaim", format!(" {doing}{goal}"));
+        let goal = vm.reclaim.goal_bytes.unwrap_or_default();
+        let text = match &vm.reclaim.stuck {
+            Some(why) => format!(" stuck above {}: {why}", human(goal)),
+            None => format!(" {}, down to {}", vm.reclaim.rung.doing(), human(goal)),
+        };
+        line("  reclaim", text);
     }
     line("  overhead", overhead(&vm.overhead));
     line(

@@ -348,7 +348,8 @@ impl Actor {
         self.views([node]).remove(0)
     }
 
-    fn views(&self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<GroupView> {
+    /// Groups as they are now, in the order of `nodes`.
+    pub fn views(&self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<GroupView> {
         let protections = protections(&self.tree, self.root).into_iter();
         let protections: BTreeMap<_, _> = protections.map(|at| (at.id, at.protection)).collect();
         let running = self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).map(|(_, vm)| vm.node);

@@ -223,7 +223,7 @@ impl OomLog {
     }
 
     /// The decisions of this life after number `since`, as [`events::EventLog::after`] has it.
-    pub fn after(&self, since: u64) -> OomLogView {
+    fn after(&self, since: u64) -> OomLogView {
         let since = if since > self.last { self.before } else { since.max(self.before) };
         let oldest = self.last + 1 - self.ring.len() as u64;
         let skip = usize::try_from((since + 1).saturating_sub(oldest)).unwrap_or(usize::MAX);
@@ -231,6 +231,11 @@ impl OomLog {
             dropped: oldest.saturating_sub(since + 1),
             decisions: self.ring.iter().skip(skip).cloned().collect(),
         }
+    }
+
+    /// All that are kept, the oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &DecisionView> {
+        self.ring.iter()
     }
 
     /// Adds a decision and returns its number.

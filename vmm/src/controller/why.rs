@@ -163,7 +163,7 @@ impl Actor {
             let ranked = decision.ranked.iter().any(|entry| entry.vm == name);
             decision.time_ms >= began && (ranked || decision.vm.as_ref() == Some(&name))
         };
-        let decisions = self.decisions.after(0).decisions.iter().filter(concerns).cloned().collect();
+        let decisions = self.decisions.iter().filter(concerns).cloned().collect();
         let shortage = self.shortage.as_ref().map(super::shortage::Shortage::view);
         Facts { name, now_ms: events::unix_ms(), vm, groups, shortage, events, decisions }
     }
@@ -171,6 +171,6 @@ impl Actor {
     /// The group at `path` and those above it, as far as they are still there.
     fn groups_above(&self, path: &str) -> Vec<GroupView> {
         let node = self.tree.find(path).unwrap_or(self.root);
-        self.tree.ancestry(node).map(|at| self.group_view(at)).collect()
+        self.views(self.tree.ancestry(node))
     }
 }

@@ -130,7 +130,8 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
     let size_of = |key| bytes(event, key);
     Some(match event.event {
         EventKind::Created if event.group.is_none() => {
-            format!("it was made, with a memory.max of {}", size_of("max_bytes"))
+            let max = number(event, "max_bytes").map(|max| format!("a memory.max of {}", size(max)));
+            format!("it was made, with {}", max.unwrap_or_else(|| "no limit of its own".to_owned()))
         }
         EventKind::Started => "its guest started".to_owned(),
         EventKind::Adopted => format!("a new controller took it over, with {} in use", usage()),

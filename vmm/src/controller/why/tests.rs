@@ -356,7 +356,7 @@ fn a_vm_that_has_ended_or_was_removed_has_a_story() {
     web.memory.current_bytes = 0;
     web.memory.peak_bytes = 200 * MIB;
     let expected = [
-        "40 s ago: it was made, with a memory.max of no limit",
+        "40 s ago: it was made, with no limit of its own",
         "3.0 s ago: its end came: the policy had it killed",
         "now: it has ended: it was killed: the host ran short of memory",
         "now: all of its memory is back; it used 200M at most",
