@@ -1,6 +1,7 @@
 //! Who is chosen where a group is full.
 
 use super::super::error::Code;
+use super::super::oom_log::Outcome;
 use super::super::view::{OomPreference, PausedBy, VmState};
 use super::ladders::holding;
 use super::limits::change;
@@ -107,6 +108,15 @@ async fn a_full_group_chooses_the_first_of_its_own_and_the_held_one_goes_on() {
     assert_eq!(full.killed(), [false, false]);
     let gold = full.controller.group("/gold").await.expect("shown").memory.events;
     assert_eq!((gold.oom, gold.oom_kill), (1, 1));
+    let mut decisions = full.controller.oom_log(0).await.expect("alive").decisions;
+    let decision = decisions.pop().expect("recorded");
+    let there = (decision.level.as_str(), decision.max_bytes, decision.short);
+    assert_eq!((there, decision.vm.as_deref()), (("/gold", Some(6000 * 4096), None), Some("big")));
+    let freed = (decision.outcome, decision.freed_bytes);
+    assert_eq!((freed, decisions.len()), ((Outcome::Freed, decision.expected_bytes), 0), "one was enough");
+    let why = full.controller.why("asks").await.expect("told");
+    let text = "the policy killed big, not this one, which came 2nd in the list";
+    assert!(why.story.iter().any(|sentence| sentence.text.contains(text)), "{:#?}", why.story);
 }
 
 /// As long as the memory of one is on its way, no second one goes for the same group; in another group somebody does.
