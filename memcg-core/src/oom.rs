@@ -55,12 +55,14 @@
 //! | B42 | what is under way elsewhere suspends nothing here |
 
 mod decision;
+mod standing;
 mod victims;
 
 use std::cmp::Reverse;
 use std::fmt;
 
 pub use decision::{Answer, Decision, DecisionError, Resolved};
+pub use standing::standing;
 pub use victims::{Choice, Nobody, Report, Victims, Waiting};
 
 use crate::protection::{Protection, protections};

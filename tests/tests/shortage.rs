@@ -100,6 +100,23 @@ fn events(serve: &Serve, kind: &str) -> Vec<Value> {
     events.filter(|event| event["event"] == kind).collect()
 }
 
+/// What the kernel adds to the share of memory that a process has, when it looks for somebody to end.
+fn oom_score(pid: u32) -> i16 {
+    let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("a process");
+    text.trim().parse().expect("a number")
+}
+
+/// A budget in per cent is of what a controller in a small cgroup has, not of what the host has.
+#[test]
+fn a_share_for_a_budget_is_of_the_cgroup_that_the_controller_lives_in() {
+    let Some(small) = Small::enter_or_skip("shortage-budget") else { return };
+    let serve = Serve::start(&["--budget", "50%"]);
+    let root = serve.ask("GET", "/groups/", None).1;
+    assert_eq!(number(&root, "memory.max_bytes"), HOST / 2, "{root}");
+    drop(serve);
+    drop(small);
+}
+
 /// Memory that nobody uses goes before anybody has to be chosen: the host has enough again, every guest lives, and every byte is
 /// there.
 /// Semantics: 41.
@@ -141,7 +158,10 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     let victim = events(&serve, "victim_selected").pop().expect("chosen");
     assert_eq!((&victim["vm"], &victim["action"]), (&json!("chosen"), &json!("kill")), "{victim}");
     assert_eq!(victim["ranked"].as_array().map(Vec::len), Some(3), "{victim}");
+    // Should the kernel have to act before we do, it takes them in the same order.
+    assert!(oom_score(small_one.0) > 0 && oom_score(spared.0) == 0);
     wait_until("the host has memory again", 60, || events(&serve, "pressure_left").pop());
+    assert_eq!((oom_score(small_one.0), oom_score(spared.0)), (0, 0), "like any other process");
     let decision = wait_until("its memory is back", 20, || {
         let (_, log) = serve.ask("GET", "/oom/log", None);
         Some(log["decisions"][0].clone()).filter(|decision| decision["outcome"] == "freed")

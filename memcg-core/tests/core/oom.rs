@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memcg_core::oom::{
     Action, Answer, Attributes, Candidate, Choice, Decision, DecisionError, Nobody, Preference, Ranked, Report,
-    Resolved, Spared, Victims, Waiting, candidates, level, rank,
+    Resolved, Spared, Victims, Waiting, candidates, level, rank, standing,
 };
 use memcg_core::protection::Protection;
 use memcg_core::spread::{Facts, Terms, claimants, spread};
@@ -615,4 +615,31 @@ proptest! {
             }
         }
     }
+}
+
+/// The kernel adds what a process uses and its adjustment, in thousandths: the sums of the workers are in our order, whoever is
+/// larger, and those that are spared come last, without an adjustment.
+#[test]
+fn the_kernel_would_take_the_same_one_after_the_other() {
+    let mut host = Host::new();
+    let total = mib(1000);
+    let sums = |host: &Host| {
+        let ranked = host.rank(host.root);
+        let scores: Vec<_> = standing(&ranked, total).collect();
+        let share = |entry: &Ranked<'_>| (entry.candidate.usage.0 * 1000 / total.0) as i16;
+        let sum = |(entry, score): (&Ranked<'_>, &i16)| (entry.candidate.id, *score, *score + share(entry));
+        ranked.iter().zip(&scores).map(sum).collect::<Vec<_>>()
+    };
+    let plain = sums(&host);
+    assert_eq!(plain.iter().map(|sum| sum.0).collect::<Vec<_>>(), [host.c, host.b, host.a]);
+    assert_eq!(plain[0].2, 1000, "as much as a process that has everything");
+    assert!(plain.is_sorted_by(|a, b| a.2 > b.2), "{plain:?}");
+    // The largest goes last, and then not at all.
+    host.set(host.c, |attributes| attributes.priority = 5);
+    let last = sums(&host);
+    assert!(last[2].0 == host.c && last.is_sorted_by(|a, b| a.2 >= b.2), "{last:?}");
+    host.set(host.c, |attributes| attributes.preference = Preference::Omit);
+    let spared = sums(&host);
+    assert_eq!((spared[2].0, spared[2].1), (host.c, 0));
+    assert!(spared.is_sorted_by(|a, b| a.2 > b.2), "{spared:?}");
 }

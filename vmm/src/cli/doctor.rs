@@ -7,6 +7,7 @@ use memcg_core::units::human;
 use super::{DONE, ERROR, Failure, output};
 use crate::controller::cgroup::Cgroups;
 use crate::controller::host::{self, Problem};
+use crate::controller::{armour, standing};
 use crate::worker::sandbox;
 
 /// Below this much available memory a VM is not worth starting.
@@ -41,6 +42,15 @@ pub fn doctor() -> Result<u8, Failure> {
         Ok(()) => "ok    cgroup       serve --cgroup auto can limit workers by cgroups as well\n".to_owned(),
         Err(why) => format!("note  cgroup       nothing but their account limits workers: {why}\n"),
     };
+    // None either: it is about the worst case.
+    let locked = match armour::lock() {
+        Ok(()) => "ok    locked       the controller's memory can be locked\n".to_owned(),
+        Err(why) => format!("note  locked       {why}\n"),
+    };
+    let last = match standing::obstacle(standing::stand_last()) {
+        None => "ok    oom score    the kernel takes anybody before the controller\n".to_owned(),
+        Some(why) => format!("note  oom score    {why}\n"),
+    };
     for (what, result) in checks {
         match result {
             Ok(text) => out.push_str(&format!("ok    {what:12} {text}\n")),
@@ -52,6 +62,8 @@ pub fn doctor() -> Result<u8, Failure> {
     }
     out.push_str(&landlock);
     out.push_str(&cgroup);
+    out.push_str(&locked);
+    out.push_str(&last);
     out.push_str(linux);
     output::print(out)?;
     Ok(status)

@@ -18,7 +18,7 @@ use crate::controller::cgroup::Cgroups;
 use crate::controller::journal::Journal;
 use crate::controller::signals::Signals as HostSignals;
 use crate::controller::start::Service;
-use crate::controller::{Controller, host, spawn};
+use crate::controller::{Controller, armour, host, spawn, standing};
 
 /// The journal, in the directory of the VMs.
 const JOURNAL: &str = "journal";
@@ -26,9 +26,11 @@ const JOURNAL: &str = "journal";
 /// `ballast serve`.
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
-    /// What all VMs together may use; with it every VM is charged
-    #[arg(long, value_name = "SIZE", value_parser = limit, default_value = "max")]
-    budget: Limit,
+    /// What all VMs together may use, a size or a share of the memory such as 80%; with it every VM is charged
+    ///
+    /// Of a serve that lives in a cgroup with a limit, a share is of that limit.
+    #[arg(long, value_name = "SIZE|SHARE%", value_parser = budget, default_value = "max")]
+    budget: Budget,
     /// Directory with what belongs to the VMs [default: beside the socket, ballast.d]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -52,7 +54,9 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     socket::check_place(&args.socket, &listen).map_err(Failure::error)?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
     host::open_kvm().map_err(|error| as_failure(&error))?;
-    if args.budget != Limit::Max {
+    let host_signals = HostSignals::find();
+    let budget = args.budget.of(host_signals.total());
+    if budget != Limit::Max {
         host::open_userfaultfd().map_err(|error| as_failure(&error))?;
     }
     let descriptors = host::allow_descriptors();
@@ -74,9 +78,10 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let journal = state.join(JOURNAL);
     let (remembered, opened) = Journal::open(&journal).map_err(|error| as_failure(&error))?;
 
-    let (controller, mut actor) = Controller::start_with(args.budget, opened);
+    protect();
+    let (controller, mut actor) = Controller::start_with(budget, opened);
     controller.take_over(&state, &remembered).await.map_err(|error| as_failure(&error))?;
-    watch(&controller).await;
+    watch(&controller, host_signals).await;
     let service = Arc::new(Service::new(&state, log, cgroups));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
@@ -150,20 +155,70 @@ fn take(state: &Path) -> Result<File, Failure> {
 }
 
 /// Has the host's memory watched.
-async fn watch(controller: &Controller) {
-    let signals = HostSignals::find();
+async fn watch(controller: &Controller, signals: HostSignals) {
     if !signals.has_pressure() {
         tracing::info!(
             "this kernel does not say how long tasks wait for memory (psi=1): available memory decides alone"
         );
     }
-    let terms = Terms::new(Pages::from_bytes_floor(signals.total()));
-    controller.watch_host(Box::new(move || signals.read().ok()), terms).await;
+    let total = Pages::from_bytes_floor(signals.total());
+    controller.watch_host(Box::new(move || signals.read().ok()), total, Terms::new(total)).await;
+}
+
+/// Makes sure, as far as the host lets it, that this process can act when there is no memory left.
+fn protect() {
+    armour::put_by();
+    for obstacle in [armour::lock().err(), standing::obstacle(standing::stand_last())].into_iter().flatten() {
+        tracing::info!("{obstacle}");
+    }
+}
+
+/// What all VMs together may use, as it is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Budget {
+    /// So much.
+    Fixed(Limit),
+    /// So many per cent of what there is.
+    Share(u64),
+}
+
+impl Budget {
+    /// The budget where there are `total` bytes.
+    fn of(self, total: u64) -> Limit {
+        match self {
+            Self::Fixed(limit) => limit,
+            Self::Share(percent) => Limit::Pages(Pages::from_bytes_floor(share(total, percent))),
+        }
+    }
+}
+
+/// So many per cent of a number of bytes.
+fn share(total: u64, percent: u64) -> u64 {
+    // Less than the whole, so it fits.
+    (u128::from(total) * u128::from(percent) / 100) as u64
+}
+
+/// A budget from a size, `max` or a share.
+fn budget(text: &str) -> Result<Budget, String> {
+    let Some(percent) = text.strip_suffix('%') else { return limit(text).map(Budget::Fixed) };
+    let percent = percent.parse().ok().filter(|percent| (1..=100).contains(percent));
+    percent.map(Budget::Share).ok_or_else(|| format!("{text:?} is no share: write for example 80%"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_budget_is_a_size_or_a_share_of_what_there_is() {
+        let of = |text: &str| budget(text).map(|budget| budget.of(1000 << 20));
+        assert_eq!(of("max"), Ok(Limit::Max));
+        assert_eq!(of("20G"), Ok(Limit::Pages(Pages::from_mib(20 << 10))));
+        assert_eq!(of("80%"), Ok(Limit::Pages(Pages::from_mib(800))));
+        for wrong in ["0%", "101%", "%", "-1%", "8 %"] {
+            assert!(of(wrong).is_err_and(|error| error.contains("no share")), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_directory_is_taken_once() {

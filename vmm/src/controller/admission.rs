@@ -195,6 +195,7 @@ impl Actor {
             overhead: spec.overhead,
             shares: spec.shares,
             oom: spec.oom,
+            oom_score: None,
             since: process.since(),
             process,
             to_worker,
@@ -254,6 +255,7 @@ impl Actor {
             self.event(EventKind::Created, Some(&vm.name), details);
         }
         self.vms.insert(id, vm);
+        self.stand_plain(id);
         Ok(end)
     }
 

@@ -7,6 +7,7 @@ mod activation;
 mod actor;
 mod admission;
 pub mod adopt;
+pub mod armour;
 pub mod audit;
 mod backstop;
 mod balloon;
@@ -44,6 +45,7 @@ mod show;
 pub mod signals;
 pub mod spawn;
 mod squeeze;
+pub mod standing;
 pub mod start;
 pub mod stop;
 mod strays;
@@ -142,6 +144,10 @@ impl WorkerProcess for WorkerHandle {
 
     fn tidy(&self) {
         WorkerHandle::tidy(self);
+    }
+
+    fn set_oom_score(&self, score: i16) -> io::Result<()> {
+        WorkerHandle::set_oom_score(self, score)
     }
 
     fn residency(&self) -> Option<&Residency> {

@@ -40,6 +40,8 @@ pub type Read = Box<dyn FnMut() -> Option<Reading> + Send>;
 pub struct Shortage {
     read: Read,
     watch: Watch,
+    /// All memory that it has.
+    memory: Pages,
     reading: Reading,
     verdict: Verdict,
     /// Since when it is short, and for how long it was before.
@@ -52,6 +54,11 @@ impl Shortage {
     /// When the host is to be looked at again.
     pub fn next_look(&self) -> Instant {
         self.next
+    }
+
+    /// All memory that it has.
+    pub fn memory(&self) -> Pages {
+        self.memory
     }
 
     /// Whether it is short.
@@ -116,12 +123,15 @@ impl From<Sign> for ShortageSign {
 }
 
 impl Controller {
-    /// Watches the host from now on: what `read` says, on these terms.
-    pub async fn watch_host(&self, read: Read, terms: Terms) {
+    /// Watches the host, which has so much `memory`, from now on: what `read` says, on these terms.
+    pub async fn watch_host(&self, read: Read, memory: Pages, terms: Terms) {
         let (reading, verdict, next) = (Reading::default(), Verdict::default(), Instant::now());
         let (watch, total) = (Watch::new(terms), Duration::ZERO);
-        let shortage = Shortage { read, watch, reading, verdict, since: None, total, next };
-        let begin = move |actor: &mut Actor| actor.shortage = Some(shortage);
+        let shortage = Shortage { read, watch, memory, reading, verdict, since: None, total, next };
+        let begin = move |actor: &mut Actor| {
+            actor.shortage = Some(shortage);
+            actor.tell_kernel();
+        };
         // A controller that is gone watches nothing.
         let _ = self.inbox.send(super::actor::Input::Request(Box::new(begin))).await;
     }
@@ -161,6 +171,7 @@ impl Actor {
             && let Some(shortage) = &mut self.shortage
         {
             shortage.watch.chosen(elapsed);
+            self.tell_kernel();
         }
     }
 
@@ -191,6 +202,7 @@ impl Actor {
         }
         tracing::warn!(%details, "{}", if verdict.short.is_some() { "the host runs short" } else { "the host has memory again" });
         self.event(kind, None, details);
+        self.tell_kernel();
         // What workers may hold ahead of need is another amount now.
         let greeted = |(id, vm): (VmId, &Vm)| (vm.greeted && vm.accounted() && self.is_alive(id)).then_some(id);
         let ids: Vec<_> = self.vms.iter().filter_map(greeted).collect();

@@ -28,6 +28,7 @@ use super::host::{self, Problem};
 use super::link::{self, ConnectError};
 use super::release;
 use super::residency::Residency;
+use super::standing;
 use crate::machine::cpuid;
 use crate::machine::kvm::{VmError, supported_cpuid};
 use crate::memory::place;
@@ -551,6 +552,20 @@ impl WorkerHandle {
             Ok(()) => release::after_kill(&self.pidfd),
             Err(error) => tracing::debug!(%error, pid = self.pid, "the worker is gone already"),
         }
+    }
+
+    /// Gives it an OOM score.
+    ///
+    /// # Errors
+    /// As the kernel says, or when it is dead.
+    pub fn set_oom_score(&self, score: i16) -> io::Result<()> {
+        let mut file = standing::of(self.pid)?;
+        // Alive after that, so the number was its own. A descriptor of it that is readable is a process that has ended.
+        let mut ended = [rustix::event::PollFd::new(&self.pidfd, rustix::event::PollFlags::IN)];
+        if rustix::event::poll(&mut ended, Some(&rustix::event::Timespec::default()))? > 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        file.write_all(score.to_string().as_bytes())
     }
 
     /// The socket at which its guest's console is.

@@ -1,6 +1,7 @@
 //! One VM as the controller knows it.
 
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -60,6 +61,13 @@ pub trait WorkerProcess: Send {
     }
     /// Removes what it had on disk; it has ended.
     fn tidy(&self) {}
+    /// Tells the kernel when to take it, if it must take somebody.
+    ///
+    /// # Errors
+    /// When the kernel does not let it.
+    fn set_oom_score(&self, _score: i16) -> io::Result<()> {
+        Ok(())
+    }
     /// What the host says of its memory, when it may be looked into.
     fn residency(&self) -> Option<&Residency> {
         None
@@ -195,6 +203,8 @@ pub(super) struct Vm {
     pub oom: OomPolicy,
     pub process: Box<dyn WorkerProcess>,
     pub to_worker: mpsc::Sender<ToWorker>,
+    /// The OOM score that its worker was given.
+    pub oom_score: Option<i16>,
     /// When its worker was started.
     pub since: Instant,
     pub state: VmState,

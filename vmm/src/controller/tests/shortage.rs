@@ -22,7 +22,7 @@ fn terms() -> Terms {
 pub(super) async fn watched(controller: &Controller) -> Arc<Mutex<Option<Reading>>> {
     let host = Arc::new(Mutex::new(None));
     let said = Arc::clone(&host);
-    controller.watch_host(Box::new(move || *said.lock().expect("alive")), terms()).await;
+    controller.watch_host(Box::new(move || *said.lock().expect("alive")), Pages::from_mib(24_576), terms()).await;
     host
 }
 
