@@ -74,6 +74,8 @@ pub enum EventKind {
     PressureEntered,
     /// The host has had enough memory for some time.
     PressureLeft,
+    /// The host had no memory for a page that was charged: the VM is paused, and nothing of it is lost.
+    HostOutOfMemory,
     /// The policy has chosen this VM to be paused or killed.
     VictimSelected,
     /// A group, or the host, has no memory left and nobody may be chosen; `why` says how many are spared for which reason. The same is
@@ -95,7 +97,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -119,6 +121,7 @@ impl EventKind {
         Self::ResumeRefused,
         Self::PressureEntered,
         Self::PressureLeft,
+        Self::HostOutOfMemory,
         Self::VictimSelected,
         Self::NobodyChosen,
         Self::Killed,

@@ -51,6 +51,7 @@ pub mod stop;
 mod strays;
 #[cfg(test)]
 mod tests;
+mod unfilled;
 mod victim;
 pub mod view;
 mod vm;

@@ -65,7 +65,7 @@ pub struct Choices {
     chosen: BTreeMap<NodeId, Instant>,
     /// Why nobody could be, as it was told last.
     told: BTreeMap<NodeId, (String, Instant)>,
-    /// When a VM that had been emptied went on last.
+    /// When a VM that had been emptied went on last, or the host had no memory for one.
     went_on: Option<Instant>,
     /// When those that were emptied are looked at.
     pub look: Option<Instant>,
@@ -259,6 +259,11 @@ impl Actor {
     /// Something may have changed for those that were emptied: they are looked at after this input.
     pub fn look_at_emptied(&mut self) {
         self.choices.look = Some(Instant::now());
+    }
+
+    /// The host had no memory for somebody: nobody goes on by itself for some time, whatever it says of itself.
+    pub fn let_it_rest(&mut self) {
+        self.choices.went_on = Some(Instant::now());
     }
 
     /// Lets one of those that were emptied go on, the first for whom there is room. Nobody overtakes another one who waits for

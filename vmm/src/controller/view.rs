@@ -506,6 +506,9 @@ pub struct FaultsView {
     pub around_pages: u64,
     /// Pages granted from the reserve.
     pub from_reserve_pages: u64,
+    /// Times that the host had no memory for a page that is charged.
+    #[serde(default)]
+    pub unfilled: u64,
     /// Pages taken back from the balloon without a word.
     pub implicit_deflates: u64,
     /// Faults of the VMM's own threads.
@@ -534,6 +537,7 @@ impl From<FaultCounts> for FaultsView {
             touched_pages: counts.touched,
             around_pages: counts.around,
             from_reserve_pages: counts.from_reserve,
+            unfilled: counts.unfilled,
             implicit_deflates: counts.implicit_deflates,
             vmm: counts.vmm,
             discarded_pages: counts.discarded,

@@ -494,17 +494,16 @@ impl Pages {
         let first = (pages.start..page).rev().take_while(idle).last().unwrap_or(page);
         let end = (page + 1..pages.end).take_while(idle).last().map_or(page + 1, |last| last + 1);
         self.frames.set_range(first as usize, end as usize, FrameState::Moving);
+        let mut stayed = [0..0, 0..0, 0..0];
         let is_block = first.is_multiple_of(BLOCK as u64) && end - first == BLOCK as u64;
         if is_block && self.ram.is_huge(page) {
             // As one piece it stays one, once the page table is gone that the fault has left.
             self.ram.clear_table(first);
-            self.move_back(first..end);
+            stayed[0] = self.move_back(first..end);
         } else {
             (first..end).step_by(BLOCK).chain([end - 1]).for_each(|part| _ = self.ram.take_huge(part));
             // The one that somebody waits for goes first.
-            self.move_back(page..page + 1);
-            self.move_back(first..page);
-            self.move_back(page + 1..end);
+            stayed = [page..page + 1, first..page, page + 1..end].map(|pages| self.move_back(pages));
         }
         self.frames.set_range(first as usize, end as usize, FrameState::Active);
         if let Some(present) = self.ram.present() {
@@ -512,10 +511,26 @@ impl Pages {
         }
         self.reclaim.counts.returned += end - first;
         self.ageing.touched(first..end);
+        stayed.into_iter().for_each(|pages| self.put_aside_again(pages));
     }
 
-    /// Moves pages from the stage to RAM; they are ours, so there is no way for this to fail for good.
-    fn move_back(&mut self, pages: Range<u64>) {
+    /// Pages that are booked as back are aside still, because the host has no memory for what their mapping takes.
+    fn put_aside_again(&mut self, pages: Range<u64>) {
+        if pages.is_empty() {
+            return;
+        }
+        for state in [FrameState::Moving, FrameState::Idle] {
+            self.frames.set_range(pages.start as usize, pages.end as usize, state);
+        }
+        if let Some(present) = self.ram.present() {
+            present.clear(pages);
+        }
+        self.starve();
+    }
+
+    /// Moves pages from the stage to RAM; they are ours, so there is no way for this to fail for good. Returns those that are
+    /// aside still, where the host has no memory.
+    fn move_back(&mut self, pages: Range<u64>) -> Range<u64> {
         let mut at = pages.start;
         while at < pages.end {
             let (to, from) = (self.ram.hva(at), self.ram.hva(self.ram.other(at)));
@@ -523,10 +538,12 @@ impl Pages {
             match unsafe { self.uffd.move_pages(to, from, pages.end - at) } {
                 Move::Moved(done) => at += done,
                 Move::Busy => {}
+                Move::NoMemory => break,
                 // The page is neither here nor there: what the guest wrote is lost, and nothing may go on.
                 other => broken(format_args!("idle page {at} cannot be moved back: {other:?}")),
             }
         }
+        at..pages.end
     }
 
     /// Brings an evicted page back, and some behind it when the guest walks. When its content is lost, the guest will be
@@ -592,16 +609,22 @@ impl Pages {
         }
         let from_reserve = !self.has_stock();
         let content = &self.reclaim.content;
-        let reservation = match from_reserve {
+        let Some(reservation) = (match from_reserve {
             false => self.stock.prepare(Count(1)),
             true if reserve => self.stock.prepare_reserve(),
             true => None,
+        }) else {
+            return Ok(Refault::Dry);
         };
-        let Some(reservation) = reservation else { return Ok(Refault::Dry) };
         loop {
             match self.uffd.fill_with(self.ram.hva(page), &content[..]) {
                 Fill::Filled(_) => break,
                 Fill::RetryLater => {}
+                Fill::NoMemory => {
+                    drop(reservation);
+                    self.starve();
+                    return Ok(Refault::Dry);
+                }
                 // Only this thread fills a page that is not there.
                 other => broken(format_args!("evicted page {page} cannot be filled: {other:?}")),
             }

@@ -13,6 +13,8 @@
 //! as to fill it page by page. A discard of the block, which has nothing in it, takes that table away (Linux 6.14, on x86).
 //! An older host gets no blocks: all that this would save is lost in the split.
 
+use std::ops::Range;
+
 use memcg_core::frame::{BLOCK, FrameState};
 use memcg_core::units::{PAGE_SIZE, Pages as Count};
 
@@ -247,13 +249,19 @@ impl Pages {
         let block = last.and_then(|at| due.blocks[at].take().map(|block| (at as u64, block)));
         let Some((at, (taken, ready))) = block else { return false };
         let first = first + at * HUGE_PAGES;
-        if ready || self.ram.pool().zero(&taken) {
-            self.put_block(first, taken);
+        let missing = if ready || self.ram.pool().zero(&taken) {
+            self.put_block(first, taken)
         } else {
             self.ram.clone().pool().discard_taken(taken);
-            self.fill_charged(first..first + HUGE_PAGES);
-        }
+            self.fill_charged(first..first + HUGE_PAGES)
+        };
         self.filled(first..first + HUGE_PAGES);
+        if !missing.is_empty() {
+            let (at, pages) = (self.ram.hva(missing.start), missing.end - missing.start);
+            self.give_up(missing);
+            // Whoever waits there asks again, for a page.
+            self.uffd.wake(at, pages);
+        }
         if at == 0 {
             self.due = None;
             if let Some(since) = since {
@@ -263,8 +271,8 @@ impl Pages {
         true
     }
 
-    /// Moves a huge page, which is charged to the guest, to an absent block.
-    fn put_block(&mut self, first: u64, taken: Taken) {
+    /// Moves a huge page, which is charged to the guest, to an absent block. Returns the pages for which the host has no memory.
+    fn put_block(&mut self, first: u64, taken: Taken) -> Range<u64> {
         self.ram.clear_table(first);
         let from = self.ram.pool().taken_at(&taken);
         let (mut at, mut moved) = (0, 0);
@@ -277,6 +285,7 @@ impl Pages {
                     moved += done;
                 }
                 Move::Busy => {}
+                Move::NoMemory => break,
                 // As with a fill: one whose charge is missing.
                 Move::Occupied => {
                     self.uffd.wake(to, 1);
@@ -292,6 +301,7 @@ impl Pages {
         } else {
             self.ram.pool().discard_taken(taken);
         }
+        first + at..first + HUGE_PAGES
     }
 
     /// Pages that the pool may have now.

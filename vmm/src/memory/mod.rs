@@ -9,6 +9,7 @@
 //! | `thread` | the thread that owns them |
 //! | `told` | what the controller hears of unasked |
 //! | `alone` | how long a worker does without a controller |
+//! | `fill` | filling pages, and a host that has no memory for them |
 //! | `around` | how many pages one fault fills |
 //! | `pool` | huge pages that are zeroed ahead of need |
 //! | `huge` | a guest that walks gets whole blocks of them |
@@ -34,6 +35,7 @@ pub mod asked;
 pub mod client;
 pub mod cold;
 pub mod discard;
+mod fill;
 pub mod give;
 pub mod given;
 pub mod guest;

@@ -37,13 +37,14 @@ use super::around::{Around, Window};
 use super::asked::Asked;
 use super::client::{Reply, Run};
 use super::cold::Reclaim;
+use super::fill::fill;
 use super::histogram::Histogram;
 use super::huge::{Blocks, Due, Patience};
 use super::ram::Ram;
 use super::refill::Refill;
 use super::stall::Stall;
 use super::store::Corrupt;
-use super::uffd::{Fill, Uffd};
+use super::uffd::Uffd;
 use crate::devices::balloon::BalloonHandle;
 use crate::worker::broken;
 use crate::worker::gate::{self, Gate, monotonic_ns};
@@ -57,9 +58,6 @@ const DEVICE_RESERVE: u64 = 64;
 pub fn reserve_target(cpus: u32) -> u64 {
     65 * u64::from(cpus) + DEVICE_RESERVE
 }
-
-/// Pages of a window that are filled first (64 KiB): few enough that the touch waits little longer than for one page.
-const HEAD: u64 = 16;
 
 /// A fault fills at most one part in so many of the room that is left: 32 pages with 4 MiB, and nothing but the touched
 /// page with less than 256 KiB. What is filled around a touch is charged and may never be used, and the ceiling of a limit
@@ -132,6 +130,8 @@ pub struct Pages {
     pub(super) reports: Reports,
     /// Seconds since the host was started, as the thread last knew.
     pub(super) now: u32,
+    /// The host had no memory for a page, and until when that is believed, in nanoseconds.
+    pub(super) starved: Option<u64>,
     /// The store is damaged: the content of a page is lost, and the guest cannot go on.
     pub(super) corrupt: Option<Corrupt>,
     device_taken: u64,
@@ -178,6 +178,7 @@ impl Pages {
             asked: Asked::default(),
             reports: Reports::new(ram.pages() as usize),
             now: seconds(monotonic_ns()),
+            starved: None,
             corrupt: None,
             reclaim,
             refill: Refill::default(),
@@ -274,7 +275,12 @@ impl Pages {
                 self.uffd.wake(self.ram.hva(page), 1);
             }
             FrameState::Discarding | FrameState::Moving | FrameState::Evicting => self.wait_for(page),
-            FrameState::Idle => self.return_fault(page),
+            FrameState::Idle => {
+                if !self.return_fault(page) {
+                    self.wait_for(page);
+                    self.hold();
+                }
+            }
             state @ (FrameState::Absent | FrameState::Ballooned | FrameState::Swapped) => {
                 match self.charge_fault(page, state) {
                     Charged::Served => self.hold_if_short(),
@@ -305,8 +311,8 @@ impl Pages {
     }
 
     /// Brings an idle page back: its whole block, if that was moved aside as one, or as many as a walk is worth; but for a
-    /// huge page, which is touched as a whole, none that ageing has to see touched.
-    fn return_fault(&mut self, page: u64) {
+    /// huge page, which is touched as a whole, none that ageing has to see touched. False when the host has no memory for it.
+    fn return_fault(&mut self, page: u64) -> bool {
         let begin = monotonic_ns();
         let slot = self.ram.contiguous(page);
         if let Some(block) = self.frames.whole_block(page as usize) {
@@ -321,6 +327,7 @@ impl Pages {
             self.around.filled(stream, window);
         }
         self.ageing.answered(monotonic_ns().saturating_sub(begin));
+        self.frames.state(page as usize) == FrameState::Active
     }
 
     /// Charges and fills the touched page, and what lies around it when that is promising.
@@ -352,6 +359,7 @@ impl Pages {
     /// is no reason to fail: one page comes from the reserve. Returns what was filled.
     pub(super) fn charge_and_fill(&mut self, window: Window, touched: u64, reserve: bool) -> Option<Window> {
         let mut cut = window;
+        let missing;
         if self.has_stock()
             && let Some(reservation) = self.stock.prepare(Count(window.pages))
         {
@@ -359,17 +367,19 @@ impl Pages {
                 cut.first = touched;
                 cut.pages = reservation.pages().0.min(window.first + window.pages - touched);
             }
-            fill(&self.uffd, &self.ram, cut, touched);
+            missing = fill(&self.uffd, &self.ram, cut, touched);
             reservation.commit(Count(cut.pages));
         } else {
             let reservation = if reserve { self.stock.prepare_reserve()? } else { return None };
             cut = Window { first: touched, pages: 1 };
-            fill(&self.uffd, &self.ram, cut, touched);
+            missing = fill(&self.uffd, &self.ram, cut, touched);
             reservation.commit(Count(1));
             self.counts.from_reserve += 1;
         }
         self.filled(cut.first..cut.first + cut.pages);
-        Some(cut)
+        let is_there = !missing.iter().any(|pages| pages.contains(&touched));
+        missing.into_iter().for_each(|pages| self.give_up(pages));
+        is_there.then_some(cut)
     }
 
     /// Books pages that have just got their memory.
@@ -380,11 +390,6 @@ impl Pages {
             present.set(pages);
         }
         self.stock.owe(self.cost());
-    }
-
-    /// Fills absent pages that are charged.
-    pub(super) fn fill_charged(&self, pages: Range<u64>) {
-        fill_all(&self.uffd, &self.ram, pages);
     }
 
     /// The absent pages of `window` that lie in one piece with the touched page, which is filled whatever it is.
@@ -408,7 +413,7 @@ impl Pages {
         self.asked.refused() || self.stock.room() == Some(Count(0))
     }
 
-    fn hold(&mut self) {
+    pub(super) fn hold(&mut self) {
         // Looked at before: on a busy host all may be out when the kicks are done.
         let (since, were_out) = (monotonic_ns(), self.gate.all_out());
         if self.gate.hold(gate::NO_MEMORY) {
@@ -465,10 +470,9 @@ impl Pages {
                     self.uffd.wake(self.ram.hva(page), 1);
                     true
                 }
-                FrameState::Idle => {
-                    self.return_fault(page);
-                    true
-                }
+                // It is tried again, but not before there may be some.
+                _ if self.starved.is_some() => false,
+                FrameState::Idle => self.return_fault(page),
                 state => self.charge_fault(page, state) == Charged::Served,
             };
             if served {
@@ -480,6 +484,9 @@ impl Pages {
             }
         }
         self.waiting.truncate(kept);
+        if self.starved.is_some() {
+            self.hold();
+        }
         self.stall.looked(monotonic_ns(), evicted);
         if self.waiting.is_empty() {
             self.patience.served();
@@ -527,7 +534,9 @@ impl Pages {
                 }
                 FrameState::Idle => {
                     self.bring_back(at, at..end);
-                    at = end;
+                    if self.frames.run(at as usize, end as usize).0 == FrameState::Idle {
+                        return Some(at);
+                    }
                 }
                 FrameState::Swapped => {
                     let dry = !self.has_stock();
@@ -590,6 +599,9 @@ impl Pages {
 
     /// Faults and loader's pages that have not been charged yet.
     fn unserved(&self) -> Count {
+        if self.starved.is_some() {
+            return Count(0);
+        }
         let loader = self.pending.as_ref().map_or(0, |p| p.left.end - p.left.start);
         Count(self.waiting.len() as u64 + loader)
     }
@@ -654,36 +666,4 @@ impl Pages {
 /// Whole seconds, for what needs no more.
 pub(super) fn seconds(ns: u64) -> u32 {
     u32::try_from(ns / 1_000_000_000).unwrap_or(u32::MAX)
-}
-
-/// Fills a window, the part around the touched page first: its vCPU is awake again while the rest is filled, and where
-/// there is another CPU the two go on side by side.
-fn fill(uffd: &Uffd, ram: &Ram, window: Window, touched: u64) {
-    let end = window.first + window.pages;
-    let head = touched.saturating_sub(HEAD - 1).max(window.first);
-    let head = if touched - window.first < HEAD { window.first } else { head };
-    let head_end = (head + HEAD).min(end);
-    fill_all(uffd, ram, head..head_end);
-    fill_all(uffd, ram, head_end..end);
-    fill_all(uffd, ram, window.first..head);
-}
-
-/// Fills every page of a run of absent pages in one slot.
-///
-/// Only the fault thread leaves ABSENT, so a page that is there already is one whose charge is missing: it is counted
-/// as filled.
-fn fill_all(uffd: &Uffd, ram: &Ram, pages: Range<u64>) {
-    let mut at = pages.start;
-    while at < pages.end {
-        match uffd.fill(ram.hva(at), pages.end - at) {
-            Fill::Filled(done) => at += done,
-            Fill::AlreadyPresent => {
-                uffd.wake(ram.hva(at), 1);
-                at += 1;
-            }
-            Fill::RetryLater => {}
-            // The range is ours and registered until the process ends: its end has begun.
-            Fill::Gone => broken(format_args!("page {at} cannot be filled")),
-        }
-    }
 }

@@ -326,8 +326,8 @@ fn move_aside(ram: &Ram, uffd: &Uffd, pages: Range<u64>, moved: &mut Vec<Run>) {
                 tries = 0;
             }
             Move::Busy if tries < TRIES => tries += 1,
-            // Somebody holds this one (a device of the host, another process): it stays.
-            Move::Busy => {
+            // Somebody holds this one (a device of the host, another process), or there is no memory: it stays.
+            Move::Busy | Move::NoMemory => {
                 at += 1;
                 tries = 0;
             }

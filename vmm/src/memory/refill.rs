@@ -98,6 +98,8 @@ impl Pages {
 
     /// They go on.
     pub fn on_resume(&mut self) {
+        // What the host had no memory for is tried now.
+        self.starved = self.starved.map(|_| 0);
         let Some(Pause { evicted, used }) = self.refill.pause.take() else { return };
         let count = self.reclaim.counts.evicted - evicted;
         let missing = used.map_or(u64::MAX, |used| used.saturating_sub(self.stock.guest().0));
@@ -120,7 +122,11 @@ impl Pages {
 
     /// Stock that may be used: what faults may need at once is theirs.
     fn refill_stock(&self) -> u64 {
-        if self.stock.debt() > Count(0) { 0 } else { self.stock.stock().0.saturating_sub(FAULTS) }
+        if self.stock.debt() > Count(0) || self.starved.is_some() {
+            0
+        } else {
+            self.stock.stock().0.saturating_sub(FAULTS)
+        }
     }
 
     /// Whether more may come back: there is room, and nobody wants it. What it takes, and what the next grant brings, must not
@@ -179,7 +185,7 @@ impl Pages {
             } else if self.gate.closed_for(gate::PAUSED) {
                 break;
             } else if !self.come_back(read, run.clone()) {
-                // The stock was needed elsewhere: the rest of the batch is read again.
+                // The stock was needed elsewhere, or the host has no memory: the rest of the batch is read again.
                 self.refill.going = self.refill.batch.or(self.refill.going);
                 break;
             } else {
@@ -219,6 +225,7 @@ impl Pages {
             match self.uffd.fill_with(self.ram.hva(first + filled as u64), contents[filled..].as_flattened()) {
                 Fill::Filled(pages) => filled += pages as usize,
                 Fill::RetryLater => {}
+                Fill::NoMemory => break,
                 // Only this thread fills a page that is not there.
                 other => broken(format_args!("evicted page {} cannot be filled: {other:?}", first + filled as u64)),
             }
@@ -235,6 +242,9 @@ impl Pages {
             present.set(pages);
         }
         self.reclaim.counts.read_ahead += filled as u64;
+        if filled < charged {
+            self.starve();
+        }
         filled == run.len()
     }
 }

@@ -224,7 +224,8 @@ impl FaultThread {
                 complain(format_args!("the guest was never started and no controller came: the worker ends"));
                 crate::worker::exit(1);
             }
-            let patience = self.pages.as_ref().and_then(Pages::patience_left).map(Duration::from_nanos);
+            let patience = self.pages.iter().flat_map(|pages| [pages.patience_left(), pages.starved_left()]);
+            let patience = patience.flatten().map(Duration::from_nanos);
             let until = again.into_iter().chain(left).chain(patience).min().map(timespec);
             let count = match epoll::wait(&epoll, &mut events, until.as_ref()) {
                 Ok(count) => count,
@@ -310,6 +311,10 @@ impl FaultThread {
             self.finish(FromWorker::Failed { message, smallest_max: None });
         }
         if let Some((client, reply)) = pages.keep_pool() {
+            self.reply(client, reply);
+        }
+        let Some(pages) = &mut self.pages else { return };
+        if let Some((client, reply)) = pages.try_starved() {
             self.reply(client, reply);
         }
         let Some(pages) = &mut self.pages else { return };

@@ -18,6 +18,8 @@ pub struct Told {
     balloon_ready: bool,
     /// How often the number of guest errors has doubled.
     errors: u32,
+    /// Pages that the host had no memory for.
+    unfilled: u64,
     /// Tenths of a second that vCPUs have waited for evicted pages.
     refaults: u64,
     /// A report that the socket had no room for.
@@ -33,6 +35,7 @@ impl Told {
             told.held = pages.is_held();
             told.returned_total = pages.stock.returned_total();
             told.ballooned = pages.frames.count(FrameState::Ballooned);
+            told.unfilled = pages.counts.unfilled;
             told.refaults = pages.stall.total_us() / 100_000;
             errors += pages.counts.guest_errors;
         }

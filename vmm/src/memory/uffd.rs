@@ -34,6 +34,8 @@ pub enum Fill {
     AlreadyPresent,
     /// The address space is changing; ask again.
     RetryLater,
+    /// The host has no memory for the first page.
+    NoMemory,
     /// The range is not registered, or the process is going away.
     Gone,
 }
@@ -49,6 +51,8 @@ pub enum Move {
     Occupied,
     /// The kernel cannot move the first page now: somebody holds it, or its neighbourhood is changing.
     Busy,
+    /// The host has no memory for what a mapping of the first page takes.
+    NoMemory,
     /// A range is not registered, or the process is going away.
     Gone,
 }
@@ -69,6 +73,9 @@ pub struct Uffd {
     fd: OwnedFd,
     /// [`MAX_FILL`] pages of zeroes to copy from.
     zeroes: u64,
+    /// Whether the host has no memory, for tests.
+    #[cfg(test)]
+    pub(super) is_out: std::sync::atomic::AtomicBool,
 }
 
 impl Uffd {
@@ -96,7 +103,12 @@ impl Uffd {
                 "this kernel has no UFFDIO_MOVE (Linux 6.12 or newer is needed)",
             ));
         }
-        Ok(Self { fd, zeroes: zeroes()? })
+        Ok(Self {
+            fd,
+            zeroes: zeroes()?,
+            #[cfg(test)]
+            is_out: Default::default(),
+        })
     }
 
     /// Registers `bytes` from `address` on: from now on a touch of an absent page waits for [`Uffd::fill`].
@@ -140,6 +152,10 @@ impl Uffd {
     }
 
     fn copy(&self, address: u64, from: u64, pages: u64) -> Fill {
+        #[cfg(test)]
+        if self.is_out.load(std::sync::atomic::Ordering::Relaxed) {
+            return Fill::NoMemory;
+        }
         let mut arg = sys::uffdio_copy { dst: address, src: from, len: pages * PAGE_SIZE, mode: 0, copy: 0 };
         let result = ioctl(self.fd.as_fd(), nr::UFFDIO_COPY, &mut arg);
         match (result, arg.copy) {
@@ -147,6 +163,7 @@ impl Uffd {
             (Err(e), _) => match e.raw_os_error() {
                 Some(libc::EEXIST) => Fill::AlreadyPresent,
                 Some(libc::EAGAIN) => Fill::RetryLater,
+                Some(libc::ENOMEM) => Fill::NoMemory,
                 _ => Fill::Gone,
             },
             (Ok(()), _) => Fill::RetryLater,
@@ -180,6 +197,10 @@ impl Uffd {
 
     /// One call, and what it says.
     fn move_once(&self, to: u64, from: u64, pages: u64) -> Move {
+        #[cfg(test)]
+        if self.is_out.load(std::sync::atomic::Ordering::Relaxed) {
+            return Move::NoMemory;
+        }
         let mut arg = sys::uffdio_move { dst: to, src: from, len: pages * PAGE_SIZE, mode: 0, move_: 0 };
         let result = ioctl(self.fd.as_fd(), UFFDIO_MOVE, &mut arg);
         match (result, arg.move_) {
@@ -188,6 +209,7 @@ impl Uffd {
                 Some(libc::ENOENT) => Move::Absent,
                 Some(libc::EEXIST) => Move::Occupied,
                 Some(libc::EAGAIN | libc::EBUSY) => Move::Busy,
+                Some(libc::ENOMEM) => Move::NoMemory,
                 _ => Move::Gone,
             },
             (Ok(()), _) => Move::Busy,

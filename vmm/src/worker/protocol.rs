@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 9;
+pub const VERSION: u8 = 10;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -271,6 +271,8 @@ pub struct FaultCounts {
     pub around: u64,
     /// Pages granted from the reserve.
     pub from_reserve: u64,
+    /// Times that the host had no memory for a page that is charged.
+    pub unfilled: u64,
     /// Faults in ballooned pages: the guest took a page back without saying so.
     pub implicit_deflates: u64,
     /// Faults of the VMM's own threads.

@@ -339,7 +339,7 @@ fn answer(ram: &Arc<Ram>, handler: Handler, cpus: u32, follow: Option<Arc<OnceLo
                             uffd.wake(ram.hva(first + done), 1);
                             done += 1;
                         }
-                        Fill::RetryLater | Fill::Gone => {}
+                        Fill::RetryLater | Fill::NoMemory | Fill::Gone => {}
                     }
                 }
             });

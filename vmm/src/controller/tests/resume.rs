@@ -151,3 +151,27 @@ async fn who_waits_for_an_emptied_vm_has_it_when_the_host_has_room() {
     go_on(&mut worker).await;
     assert_eq!(waiting.await.expect("no panic").expect("it goes on").state, VmState::Running);
 }
+
+/// That the host has no memory for a page of a VM is told, and the VM is paused and emptied. It goes on when it is asked to, as
+/// no host is watched here that might be short.
+#[tokio::test(start_paused = true)]
+async fn a_vm_for_which_the_host_has_no_memory_is_paused_and_goes_on_when_it_is_asked_to() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let mut worker =
+        holding(&controller, "vm", Setup { max: Limit::Max, evicts: true, ..Setup::default() }, 1000).await;
+    worker.report.held = true;
+    worker.report.faults.unfilled = 1;
+    worker.tell().await;
+    worker.obey_for(1000).await;
+    let told = worker.has_event(EventKind::HostOutOfMemory).await.expect("told");
+    assert_eq!((told.vm.as_deref(), &told.details["times"]), (Some("vm"), &serde_json::json!(1)));
+    let view = controller.show("vm").await.expect("shown");
+    assert_eq!((view.state, view.paused_by), (VmState::Paused, Some(PausedBy::Host)));
+    assert!(worker.aim < 1000, "it is emptied: {}", worker.aim);
+    let asked = resuming(&worker, 0);
+    worker.report.held = false;
+    go_on(&mut worker).await;
+    assert_eq!(asked.await.expect("no panic").expect("it goes on").state, VmState::Running);
+    let events = worker.events().await;
+    assert_eq!(events.iter().filter(|event| event.event == EventKind::HostOutOfMemory).count(), 1);
+}

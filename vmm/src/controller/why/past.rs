@@ -211,6 +211,9 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
         EventKind::PressureLeft => {
             format!("the host had enough memory again, after {}", lasting(number(event, "lasted_ms").unwrap_or(0)))
         }
+        EventKind::HostOutOfMemory => {
+            "the host had no memory for a page that it touched; nothing of it was lost".to_owned()
+        }
         EventKind::NobodyChosen => format!("{who} had no memory left, and {}", word(event, "why")),
         EventKind::Restarted => "a new controller began: what was before is not known any more".to_owned(),
         EventKind::Dropped => format!("{} events before are not known any more", number(event, "dropped").unwrap_or(0)),

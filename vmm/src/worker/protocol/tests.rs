@@ -59,6 +59,7 @@ fn report(n: &mut Numbers, odd: bool) -> Report {
             touched: n.next(),
             around: n.next(),
             from_reserve: n.next(),
+            unfilled: n.next(),
             implicit_deflates: n.next(),
             vmm: n.next(),
             discarded: n.next(),
