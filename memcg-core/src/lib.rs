@@ -79,6 +79,7 @@ pub mod shared;
 pub mod sim;
 pub mod spread;
 pub mod stock;
+pub mod thrash;
 pub mod tree;
 pub mod units;
 

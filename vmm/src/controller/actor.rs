@@ -21,6 +21,7 @@
 //! | `recall.rs` | stocks that are wanted back |
 //! | `resume.rs` | paused VMs that go on |
 //! | `squeeze.rs` | who gives what a group has to |
+//! | `thrash.rs` | groups whose VMs get nowhere |
 //! | `strays.rs` | workers that run and could not be taken over |
 //! | `shortage.rs`, `victim.rs` | a host that runs short, and who is chosen when nobody can give more |
 //! | `stop.rs` | guests that are asked to end |
@@ -60,6 +61,7 @@ use super::shortage::Shortage;
 use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
+use super::thrash::Thrashing;
 use super::victim::{Choices, RETURNS};
 use super::view::{PausedBy, VmState, VmView};
 use super::vm::{Awaited, KilledBy, Reply, VmEnd, VmId, Waiting};
@@ -145,6 +147,8 @@ pub(super) struct Actor {
     pub strays: BTreeMap<String, Stray>,
     /// Whether the host runs short, where somebody watches it.
     pub shortage: Option<Shortage>,
+    /// The groups whose VMs may be thrashing.
+    pub thrashing: Thrashing,
     /// Those who were chosen for others, until their memory is back.
     pub victims: Victims,
     /// What was decided, and what came of it.
@@ -186,6 +190,7 @@ impl Actor {
             journal,
             strays: BTreeMap::new(),
             shortage: None,
+            thrashing: Thrashing::default(),
             victims: Victims::new(host::scaled(RETURNS)),
             choices: Choices::default(),
             recounting: None,
@@ -438,7 +443,7 @@ impl Actor {
         let ladders = self.ladders.values().filter_map(Climb::next);
         let reclaims = self.reclaims.iter().map(Reclaiming::deadline);
         let resumes = self.resumes.iter().map(Resuming::deadline);
-        let host = self.shortage.iter().map(Shortage::next_look);
+        let host = self.shortage.iter().map(Shortage::next_look).chain(self.thrashing.next_look());
         let emptied = self.choices.look;
         let all = changes
             .chain(recalls)
@@ -461,6 +466,7 @@ impl Actor {
         self.overdue_reclaims(now);
         self.overdue_shortage(now);
         self.overdue_resumes(now);
+        self.overdue_thrashing(now);
         for id in self.vms.overdue(now) {
             self.overdue_answers(id, now);
             self.overdue_activation(id, now);

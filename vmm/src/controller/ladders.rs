@@ -225,6 +225,11 @@ impl Actor {
             Some(rung) => self.tell_rung(&mut climb, target, rung, &sample, now),
             None => {}
         }
+        if let Target::Group(group) = target
+            && climb.ladder.asks().evict.is_some()
+        {
+            self.thrashing.watch(group);
+        }
         climb.next = self.next_look(&climb, &sample, now);
         let forgotten = climb.ladder.rung() == Rung::Rest && climb.next.is_none();
         if !forgotten {

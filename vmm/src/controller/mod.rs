@@ -51,6 +51,7 @@ pub mod stop;
 mod strays;
 #[cfg(test)]
 mod tests;
+mod thrash;
 mod unfilled;
 mod victim;
 pub mod view;
@@ -149,6 +150,10 @@ impl WorkerProcess for WorkerHandle {
 
     fn set_oom_score(&self, score: i16) -> io::Result<()> {
         WorkerHandle::set_oom_score(self, score)
+    }
+
+    fn guest_ran(&self) -> Option<Duration> {
+        WorkerHandle::guest_ran(self)
     }
 
     fn residency(&self) -> Option<&Residency> {

@@ -536,6 +536,12 @@ impl WorkerHandle {
         self.pid
     }
 
+    /// How long its guest has run in all, as the kernel counts it in the process; `None` when the process is gone.
+    pub fn guest_ran(&self) -> Option<Duration> {
+        let ticks = procfs::process::Process::new(self.pid).and_then(|process| process.stat()).ok()?.guest_time?;
+        Some(Duration::from_micros(ticks.saturating_mul(1_000_000) / procfs::ticks_per_second()))
+    }
+
     /// When it was started, perhaps by an earlier controller.
     pub fn since(&self) -> Instant {
         self.since

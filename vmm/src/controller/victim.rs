@@ -286,7 +286,10 @@ impl Actor {
             if full.iter().any(|at| self.tree.is_within(node, *at)) {
                 continue;
             }
-            if let Some((_, at)) = self.missing(id) {
+            if let Some(until) = self.choices.rests(node, now) {
+                // What is free now the others take back first: it was taken from them.
+                self.choices.look = Some(self.choices.look.map_or(until, |look| look.min(until)));
+            } else if let Some((_, at)) = self.missing(id) {
                 full.push(at);
             } else if self.pay(id) {
                 (self.choices.went_on, self.choices.look) = (Some(now), Some(over(now)));

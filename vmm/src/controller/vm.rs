@@ -68,6 +68,10 @@ pub trait WorkerProcess: Send {
     fn set_oom_score(&self, _score: i16) -> io::Result<()> {
         Ok(())
     }
+    /// How long its guest has run in all, where the host says so.
+    fn guest_ran(&self) -> Option<Duration> {
+        None
+    }
     /// What the host says of its memory, when it may be looked into.
     fn residency(&self) -> Option<&Residency> {
         None

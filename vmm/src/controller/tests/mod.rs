@@ -74,6 +74,11 @@ impl WorkerProcess for Puppet {
     fn kill(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
+
+    /// There is no guest.
+    fn guest_ran(&self) -> Option<Duration> {
+        Some(Duration::ZERO)
+    }
 }
 
 /// A worker that does what the test says; it keeps an honest account unless it is told otherwise.

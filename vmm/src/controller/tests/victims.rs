@@ -314,3 +314,28 @@ async fn a_group_that_never_has_enough_chooses_one_in_ten_seconds() {
     }
     assert!((3..=5).contains(&seen.len()) && seen.is_sorted_by(|a, b| a + 9 <= *b), "{seen:?}");
 }
+
+/// Two whose pages go and come back all the time get nowhere, although nobody is refused anything for long: one of them is
+/// paused, the other one goes on, and nobody has to go for one alone.
+/// Semantics: 42.
+#[tokio::test(start_paused = true)]
+async fn of_guests_that_thrash_one_stands_still() {
+    let pause = |priority| OomPolicy { priority, ..policy(OomAction::Pause, KILL) };
+    let mut full = Full::new(6000, &[("first", 2800, pause(0)), ("other", 2600, pause(9))]).await;
+    for thrashing in [1, 2] {
+        for _ in 0..14 {
+            for worker in &mut full.workers[..thrashing] {
+                worker.report.cold.evicted += 2000;
+                worker.report.cold.refaulted += 2000;
+                worker.tell().await;
+            }
+            full.pass(1000).await;
+        }
+        let states = [full.state("first").await, full.state("other").await];
+        let first = if thrashing == 1 { VmState::Running } else { VmState::Paused };
+        assert_eq!(states, [first, VmState::Running], "{thrashing}");
+    }
+    let chosen = all(&full.controller, EventKind::VictimSelected).await;
+    assert_eq!(chosen.len(), 1);
+    assert_eq!(chosen[0].details["limit_of"], "/gold");
+}

@@ -1,0 +1,66 @@
+//! Groups whose VMs thrash: what is evicted from one comes back for another's, and nobody gets anywhere.
+//!
+//! Whether that is so is `memcg_core::thrash`'s. Here a group is watched from when its VMs are evicted for it until its ladder has
+//! been at rest for a minute, and somebody is chosen for it (`victim.rs`) as if it had no memory left: it has none for all of them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use memcg_core::thrash::Watch;
+use memcg_core::tree::NodeId;
+use tokio::time::Instant;
+
+use super::actor::Actor;
+use super::changes::Target;
+use super::host;
+use super::victim::Outcome;
+use super::view::VmState;
+use super::vm::{Vm, VmId};
+
+/// Time between two looks at a group.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// The groups that are watched.
+#[derive(Debug, Default)]
+pub struct Thrashing(BTreeMap<NodeId, (Watch, Instant)>);
+
+impl Thrashing {
+    /// Watches a group from now on.
+    pub fn watch(&mut self, group: NodeId) {
+        self.0.entry(group).or_insert_with(|| (Watch::default(), Instant::now()));
+    }
+
+    /// When one of them is to be looked at.
+    pub fn next_look(&self) -> Option<Instant> {
+        self.0.values().map(|(_, next)| *next).min()
+    }
+}
+
+impl Actor {
+    /// Looks at the groups for which it is time.
+    pub fn overdue_thrashing(&mut self, now: Instant) {
+        let due: Vec<_> = self.thrashing.0.iter().filter(|(_, (_, next))| *next <= now).map(|(at, _)| *at).collect();
+        for group in due {
+            let Some((mut watch, _)) = self.thrashing.0.remove(&group) else { continue };
+            if !self.tree.contains(group) || !self.ladders.contains_key(&Target::Group(group)) {
+                continue;
+            }
+            if self.thrashes(group, &mut watch) && self.choose(group) == Outcome::Done {
+                tracing::warn!("the guests of {} only took pages from each other", self.tree.path(group));
+                watch.acted();
+            }
+            self.thrashing.0.insert(group, (watch, now + host::scaled(EVERY)));
+        }
+    }
+
+    /// Whether the VMs that run and have no limit nearer than this group's thrash.
+    fn thrashes(&self, group: NodeId, watch: &mut Watch) -> bool {
+        let runs = |vm: &Vm| vm.state == VmState::Running && self.tree.narrowest(vm.node) == Some(group);
+        let ids: Vec<VmId> = self.vms_of(Target::Group(group)).into_iter().filter(|id| runs(&self.vms[id])).collect();
+        let by_node: BTreeMap<NodeId, &Vm> = ids.iter().map(|id| (self.vms[id].node, &self.vms[id])).collect();
+        let guests = by_node.iter().map(|(node, vm)| (*node, vm.report.cold.refaulted));
+        // A slow host is one whose time runs more slowly.
+        let ran = |node| by_node.get(&node)?.process.guest_ran().map(|time| time / host::slowness());
+        watch.step(self.elapsed() / host::slowness(), guests, ran)
+    }
+}
