@@ -322,6 +322,11 @@ impl Console {
         self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes input");
     }
 
+    /// Reads all lines that there are, and returns the last that starts with `prefix`.
+    pub fn latest(&self, prefix: &str) -> Option<String> {
+        self.lines.try_iter().filter(|line| line.starts_with(prefix)).last()
+    }
+
     /// Reads lines until one starts with `prefix`, and returns it.
     ///
     /// # Panics

@@ -9,6 +9,7 @@
 
 mod cold;
 mod fleet;
+mod pressure;
 mod single;
 
 use std::io::{IsTerminal, Write};
@@ -28,6 +29,9 @@ fn main() -> ExitCode {
         ["--tally", file, ref scene @ ..] => (Some(Path::new(file)), scene.to_vec()),
         _ => (None, arguments),
     };
+    if let ["hog", bytes] = arguments[..] {
+        pressure::hog(bytes.parse().expect("a number of bytes"));
+    }
     let scene = |steps: &[&'static str], failed, play: fn(&mut Step, &[&str])| {
         scene(steps, failed, tally, |step| play(step, &arguments[1..]))
     };
@@ -39,6 +43,10 @@ fn main() -> ExitCode {
         ["cold", _, _] => scene(&cold::LINUX_STEPS, Failed::GoesOn, |step, files| {
             cold::linux(step, Path::new(files[0]), Path::new(files[1]));
         }),
+        ["pressure"] => scene(&pressure::STEPS, Failed::Ends, |step, _| pressure::native(step)),
+        ["pressure", _, _] => scene(&pressure::LINUX_STEPS, Failed::Ends, |step, files| {
+            pressure::linux(step, Path::new(files[0]), Path::new(files[1]));
+        }),
         ["fleet"] => scene(&fleet::STEPS, Failed::Ends, |step, _| fleet::fleet(step)),
         ["linux", _, _] => scene(
             &["linux-boot", "linux-lower", "linux-raise", "linux-verify", "linux-poweroff"],
@@ -48,7 +56,9 @@ fn main() -> ExitCode {
             },
         ),
         _ => {
-            eprintln!("usage: demo native | demo fleet | demo cold [KERNEL INITRD] | demo linux KERNEL INITRD");
+            eprintln!(
+                "usage: demo native | demo fleet | demo pressure [KERNEL INITRD] | demo cold [KERNEL INITRD] | demo linux KERNEL INITRD"
+            );
             return ExitCode::from(2);
         }
     };
