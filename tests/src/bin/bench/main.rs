@@ -18,6 +18,7 @@ mod limit;
 mod many;
 mod memcg;
 mod neighbour;
+mod oom;
 mod plot;
 mod qemu;
 mod report;
@@ -88,7 +89,7 @@ impl Outcome {
 type Family = (&'static [&'static str], fn(&str) -> Result<Outcome, String>);
 
 /// All but those of the core, which are measured together.
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 11] = [
     (&fault::IDS, fault::measure),
     (&discard::IDS, discard::measure),
     (&limit::IDS, limit::measure),
@@ -96,6 +97,7 @@ const FAMILIES: [Family; 10] = [
     (&report::IDS, report::measure),
     (&age::IDS, age::measure),
     (&neighbour::IDS, neighbour::measure),
+    (&oom::IDS, oom::measure),
     (&cost::IDS, cost::measure),
     (&many::IDS, |id| Ok(many::measure(id))),
     (&qemu::IDS, qemu::measure),
@@ -106,7 +108,9 @@ fn main() -> ExitCode {
     bare::serve(&arguments);
     if arguments.first().is_some_and(|a| a == "child") {
         let words = &arguments[1..];
-        return ExitCode::from(u8::from(!(cost::child(words) || many::child(words) || memcg::child(words))));
+        return ExitCode::from(u8::from(
+            !(cost::child(words) || many::child(words) || memcg::child(words) || oom::child(words)),
+        ));
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
     vm::huge_pages(false);

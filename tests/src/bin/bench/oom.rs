@@ -1,0 +1,188 @@
+//! Memory that is short, and somebody who goes for it.
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use ballast::worker::gate::monotonic_ns;
+use ballast_tests::serve::{Console, Serve, pid};
+use ballast_tests::{number, payload, wait_until};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use serde_json::{Value, json};
+
+use crate::{Goal, MIB, Outcome, full, pairs};
+
+/// The benchmarks of this file.
+pub const IDS: [&str; 2] = ["R16", "R17"];
+
+/// Memory of whoever goes in R17.
+const SIZE: u64 = 1024 * MIB;
+
+/// Measures one of [`IDS`].
+pub fn measure(id: &str) -> Result<Outcome, String> {
+    Ok(if id == "R16" { reaction() } else { returned() })
+}
+
+/// A part of a measurement that runs in a process of its own; `words` are its arguments.
+pub fn child(words: &[String]) -> bool {
+    let [what, pages] = words else { return false };
+    if what != "fat" {
+        return false;
+    }
+    crate::vm::huge_pages(pages == "huge");
+    let mut memory: Vec<u8> = Vec::with_capacity(SIZE as usize);
+    // SAFETY: the memory is this process's, and nobody else's.
+    unsafe { libc::madvise(memory.as_mut_ptr().cast(), SIZE as usize, libc::MADV_HUGEPAGE) };
+    memory.extend((0..SIZE).map(|at| (at % 251) as u8));
+    println!("ready");
+    loop {
+        std::thread::park();
+    }
+}
+
+fn pidfd(pid: u32) -> OwnedFd {
+    let pid = Pid::from_raw(pid.cast_signed()).expect("a process id");
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).expect("it runs")
+}
+
+/// When a process has ended, on the host's monotonic clock.
+fn end_of(process: &OwnedFd) -> u64 {
+    poll(&mut [PollFd::new(process, PollFlags::IN)], None).expect("a descriptor of a process can be waited for");
+    monotonic_ns()
+}
+
+/// A guest that takes words, and runs.
+fn guest(serve: &Serve, name: &str, group: &str, size: u64, oom: &Value) -> (Value, Console) {
+    let config = json!({
+        "kernel": payload(), "cmdline": "shell", "debug_port": true, "group": group, "oom": oom,
+        "memory": { "size_bytes": size, "track": true, "swap_max_bytes": 0, "ageing_s": 0 },
+    });
+    let view = serve.create_with(name, &config);
+    let console = Console::of(&view);
+    console.expect("READY", 20);
+    (view, console)
+}
+
+fn ok(console: &mut Console, command: &str) {
+    console.send(command);
+    let answer = console.expect("", 60);
+    assert!(answer.starts_with("OK"), "{command}: {answer}");
+}
+
+fn good(serve: &Serve, method: &str, path: &str, body: Option<&Value>) -> Value {
+    let (status, answer) = serve.ask(method, path, body);
+    assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
+    answer
+}
+
+/// R16: the time from a touch that does not fit into a full group until another VM of it, the one that the rules choose, does not
+/// run any more.
+fn reaction() -> Outcome {
+    let serve = Serve::start(&[]);
+    let (_, mut asks) = guest(&serve, "asks", "/", 4096 * MIB, &json!({ "deadline_ms": 0, "preference": "omit" }));
+    let mut ms = Vec::new();
+    for round in 0..full(60, 240) as u64 {
+        // In each group only one in ten seconds is chosen.
+        let (group, path) = (format!("/g{round}"), format!("/groups/g{round}"));
+        good(&serve, "PUT", &path, Some(&json!({ "max_bytes": 1024 * MIB })));
+        good(&serve, "POST", "/vms/asks/move", Some(&json!({ "group": group })));
+        let (view, mut goes) = guest(&serve, "goes", &group, 64 * MIB, &json!({ "action": "kill" }));
+        ok(&mut goes, "touch 16M 16M");
+        // What nobody uses comes back first, so that the next touches do not fit.
+        let usage = || number(&good(&serve, "GET", &path, None), "memory.current_bytes");
+        wait_until("there is no room", 20, || {
+            let before = usage();
+            good(&serve, "PATCH", &format!("{path}?mode=force"), Some(&json!({ "max_bytes": before })));
+            let stock = |name: &str| number(&serve.show(name), "memory.stat.stock_bytes");
+            (stock("goes") == 0 && stock("asks") < MIB && usage() == before).then_some(())
+        });
+        let process = pidfd(pid(&view));
+        asks.send("mark 7");
+        asks.expect("OK", 20);
+        asks.send(&format!("mark 1; touch {}M 2M", 16 + 16 * round));
+        let line = asks.expect("MARK 1 ", 20);
+        let crossed: u64 = line.split(' ').nth(2).and_then(|ns| ns.parse().ok()).expect("a mark has its time");
+        ms.push(end_of(&process).saturating_sub(crossed) as f64 / 1e6);
+        asks.expect("OK", 20);
+        good(&serve, "DELETE", "/vms/goes", None);
+    }
+    ms.sort_by(f64::total_cmp);
+    let at = |per_cent: usize| ms[(ms.len() * per_cent).div_ceil(100).saturating_sub(1)];
+    let notes = format!("p50={:.3} worst={:.3} crossings={} ", at(50), at(100), ms.len());
+    let goal = Goal::AtMost { floor: 10.0, target: 1.0 };
+    Outcome { id: "R16", name: "oom_reaction", unit: "ms", goal, values: vec![at(99)], notes }
+}
+
+/// R17: the time from the decision to kill a VM until its memory is back, for a GiB, against the same of a process.
+fn returned() -> Outcome {
+    let serve = Serve::start(&[]);
+    good(&serve, "PUT", "/groups/g", Some(&json!({})));
+    let runs = pairs(full(5, 15), || ours(&serve), || raw("huge"));
+    let small = raw("small");
+    let ms = |ns: f64| ns / 1e6;
+    let middle = |which: fn(&(f64, f64)) -> f64| crate::median(runs.iter().map(which));
+    let notes = format!(
+        "ms_per_gib={:.2} raw_ms_per_gib={:.2} raw_small_ms_per_gib={:.2} ",
+        ms(middle(|run| run.0)),
+        ms(middle(|run| run.1)),
+        ms(small)
+    );
+    let values = runs.iter().map(|(ours, raw)| ours / raw).collect();
+    Outcome {
+        id: "R17",
+        name: "oom_returned",
+        unit: "x",
+        goal: Goal::AtMost { floor: 1.5, target: 1.1 },
+        values,
+        notes,
+    }
+}
+
+/// From the request to kill a VM of a GiB until nothing of it is charged any more.
+fn ours(serve: &Serve) -> f64 {
+    crate::vm::huge_pages(true);
+    let (_, mut console) = guest(serve, "fat", "/g", SIZE + 32 * MIB, &json!({}));
+    crate::vm::huge_pages(false);
+    ok(&mut console, &format!("touch 16M {}M fill=full", SIZE / MIB));
+    let begin = monotonic_ns();
+    good(serve, "POST", "/vms/fat/kill", None);
+    wait_until("its memory is back", 20, || {
+        (number(&good(serve, "GET", "/groups/g", None), "memory.current_bytes") == 0).then_some(())
+    });
+    let took = monotonic_ns() - begin;
+    good(serve, "DELETE", "/vms/fat", None);
+    took as f64
+}
+
+/// From SIGKILL until a process of a GiB is gone, with its memory taken from it meanwhile.
+fn raw(pages: &str) -> f64 {
+    let mut child = Fat::start(pages);
+    let process = pidfd(child.0.id());
+    let begin = monotonic_ns();
+    rustix::process::pidfd_send_signal(&process, Signal::KILL).expect("it runs");
+    // SAFETY: the call takes numbers. It fails when there is nothing left to take.
+    unsafe { libc::syscall(libc::SYS_process_mrelease, process.as_fd().as_raw_fd(), 0) };
+    child.0.wait().expect("our child");
+    (monotonic_ns() - begin) as f64
+}
+
+/// The process that goes.
+struct Fat(Child);
+
+impl Fat {
+    fn start(pages: &str) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("a program has a path"));
+        let mut child = command.args(["child", "fat", pages]).stdout(Stdio::piped()).spawn().expect("bench starts");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("it says when it is ready");
+        Self(child)
+    }
+}
+
+impl Drop for Fat {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
