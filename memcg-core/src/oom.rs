@@ -173,13 +173,20 @@ pub struct Ranked<'a> {
     pub spared: Option<Spared>,
 }
 
+impl Action {
+    /// What it frees of one that uses so much.
+    pub fn frees(self, usage: Pages) -> Pages {
+        match self {
+            Action::Kill => usage,
+            Action::Pause { frees } => frees.min(usage),
+        }
+    }
+}
+
 impl Candidate<'_> {
     /// What the action frees.
     fn frees(&self) -> Pages {
-        match self.attributes.action {
-            Action::Kill => self.usage,
-            Action::Pause { frees } => frees.min(self.usage),
-        }
+        self.attributes.action.frees(self.usage)
     }
 
     /// Memory above its protection.

@@ -23,6 +23,7 @@ mod moving;
 mod nodes;
 mod oom;
 mod overhead;
+mod page;
 mod pressure;
 mod progress;
 mod protection;

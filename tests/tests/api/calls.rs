@@ -42,7 +42,11 @@ const WEB: &str = r#"{"kernel":"KERNEL","cmdline":"shell","debug_port":true,"cpu
 const OTHER: &str = r#"{"kernel":"KERNEL","cmdline":"shell","debug_port":true,"memory":{"size_bytes":134217728}}"#;
 const RELATIVE: &str = r#"{"kernel":"payload.bin","memory":{"size_bytes":67108864}}"#;
 const MEMORY: &str = "PATCH /vms/{name}/memory";
+const ANSWER: &str = "POST /oom/decisions/{id}";
 const GROUP_RECLAIM: &str = "POST /groups/{path}/reclaim";
+
+/// Routes whose success needs more than a request before it; tests of their own show it.
+pub const ELSEWHERE: &[&str] = &[ANSWER];
 
 /// All of them. A route of the document without a line of each kind fails the test.
 pub const CALLS: &[Call] = &[
@@ -142,6 +146,12 @@ pub const CALLS: &[Call] = &[
     call("GET /events", "/events?since=0&follow=false", "", Done(200)),
     call("GET /events", "/events?since=18446744073709551615&follow=false", "", Done(200)),
     call("GET /events", "/events?since=-1", "", Refused(400, "bad_request")),
+    call("PUT /oom/policy", "/oom/policy", r#"{"wait_ms":2000,"follow":false}"#, Twice(200, 200)),
+    call("PUT /oom/policy", "/oom/policy", r#"{"wait_ms":99}"#, Refused(400, "bad_request")),
+    call("PUT /oom/policy", "/oom/policy", "{}", Refused(400, "bad_request")),
+    call(ANSWER, "/oom/decisions/7", r#"{"answer":"kill","vm":"web"}"#, Refused(404, "not_found")),
+    call(ANSWER, "/oom/decisions/-7", r#"{"answer":"raise"}"#, Refused(400, "bad_request")),
+    call(ANSWER, "/oom/decisions/7", r#"{"answer":"shoot"}"#, Refused(400, "bad_request")),
     call("DELETE /vms/{name}", "/vms/web", "", Twice(204, 404)),
     call("DELETE /vms/{name}", "/vms/db", "", Refused(404, "not_found")),
 ];

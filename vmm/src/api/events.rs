@@ -39,7 +39,7 @@ fn yes() -> bool {
 }
 
 /// A body that ends when its sender is dropped.
-struct Lines(mpsc::Receiver<Bytes>);
+pub(super) struct Lines(pub mpsc::Receiver<Bytes>);
 
 impl hyper::body::Body for Lines {
     type Data = Bytes;

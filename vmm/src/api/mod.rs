@@ -11,6 +11,7 @@ mod limits;
 mod memory;
 mod metrics;
 mod observe;
+mod oom;
 mod reclaim;
 pub mod reference;
 mod resume;
@@ -168,6 +169,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(observe::oom_rank))
         .routes(routes!(observe::oom_log))
         .routes(routes!(observe::why))
+        .routes(routes!(oom::policy))
+        .routes(routes!(oom::decision))
         .routes(routes!(metrics::metrics))
         .routes(routes!(limits::post))
         .routes(routes!(vms::move_to))

@@ -4,18 +4,20 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use memcg_core::host::Terms;
 use memcg_core::units::{Limit, Pages};
-use rustix::fs::FlockOperation;
+use rustix::fs::{Access, FlockOperation};
 
-use super::options::limit;
+use super::options::{duration, limit};
 use super::signals::Signals;
 use super::{DONE, Failure, SocketArg, notify, socket};
 use crate::api::server::{self, BindError};
 use crate::chain::chain;
 use crate::controller::cgroup::Cgroups;
 use crate::controller::journal::Journal;
+use crate::controller::questions::{Hook, WAITS};
 use crate::controller::signals::Signals as HostSignals;
 use crate::controller::start::Service;
 use crate::controller::{Controller, armour, host, spawn, standing};
@@ -40,6 +42,12 @@ pub struct ServeArgs {
     /// Gives each VM's process a cgroup with a limit, below the cgroup PATH, or below serve's own (auto); 10 to 20 ms a VM
     #[arg(long, value_name = "auto|PATH")]
     cgroup: Option<PathBuf>,
+    /// Command that may say who is paused or killed when there is no memory left, and no client does
+    #[arg(long, value_name = "PATH")]
+    oom_hook: Option<PathBuf>,
+    /// How long it may take, 100ms to 60s
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "2s", requires = "oom_hook")]
+    oom_hook_wait: Duration,
     /// Where to listen, or a directory for ballast.sock [default: in $XDG_RUNTIME_DIR/ballast or /run/ballast]
     #[command(flatten)]
     socket: SocketArg,
@@ -50,6 +58,7 @@ pub struct ServeArgs {
 pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let as_failure = |error: &dyn std::error::Error| Failure::error(chain(error));
     let listen = socket::to_serve(&args.socket);
+    let hook = hook(&args, &listen)?;
     spawn::check_socket_path(&listen).map_err(|error| as_failure(&error))?;
     socket::check_place(&args.socket, &listen).map_err(Failure::error)?;
     host::check_kernel().map_err(|error| as_failure(&error))?;
@@ -82,6 +91,9 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     let (controller, mut actor) = Controller::start_with(budget, opened);
     controller.take_over(&state, &remembered).await.map_err(|error| as_failure(&error))?;
     watch(&controller, host_signals).await;
+    if let Some(hook) = hook {
+        controller.ask_hook(hook).await.map_err(|error| as_failure(&error))?;
+    }
     let service = Arc::new(Service::new(&state, log, cgroups));
     let server = server::serve(bound, controller.clone(), Some(Arc::clone(&service)));
     let server = server.map_err(|error| as_failure(&error))?;
@@ -132,6 +144,23 @@ pub async fn serve(args: ServeArgs, log: &str) -> Result<u8, Failure> {
     }
     drop(lock);
     Ok(DONE)
+}
+
+/// The command that decides, if there is one: it is run elsewhere, so its path has to be whole.
+fn hook(args: &ServeArgs, listen: &Path) -> Result<Option<Hook>, Failure> {
+    let Some(asked) = &args.oom_hook else { return Ok(None) };
+    let cannot = |why: String| Failure::usage(format!("--oom-hook {} {why}", asked.display()));
+    let program = asked.canonicalize().map_err(|error| cannot(format!("cannot be found ({error})")))?;
+    let runs = rustix::fs::access(&program, Access::EXEC_OK).is_ok() && program.is_file();
+    if !runs {
+        return Err(cannot("is no program that can be run: make it executable".to_owned()));
+    }
+    let (wait, [least, most]) = (args.oom_hook_wait, WAITS);
+    if wait < least || wait > most {
+        return Err(Failure::usage(format!("--oom-hook-wait is {} ms to {} s", least.as_millis(), most.as_secs())));
+    }
+    let socket = std::path::absolute(listen).map_err(|error| Failure::error(chain(&error)))?;
+    Ok(Some(Hook { program, wait, socket }))
 }
 
 /// Takes the directory of the VMs for this process alone.

@@ -18,6 +18,7 @@
 //! | `promises.rs` | whether what is promised fits |
 //! | `moves.rs` | VMs and groups that change their group |
 //! | `ladders.rs`, `reclaim.rs` | what is done about those who use too much, and memory that somebody wants back |
+//! | `questions.rs` | who may decide in its place |
 //! | `recall.rs` | stocks that are wanted back |
 //! | `resume.rs` | paused VMs that go on |
 //! | `squeeze.rs` | who gives what a group has to |
@@ -54,6 +55,7 @@ use super::ladders::Climb;
 use super::link::FromLink;
 use super::oom_log::OomLog;
 use super::pressure::Pressures;
+use super::questions::Questions;
 use super::recall::Recall;
 use super::reclaim::Reclaiming;
 use super::resume::Resuming;
@@ -155,6 +157,8 @@ pub(super) struct Actor {
     pub decisions: OomLog,
     /// What is remembered of how they were chosen.
     pub choices: Choices,
+    /// Who is asked before, and what.
+    pub questions: Questions,
     /// While VMs are taken over: those that have said hello and are not granted anything yet.
     pub recounting: Option<Vec<(VmId, Hello)>>,
 }
@@ -193,6 +197,7 @@ impl Actor {
             thrashing: Thrashing::default(),
             victims: Victims::new(host::scaled(RETURNS)),
             choices: Choices::default(),
+            questions: Questions::default(),
             recounting: None,
         }
     }

@@ -76,7 +76,9 @@ pub enum EventKind {
     PressureLeft,
     /// The host had no memory for a page that was charged: the VM is paused, and nothing of it is lost.
     HostOutOfMemory,
-    /// The policy has chosen this VM to be paused or killed.
+    /// Somebody has to go: `asked`, a client or a command, may say who within `wait_ms`.
+    DecisionPending,
+    /// This VM was chosen to be paused or killed; `by` says who has decided that.
     VictimSelected,
     /// A group, or the host, has no memory left and nobody may be chosen; `why` says how many are spared for which reason. The same is
     /// told once a minute.
@@ -97,7 +99,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -122,6 +124,7 @@ impl EventKind {
         Self::PressureEntered,
         Self::PressureLeft,
         Self::HostOutOfMemory,
+        Self::DecisionPending,
         Self::VictimSelected,
         Self::NobodyChosen,
         Self::Killed,
@@ -316,7 +319,7 @@ mod tests {
         let counts = EventLog::default().counts();
         assert!(counts.is_sorted_by_key(|(kind, _)| *kind) && counts.iter().all(|(_, count)| *count == 0));
         let schema = serde_json::to_value(<EventKind as utoipa::PartialSchema>::schema()).unwrap();
-        assert_eq!(schema["enum"], serde_json::to_value(EventKind::ALL).unwrap());
+        assert_eq!(schema["enum"], serde_json::to_value(&EventKind::ALL[..]).unwrap());
     }
 
     #[test]

@@ -305,7 +305,7 @@ impl Actor {
     }
 
     /// Whether a VM is held because of the limit at `node`.
-    fn held_at(&self, id: VmId, node: NodeId) -> bool {
+    pub fn held_at(&self, id: VmId, node: NodeId) -> bool {
         let vm = &self.vms[&id];
         vm.hold.is_some() && vm.refused() && vm.refused_at == Some(node)
     }

@@ -34,6 +34,7 @@ pub mod overhead;
 pub mod overview;
 mod pressure;
 mod promises;
+pub mod questions;
 pub mod rank;
 mod recall;
 pub mod reclaim;

@@ -50,16 +50,22 @@ pub const BUCKETS: [u64; 8] = [10, 30, 100, 300, 1000, 3000, 10_000, 30_000];
 pub enum DecidedBy {
     /// The built-in policy.
     Policy,
+    /// A client that has asked to be asked.
+    Client,
+    /// The command of `serve --oom-hook`.
+    Hook,
 }
 
 impl DecidedBy {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::Policy];
+    pub const ALL: [Self; 3] = [Self::Policy, Self::Client, Self::Hook];
 
     /// As the interface names it.
     pub fn word(self) -> &'static str {
         match self {
             Self::Policy => "policy",
+            Self::Client => "client",
+            Self::Hook => "hook",
         }
     }
 }
@@ -310,7 +316,7 @@ impl DecisionView {
 
 impl Actor {
     /// Records that `id` is chosen because `level` has no room, and returns the number of the decision.
-    pub fn log_decision(&mut self, id: VmId, level: NodeId, by: DecidedBy) -> u64 {
+    pub fn log_decision(&mut self, id: VmId, level: NodeId, (action, by): (OomAction, DecidedBy)) -> u64 {
         let (vm, owners) = (&self.vms[&id], self.owners());
         let candidates = self.candidates(level);
         let ranked = oom::rank(&candidates);
@@ -319,13 +325,13 @@ impl Actor {
         let mut decision = DecisionView {
             vm: Some(vm.name.clone()),
             id: Some(id.0),
-            action: Some(vm.oom.action),
+            action: Some(action),
             by,
             why: match chosen {
                 Some(chosen) if level != vm.node => chosen.to_string(),
                 _ => format!("{}: it was held at its own limit for too long", vm.name),
             },
-            expected_bytes: chosen.map_or(0, |entry| entry.frees.bytes()),
+            expected_bytes: self.effect(id, action).frees(self.tree.usage(vm.node)).bytes(),
             outcome: Outcome::UnderWay,
             ..self.decision(level, &ranked, &owners)
         };

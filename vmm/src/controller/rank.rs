@@ -110,19 +110,23 @@ impl Actor {
     /// What the ranking is told of a VM.
     fn attributes(&self, id: VmId) -> Attributes {
         let vm = &self.vms[&id];
-        let action = match vm.oom.action {
-            // What a pause frees of one that is paused already is on its way.
-            OomAction::Pause if vm.state == VmState::Paused => Action::Pause { frees: Pages::ZERO },
-            OomAction::Pause => Action::Pause { frees: self.freed_by_pause(id) },
-            OomAction::Kill => Action::Kill,
-        };
         Attributes {
-            action,
+            action: self.effect(id, vm.oom.action),
             preference: vm.oom.preference.into(),
             priority: vm.oom.priority,
             ending: vm.state == VmState::Ended || vm.cause.is_some(),
             stock: Pages(vm.report.stock + vm.in_flight()),
             given: self.is_emptied(id).then(|| self.comes_back(id)),
+        }
+    }
+
+    /// What an action would do to a VM.
+    pub fn effect(&self, id: VmId, action: OomAction) -> Action {
+        match action {
+            // What a pause frees of one that is paused already is on its way.
+            OomAction::Pause if self.vms[&id].state == VmState::Paused => Action::Pause { frees: Pages::ZERO },
+            OomAction::Pause => Action::Pause { frees: self.freed_by_pause(id) },
+            OomAction::Kill => Action::Kill,
         }
     }
 

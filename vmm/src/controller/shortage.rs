@@ -66,6 +66,16 @@ impl Shortage {
         self.verdict.short.is_some()
     }
 
+    /// Whether reclaim has had its time, and did not help.
+    pub fn is_critical(&self) -> bool {
+        self.verdict.victim
+    }
+
+    /// Has it looked at by `now`.
+    pub fn look_at(&mut self, now: Instant) {
+        self.next = self.next.min(now);
+    }
+
     /// What is missing until `back` could come back without making the host short again.
     pub fn missing_for(&self, back: Pages) -> Pages {
         self.watch.missing_for(back)

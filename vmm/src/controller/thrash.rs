@@ -20,36 +20,42 @@ use super::vm::{Vm, VmId};
 /// Time between two looks at a group.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// The groups that are watched.
+/// The groups that are watched: when each is looked at next, and whether it thrashed at the last look.
 #[derive(Debug, Default)]
-pub struct Thrashing(BTreeMap<NodeId, (Watch, Instant)>);
+pub struct Thrashing(BTreeMap<NodeId, (Watch, Instant, bool)>);
 
 impl Thrashing {
     /// Watches a group from now on.
     pub fn watch(&mut self, group: NodeId) {
-        self.0.entry(group).or_insert_with(|| (Watch::default(), Instant::now()));
+        self.0.entry(group).or_insert_with(|| (Watch::default(), Instant::now(), false));
+    }
+
+    /// Whether somebody has to go because a group thrashes.
+    pub fn is_seen(&self, group: NodeId) -> bool {
+        self.0.get(&group).is_some_and(|(.., thrashes)| *thrashes)
     }
 
     /// When one of them is to be looked at.
     pub fn next_look(&self) -> Option<Instant> {
-        self.0.values().map(|(_, next)| *next).min()
+        self.0.values().map(|(_, next, _)| *next).min()
     }
 }
 
 impl Actor {
     /// Looks at the groups for which it is time.
     pub fn overdue_thrashing(&mut self, now: Instant) {
-        let due: Vec<_> = self.thrashing.0.iter().filter(|(_, (_, next))| *next <= now).map(|(at, _)| *at).collect();
+        let due: Vec<_> = self.thrashing.0.iter().filter(|(_, (_, next, _))| *next <= now).map(|(at, _)| *at).collect();
         for group in due {
-            let Some((mut watch, _)) = self.thrashing.0.remove(&group) else { continue };
+            let Some((mut watch, ..)) = self.thrashing.0.remove(&group) else { continue };
             if !self.tree.contains(group) || !self.ladders.contains_key(&Target::Group(group)) {
                 continue;
             }
-            if self.thrashes(group, &mut watch) && self.choose(group) == Outcome::Done {
+            let thrashes = self.thrashes(group, &mut watch);
+            if thrashes && self.choose(group) == Outcome::Done {
                 tracing::warn!("the guests of {} only took pages from each other", self.tree.path(group));
                 watch.acted();
             }
-            self.thrashing.0.insert(group, (watch, now + host::scaled(EVERY)));
+            self.thrashing.0.insert(group, (watch, now + host::scaled(EVERY), thrashes));
         }
     }
 

@@ -11,6 +11,8 @@
 //!                 └─ nobody: why is said, whoever is held stays so, and it is tried again
 //! ```
 //!
+//! Before that a client or a command may be asked (`questions.rs`).
+//!
 //! *One at a time*: nobody else is chosen for a level while the memory of somebody in it is on its way, nor before [`RETURNS`]
 //! has passed since the last one in it was chosen. What happens elsewhere puts nothing off.
 //!
@@ -45,7 +47,7 @@ pub const RETURNS: Duration = Duration::from_secs(10);
 const QUIET: Duration = Duration::from_secs(60);
 
 /// Entries of the list that an event shows, at most: more would crowd the others out of the log.
-const SHOWN: usize = 10;
+pub const SHOWN: usize = 10;
 
 /// What came of a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,17 @@ impl Choices {
         self.chosen.get(&level).copied().map(over)
     }
 
+    /// Somebody in these levels was chosen.
+    pub fn chosen(&mut self, levels: impl Iterator<Item = NodeId>) {
+        let now = Instant::now();
+        self.chosen.extend(levels.map(|at| (at, now)));
+    }
+
+    /// Nobody is to be chosen for a level, for as long as if somebody had been.
+    pub fn rest(&mut self, level: NodeId) {
+        self.chosen([level].into_iter());
+    }
+
     /// Notes that it is told now why nobody could be chosen; false when that was done lately.
     fn tell(&mut self, level: NodeId, why: &str, now: Instant) -> bool {
         self.told.retain(|_, (_, at)| now < *at + QUIET);
@@ -91,11 +104,14 @@ impl Choices {
 }
 
 impl Actor {
-    /// Chooses somebody for a level that has no memory left, and does it. Whoever does not listen is passed over.
+    /// Chooses somebody for a level that has no memory left, and does it; or asks who is to be chosen first.
     pub fn choose(&mut self, level: NodeId) -> Outcome {
-        if let Some(until) = self.choices.rests(level, Instant::now()) {
-            return Outcome::Wait(until);
-        }
+        let until = self.choices.rests(level, Instant::now()).or_else(|| self.ask_first(level));
+        until.map_or_else(|| self.choose_by_policy(level), Outcome::Wait)
+    }
+
+    /// Chooses the first of the list, and does it. Whoever does not listen is passed over.
+    fn choose_by_policy(&mut self, level: NodeId) -> Outcome {
         let mut passed = Vec::new();
         let outcome = loop {
             let mut victims = self.victims.clone();
@@ -108,18 +124,18 @@ impl Actor {
             };
             self.victims = victims;
             let Some((node, frees)) = entry else {
-                self.tell_nobody(level, why, list);
+                self.tell_nobody(level, DecidedBy::Policy, why, list);
                 break Outcome::Nobody;
             };
             let Some(id) = self.owners().remove(&node) else { break Outcome::Nobody };
             let details = json!({ "why": why, "ranked": list, "frees_bytes": frees.bytes() });
-            if self.carry_out(id, level, details) {
-                let now = Instant::now();
-                self.choices.chosen.extend(self.tree.ancestry(node).map(|at| (at, now)));
+            let how = (self.vms[&id].oom.action, DecidedBy::Policy);
+            if self.carry_out(id, level, how, details) {
+                self.choices.chosen(self.tree.ancestry(node));
                 break Outcome::Done;
             }
             self.victims.failed(node);
-            self.log_decision(id, level, DecidedBy::Policy);
+            self.log_decision(id, level, how);
             passed.push(node);
         };
         // Those are candidates again the next time: their workers may listen by then.
@@ -136,16 +152,21 @@ impl Actor {
         let node = vm.node;
         if vm.oom.preference == OomPreference::Omit {
             let list = shown(&oom::rank(&self.candidates(node)));
-            self.tell_nobody(node, Nobody { omitted: 1, ..Nobody::default() }.to_string(), list);
+            let why = Nobody { omitted: 1, ..Nobody::default() }.to_string();
+            self.tell_nobody(node, DecidedBy::Policy, why, list);
             return Outcome::Nobody;
         }
-        if self.carry_out(id, node, json!({})) { Outcome::Done } else { Outcome::Wait(Instant::now() + SILENT_RETRY) }
+        let how = (vm.oom.action, DecidedBy::Policy);
+        if self.carry_out(id, node, how, json!({})) {
+            Outcome::Done
+        } else {
+            Outcome::Wait(Instant::now() + SILENT_RETRY)
+        }
     }
 
     /// Acts on a VM because `level` has no memory left; `details` say why it is this one. False when its worker does not listen.
-    fn carry_out(&mut self, id: VmId, level: NodeId, details: Value) -> bool {
-        let vm = self.vms.get_mut(&id).expect("a candidate");
-        let action = vm.oom.action;
+    pub fn carry_out(&mut self, id: VmId, level: NodeId, how: (OomAction, DecidedBy), details: Value) -> bool {
+        let (vm, action) = (self.vms.get_mut(&id).expect("a candidate"), how.0);
         if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
             // It holds its vCPUs itself if it has to.
             return false;
@@ -157,7 +178,7 @@ impl Actor {
         // Whoever looks at its console sees a guest that has stopped.
         let (limit, advice) = self.advice(level);
         tracing::warn!(vm = name, ?action, "no memory is left in {limit}{advice}");
-        self.tell_victim(id, level, details);
+        self.tell_victim(id, level, how, details);
         match action {
             OomAction::Pause => {
                 let by = match level {
@@ -180,31 +201,32 @@ impl Actor {
         true
     }
 
-    /// Counts and tells that the policy acts on a VM because `level` has no room; `more` is what else explains it.
-    pub fn tell_victim(&mut self, id: VmId, level: NodeId, more: Value) {
-        let number = self.log_decision(id, level, DecidedBy::Policy);
+    /// Counts and tells what is done with a VM because `level` has no room, and who decided that; `more` is what else explains it.
+    fn tell_victim(&mut self, id: VmId, level: NodeId, how: (OomAction, DecidedBy), more: Value) {
+        let number = self.log_decision(id, level, how);
         let vm = &self.vms[&id];
         let (node, name) = (vm.node, vm.name.clone());
-        let (counted, action) = match vm.oom.action {
+        let (counted, action) = match how.0 {
             OomAction::Pause => (Event::OomPause, "pause"),
             OomAction::Kill => (Event::OomKill, "kill"),
         };
         self.tree.record(level, Event::Oom);
         self.tree.record(node, counted);
-        let said = json!({ "action": action, "limit_of": self.tree.path(level), "decision": number });
+        let path = self.tree.path(level);
+        let said = json!({ "action": action, "limit_of": path, "by": how.1.word(), "decision": number });
         let details = self.account(id, merged(said, more));
         self.event(EventKind::VictimSelected, Some(&name), details);
     }
 
     /// Tells that nobody could be chosen for a level; the same of the same level once a minute.
-    fn tell_nobody(&mut self, level: NodeId, why: String, ranked: Vec<String>) {
+    pub fn tell_nobody(&mut self, level: NodeId, by: DecidedBy, why: String, ranked: Vec<String>) {
         if !self.choices.tell(level, &why, Instant::now()) {
             return;
         }
         let (limit, advice) = self.advice(level);
         tracing::warn!(why, "no memory is left in {limit}{advice}");
         let target = self.owners().remove(&level).map_or(Target::Group(level), Target::Vm);
-        let number = self.log_nobody(level, DecidedBy::Policy, &why);
+        let number = self.log_nobody(level, by, &why);
         self.target_event(EventKind::NobodyChosen, target, json!({ "why": why, "ranked": ranked, "decision": number }));
     }
 

@@ -17,6 +17,7 @@ mod ladders;
 mod limits;
 mod oom_log;
 mod pressure;
+mod questions;
 mod requests;
 mod resume;
 mod shortage;

@@ -9,20 +9,20 @@ use super::shortage::{all, left, pass, policy, watched};
 use super::*;
 
 /// A group of so many pages, and VMs in it whose guests hold as much as is said.
-struct Full {
-    controller: Controller,
-    workers: Vec<FakeWorker>,
+pub(super) struct Full {
+    pub controller: Controller,
+    pub workers: Vec<FakeWorker>,
 }
 
 /// One that is killed when it is chosen.
-fn kill(preference: OomPreference, priority: i32) -> OomPolicy {
+pub(super) fn kill(preference: OomPreference, priority: i32) -> OomPolicy {
     OomPolicy { priority, ..policy(OomAction::Kill, preference) }
 }
 
-const KILL: OomPreference = OomPreference::None;
+pub(super) const KILL: OomPreference = OomPreference::None;
 
 impl Full {
-    async fn new(pages_of: u64, vms: &[(&'static str, u64, OomPolicy)]) -> Self {
+    pub async fn new(pages_of: u64, vms: &[(&'static str, u64, OomPolicy)]) -> Self {
         let (controller, _) = Controller::start(Limit::Max);
         controller.put_group("/gold", change(pages(pages_of))).await.expect("made");
         let mut full = Self { controller, workers: Vec::new() };
@@ -32,7 +32,7 @@ impl Full {
         full
     }
 
-    async fn add(&mut self, name: &str, group: &'static str, guest: u64, oom: OomPolicy) {
+    pub async fn add(&mut self, name: &str, group: &'static str, guest: u64, oom: OomPolicy) {
         // A pause is worth something only where something can be evicted.
         let evicts = oom.action == OomAction::Pause;
         let setup = Setup { max: Limit::Max, group, evicts, oom, queue: 512, ..Setup::default() };
@@ -41,12 +41,12 @@ impl Full {
     }
 
     /// The last guest touches all that is left, and is held with a want of so many pages more.
-    async fn fill(&mut self, wants: u64) {
+    pub async fn fill(&mut self, wants: u64) {
         let last = self.workers.len() - 1;
         self.fill_with(last, wants).await;
     }
 
-    async fn fill_with(&mut self, which: usize, wants: u64) {
+    pub async fn fill_with(&mut self, which: usize, wants: u64) {
         loop {
             self.workers[which].touch(100).await;
             for worker in &mut self.workers {
@@ -62,7 +62,7 @@ impl Full {
     }
 
     /// The guest whose want was served goes on.
-    async fn let_go(&mut self, which: usize) {
+    pub async fn let_go(&mut self, which: usize) {
         let worker = &mut self.workers[which];
         worker.obey().await;
         assert!(!worker.grant.3, "it was refused again");
@@ -72,15 +72,15 @@ impl Full {
         worker.tell().await;
     }
 
-    async fn pass(&mut self, ms: u64) {
+    pub async fn pass(&mut self, ms: u64) {
         pass(&mut self.workers, ms).await;
     }
 
-    fn killed(&self) -> Vec<bool> {
+    pub fn killed(&self) -> Vec<bool> {
         self.workers.iter().map(FakeWorker::killed).collect()
     }
 
-    async fn state(&self, name: &str) -> VmState {
+    pub async fn state(&self, name: &str) -> VmState {
         self.controller.list().await.expect("listed").into_iter().find(|vm| vm.name == name).expect("there").state
     }
 }

@@ -193,6 +193,9 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
             let missing = || format!("{} were missing", size_of("missing_bytes"));
             format!("somebody wanted it to go on, and it could not: {}", why.unwrap_or_else(missing))
         }
+        EventKind::DecisionPending => {
+            format!("{who} had no memory left, and a {} was asked who is to go", word(event, "asked"))
+        }
         EventKind::VictimSelected => format!("it was chosen: {} had no memory left", word(event, "limit_of")),
         EventKind::Killed => match word(event, "by") {
             "request" => "somebody killed it".to_owned(),

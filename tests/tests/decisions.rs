@@ -1,0 +1,140 @@
+//! Who decides when a group is full, with the real program: a client on the socket, a command, or nobody but the policy.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use ballast_tests::serve::Serve;
+use ballast_tests::{deadline, payload, skipped, wait_until};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// A group that is full as soon as the last of its guests has touched its memory: `big` would be chosen, `kept` never.
+fn fill(serve: &Serve) {
+    let put = |path: &str, body: Value| {
+        let (status, answer) = serve.ask("PUT", path, Some(&body));
+        assert_eq!(status, 201, "{answer}");
+    };
+    put("/groups/full", json!({ "max_bytes": 56 * MIB }));
+    for (name, touches, preference) in [("big", 16, "none"), ("kept", 12, "omit"), ("asks", 30, "none")] {
+        let oom = json!({ "action": "kill", "deadline_ms": 300, "preference": preference, "priority": if name == "asks" { 9 } else { 0 } });
+        let memory = json!({ "size_bytes": 64 * MIB, "swap_max_bytes": 0 });
+        let cmdline = format!("touch 16M {touches}M; shell");
+        put(
+            &format!("/vms/{name}"),
+            json!({ "kernel": payload(), "cmdline": cmdline, "debug_port": true, "group": "/full", "memory": memory, "oom": oom }),
+        );
+    }
+}
+
+/// The event that tells who was chosen.
+fn victim(serve: &Serve) -> Value {
+    let chosen = || {
+        let (_, text) = serve.raw("GET", "/events?since=0&follow=false", None);
+        let mut events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.find(|event| event["event"] == "victim_selected")
+    };
+    wait_until("somebody is chosen", 30, chosen)
+}
+
+/// A client that is asked: its connection, and the lines that come.
+fn register(serve: &Serve, wait_ms: u64) -> BufReader<UnixStream> {
+    let mut stream = UnixStream::connect(serve.socket()).expect("connected");
+    stream.set_read_timeout(Some(deadline(30))).expect("set");
+    let body = json!({ "wait_ms": wait_ms }).to_string();
+    let head = format!("PUT /oom/policy HTTP/1.1\r\nhost: ballast\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all(format!("{head}{body}").as_bytes()).expect("sent");
+    let mut lines = BufReader::new(stream);
+    let mut status = String::new();
+    lines.read_line(&mut status).expect("an answer");
+    assert!(status.starts_with("HTTP/1.1 200"), "{status}");
+    lines
+}
+
+/// The next question.
+fn question(client: &mut BufReader<UnixStream>) -> Value {
+    loop {
+        let mut line = String::new();
+        assert!(client.read_line(&mut line).expect("in time") > 0, "the stream has ended");
+        if line.starts_with('{') {
+            return serde_json::from_str(&line).expect("JSON");
+        }
+    }
+}
+
+/// A client kills whom the policy would have spared; the others go on.
+/// Semantics: 51, T7.
+#[test]
+fn a_client_on_the_socket_decides() {
+    if skipped("decisions-client") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let mut client = register(&serve, 30_000);
+    let (status, refusal) = serve.ask("PUT", "/oom/policy", Some(&json!({ "wait_ms": 1000 })));
+    assert_eq!((status, &refusal["code"]), (409, &json!("wrong_state")), "{refusal}");
+    fill(&serve);
+    let asked = question(&mut client);
+    let ranked: Vec<_> = asked["ranked"].as_array().expect("a list").iter().map(|entry| entry["vm"].clone()).collect();
+    assert_eq!(
+        (&asked["level"], ranked),
+        (&json!("/full"), vec![json!("big"), json!("asks"), json!("kept")]),
+        "{asked}"
+    );
+    let path = format!("/oom/decisions/{}", asked["id"]);
+    let (status, answer) = serve.ask("POST", &path, Some(&json!({ "answer": "kill", "vm": "kept" })));
+    assert_eq!(status, 204, "{answer}");
+    let victim = victim(&serve);
+    assert_eq!((&victim["vm"], &victim["by"]), (&json!("kept"), &json!("client")), "{victim}");
+    serve.wait_state("kept", "ended");
+    wait_until("the one that was held goes on", 20, || (serve.show("asks")["held"]["now"] == false).then_some(()));
+    assert_eq!(serve.show("big")["state"], "running");
+}
+
+/// A client that goes away is not waited for.
+/// Semantics: 51.
+#[test]
+fn the_policy_decides_at_once_when_the_client_goes() {
+    if skipped("decisions-leaves") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    let mut client = register(&serve, 60_000);
+    fill(&serve);
+    question(&mut client);
+    drop(client);
+    let victim = victim(&serve);
+    assert_eq!((&victim["vm"], &victim["by"]), (&json!("big"), &json!("policy")), "{victim}");
+}
+
+/// A script that can be run.
+fn script(place: &TempDir, text: &str) -> PathBuf {
+    let path = place.path().join("hook");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("set");
+    path
+}
+
+/// Semantics: 51, T7.
+#[test]
+fn a_command_decides_where_no_client_does_and_one_that_hangs_does_not() {
+    if skipped("decisions-hook") {
+        return;
+    }
+    for (text, wait, expected) in [
+        (r#"grep -q '"level":"/full"' && echo kill kept"#, "20s", ("kept", "hook")),
+        ("exec sleep 1000", "300ms", ("big", "policy")),
+        ("echo kill outside", "20s", ("big", "policy")),
+    ] {
+        let place = TempDir::new().expect("a directory");
+        let hook = script(&place, text);
+        let serve = Serve::start(&["--oom-hook", hook.to_str().expect("plain"), "--oom-hook-wait", wait]);
+        fill(&serve);
+        let victim = victim(&serve);
+        assert_eq!((&victim["vm"], &victim["by"]), (&json!(expected.0), &json!(expected.1)), "{text}: {victim}");
+    }
+}

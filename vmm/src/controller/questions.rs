@@ -1,0 +1,580 @@
+//! Who decides: a client, or a command, may be asked before the policy chooses somebody for a group or for the host.
+//!
+//! ```text
+//!  somebody has to go ─► nobody to ask ────────────────────────────────► the policy chooses
+//!        │
+//!        └► question, event decision_pending ─┬─ a good answer in time ─► what it says
+//!                                             ├─ none, or nonsense ─────► the policy, when the time is over
+//!                                             └─ whoever was asked gone ─► the policy, at once
+//! ```
+//!
+//! The one who is asked is the client that has registered (`PUT /oom/policy`), as long as its connection is open; else the command
+//! of `serve --oom-hook`. There is one question at a time in a subtree, and it has a deadline. Nothing waits for it but whoever
+//! is held anyway: an answer is an input like any other, and when the deadline is over the policy chooses as if nobody had been
+//! asked. An answer counts only as long as memory is still missing: what was asked a second ago may be settled.
+//!
+//! A client is not bound by preference, priority or protection; but by the list: whoever is not in it is not below the limit.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use memcg_core::oom::{self, Answer, Choice, Decision, Resolved};
+use memcg_core::tree::NodeId;
+use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use utoipa::ToSchema;
+
+use super::Controller;
+use super::actor::{Actor, Input, Request, answer};
+use super::changes::Target;
+use super::error::{Code, Refusal};
+use super::events::{self, EventKind};
+use super::host;
+use super::oom_log::DecidedBy;
+use super::rank::RankedView;
+use super::victim::SHOWN;
+use super::view::OomAction;
+use super::vm::Reply;
+
+/// How long somebody may be given to answer.
+pub const WAITS: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(60)];
+
+/// Entries of the list that a question has, at most.
+const RANKED: usize = 100;
+
+/// Questions that may wait for a client that does not read.
+const QUEUE: usize = 16;
+
+/// A question whose deadline has passed for so long is of the past: nobody has to be chosen any more.
+const STALE: Duration = Duration::from_secs(2);
+
+/// Bytes of a command's answer that are read.
+const MOST_SAID: u64 = 4096;
+
+/// A question: a level has no memory left, who is to go?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QuestionView {
+    /// Its number: the answer goes to `/oom/decisions/{id}`.
+    pub id: u64,
+    /// Path of the group that has no room; `/` is the host.
+    pub level: String,
+    /// What it has been charged.
+    pub usage_bytes: u64,
+    /// Its limit, `null` for none.
+    pub max_bytes: Option<u64>,
+    /// How long an answer is waited for, in milliseconds.
+    pub wait_ms: u64,
+    /// When that is over, in milliseconds since 1970. Then the policy chooses the first of the list that is not spared.
+    pub deadline_ms: u64,
+    /// The first hundred of the VMs in it, in the order in which the policy would choose them.
+    pub ranked: Vec<RankedView>,
+    /// How many more there are.
+    pub not_shown: usize,
+}
+
+/// An answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AnswerWord {
+    /// This VM ends.
+    Kill,
+    /// This VM is paused and emptied.
+    Pause,
+    /// There is more memory: nobody goes, and whoever waits tries again.
+    Raise,
+    /// Nobody goes, and whoever is held stays so. Asked again after ten seconds, if need be.
+    Ignore,
+}
+
+/// The answer to a question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecisionAnswer {
+    /// What is to be done.
+    pub answer: AnswerWord,
+    /// With which VM; for `kill` and `pause`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub vm: Option<String>,
+}
+
+/// A client that decides.
+#[derive(Debug)]
+struct Client {
+    number: u64,
+    wait: Duration,
+    questions: mpsc::Sender<QuestionView>,
+}
+
+/// A command that decides.
+#[derive(Clone, Debug)]
+pub struct Hook {
+    /// The program; it is given no arguments.
+    pub program: PathBuf,
+    /// How long it may take.
+    pub wait: Duration,
+    /// Where this controller listens, for a program that asks it something.
+    pub socket: PathBuf,
+}
+
+#[derive(Debug)]
+struct Question {
+    id: u64,
+    decision: Decision,
+    deadline: Instant,
+    by: DecidedBy,
+    /// The command that works at it, which ends with it.
+    command: Option<AbortHandle>,
+}
+
+impl Drop for Question {
+    fn drop(&mut self) {
+        if let Some(command) = &self.command {
+            command.abort();
+        }
+    }
+}
+
+/// Who is asked, and what is asked now.
+#[derive(Debug, Default)]
+pub struct Questions {
+    last: u64,
+    clients: u64,
+    client: Option<Client>,
+    hook: Option<Hook>,
+    open: BTreeMap<NodeId, Question>,
+}
+
+impl Actor {
+    /// Asks whoever may decide about a level, if somebody may and has not been asked. Until when nothing is to be done, if so.
+    pub fn ask_first(&mut self, level: NodeId) -> Option<Instant> {
+        let now = Instant::now();
+        let tree = &self.tree;
+        self.questions.open.retain(|at, question| tree.contains(*at) && now < question.deadline + host::scaled(STALE));
+        if self.questions.open.get(&level).is_some_and(|question| question.deadline <= now) {
+            self.questions.open.remove(&level);
+            return None;
+        }
+        let concerns = |at: &NodeId| tree.is_within(*at, level) || tree.is_within(level, *at);
+        if let Some((_, question)) = self.questions.open.iter().find(|(at, _)| concerns(at)) {
+            return Some(question.deadline.max(now + WAITS[0]));
+        }
+        if self.questions.client.is_none() && self.questions.hook.is_none() {
+            return None;
+        }
+        let ranked = oom::rank(&self.candidates(level));
+        let choice = self.victims.clone().decide(&self.tree, level, &ranked, self.elapsed());
+        if ranked.is_empty() || matches!(choice, Choice::Wait(_)) {
+            return None;
+        }
+        self.put(level, now)
+    }
+
+    /// Puts a question. `None` when nobody takes it.
+    fn put(&mut self, level: NodeId, now: Instant) -> Option<Instant> {
+        self.questions.last += 1;
+        let id = self.questions.last;
+        let client = self.questions.client.take().and_then(|client| {
+            let taken = client.questions.try_send(self.question(id, level, client.wait)).is_ok();
+            // One that does not read decides nothing.
+            taken.then_some(client)
+        });
+        let (by, wait, command) = match (&client, self.questions.hook.clone()) {
+            (Some(client), _) => (DecidedBy::Client, client.wait, None),
+            (None, Some(hook)) => {
+                let (view, inbox, wait) = (self.question(id, level, hook.wait), self.inbox.clone(), hook.wait);
+                let task = tokio::spawn(async move {
+                    let said = hook.ask(&view).await;
+                    let heard: Request = Box::new(move |actor| actor.hook_said(id, said));
+                    if let Some(inbox) = inbox.upgrade() {
+                        // An actor that is gone needs no answer.
+                        let _ = inbox.send(Input::Request(heard)).await;
+                    }
+                });
+                (DecidedBy::Hook, wait, Some(task.abort_handle()))
+            }
+            (None, None) => return None,
+        };
+        self.questions.client = client;
+        let decision = Decision::new(level, self.elapsed(), wait);
+        let deadline = now + wait;
+        let ranked = oom::rank(&self.candidates(level));
+        let ranked: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
+        self.questions.open.insert(level, Question { id, decision, deadline, by, command });
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let details = json!({ "id": id, "asked": by.word(), "wait_ms": wait_ms, "ranked": ranked });
+        self.target_event(EventKind::DecisionPending, Target::Group(level), details);
+        Some(deadline)
+    }
+
+    fn question(&self, id: u64, level: NodeId, wait: Duration) -> QuestionView {
+        let (candidates, owners) = (self.candidates(level), self.owners());
+        let ranked = oom::rank(&candidates);
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        QuestionView {
+            id,
+            level: self.tree.path(level),
+            usage_bytes: self.tree.usage(level).bytes(),
+            max_bytes: self.tree.limits(level).max.as_bytes(),
+            wait_ms,
+            deadline_ms: events::unix_ms().saturating_add(wait_ms),
+            ranked: ranked
+                .iter()
+                .enumerate()
+                .take(RANKED)
+                .map(|(at, entry)| self.ranked_view(&owners, at, entry))
+                .collect(),
+            not_shown: ranked.len().saturating_sub(RANKED),
+        }
+    }
+
+    /// Registers a client, which is asked from now on until nobody takes the questions any more.
+    fn register(&mut self, wait: Duration) -> Result<mpsc::Receiver<QuestionView>, Refusal> {
+        if self.questions.client.as_ref().is_some_and(|client| !client.questions.is_closed()) {
+            let message = "another client decides already: it has to close its connection first";
+            return Err(Refusal::new(Code::WrongState, message));
+        }
+        let (questions, taken) = mpsc::channel(QUEUE);
+        self.questions.clients += 1;
+        let number = self.questions.clients;
+        let (sender, inbox) = (questions.clone(), self.inbox.clone());
+        tokio::spawn(async move {
+            sender.closed().await;
+            let gone: Request = Box::new(move |actor| actor.client_gone(number));
+            if let Some(inbox) = inbox.upgrade() {
+                // An actor that is gone has no questions.
+                let _ = inbox.send(Input::Request(gone)).await;
+            }
+        });
+        self.questions.client = Some(Client { number, wait, questions });
+        Ok(taken)
+    }
+
+    /// The client's connection has ended: what it was asked the policy decides at once.
+    fn client_gone(&mut self, number: u64) {
+        if self.questions.client.as_ref().is_some_and(|client| client.number != number) {
+            return;
+        }
+        self.questions.client = None;
+        let asked = self.questions.open.iter().filter(|(_, question)| question.by == DecidedBy::Client);
+        for level in asked.map(|(level, _)| *level).collect::<Vec<_>>() {
+            self.hurry(level);
+        }
+    }
+
+    /// What the command said about question `id`.
+    fn hook_said(&mut self, id: u64, said: Result<DecisionAnswer, String>) {
+        let Some(level) = self.level_of(id) else { return };
+        let done =
+            said.and_then(|said| self.answered_by(id, &said, DecidedBy::Hook).map_err(|refusal| refusal.message));
+        if let Err(why) = done {
+            tracing::warn!(why, "the --oom-hook was asked in vain: the policy decides");
+            self.hurry(level);
+        }
+    }
+
+    /// The level that question `id` is about.
+    fn level_of(&self, id: u64) -> Option<NodeId> {
+        self.questions.open.iter().find(|(_, question)| question.id == id).map(|(level, _)| *level)
+    }
+
+    /// No answer to what was asked about a level will come: the policy chooses now.
+    fn hurry(&mut self, level: NodeId) {
+        let now = Instant::now();
+        if let Some(question) = self.questions.open.get_mut(&level) {
+            question.deadline = now;
+        }
+        if !self.tree.contains(level) {
+            return;
+        }
+        for id in self.vms_of(Target::Group(level)) {
+            let here = self.held_at(id, level);
+            let hold = self.vms.get_mut(&id).and_then(|vm| vm.hold.as_mut());
+            if let Some(hold) = hold.filter(|hold| here && hold.recalled && !hold.acted) {
+                hold.deadline = now;
+            }
+        }
+        if level == self.root
+            && let Some(shortage) = &mut self.shortage
+        {
+            shortage.look_at(now);
+        }
+    }
+
+    /// Whether somebody still has to go because of a level.
+    fn is_missed(&self, level: NodeId) -> bool {
+        let on_host = level == self.root && self.shortage.as_ref().is_some_and(|shortage| shortage.is_critical());
+        on_host
+            || self.thrashing.is_seen(level)
+            || self.vms_of(Target::Group(level)).into_iter().any(|id| self.held_at(id, level))
+    }
+
+    /// Does what somebody has answered.
+    fn answered_by(&mut self, id: u64, said: &DecisionAnswer, by: DecidedBy) -> Result<(), Refusal> {
+        let wrong = |code, message: String| Err(Refusal::new(code, message));
+        let level = self
+            .level_of(id)
+            .filter(|level| self.tree.contains(*level) && self.questions.open[level].deadline > Instant::now());
+        let Some(level) = level else {
+            let message = format!("no question {id} is open: it has been answered, its time is over, or it never was");
+            return wrong(Code::NotFound, message);
+        };
+        let (vm, action) = match (said.answer, &said.vm) {
+            (AnswerWord::Kill, Some(vm)) => (Some(self.find_alive(vm)?), OomAction::Kill),
+            (AnswerWord::Pause, Some(vm)) => (Some(self.find_alive(vm)?), OomAction::Pause),
+            (AnswerWord::Kill | AnswerWord::Pause, None) => {
+                return wrong(Code::BadRequest, "kill and pause need the name of a VM in `vm`".to_owned());
+            }
+            (AnswerWord::Raise | AnswerWord::Ignore, Some(_)) => {
+                return wrong(Code::BadRequest, "raise and ignore are about no VM: leave `vm` out".to_owned());
+            }
+            (AnswerWord::Raise | AnswerWord::Ignore, None) => (None, OomAction::Kill),
+        };
+        if !self.is_missed(level) {
+            self.questions.open.remove(&level);
+            let message = format!("{} has memory again: nobody has to go any more", self.tree.path(level));
+            return wrong(Code::WrongState, message);
+        }
+        let answer = match (vm, said.answer) {
+            (Some(vm), _) => Answer::Act(self.vms[&vm].node, self.effect(vm, action)),
+            (None, AnswerWord::Raise) => Answer::Raised,
+            (None, _) => Answer::Ignore,
+        };
+        let (mut victims, now) = (self.victims.clone(), self.elapsed());
+        let ranked = oom::rank(&self.candidates(level));
+        let chosen = match self.questions.open[&level].decision.resolve(Some(answer), &ranked, now) {
+            Err(error) => return wrong(Code::WrongState, error.to_string()),
+            Ok(Resolved::Chosen(entry)) => match victims.decide(&self.tree, level, &[entry], now) {
+                Choice::Act(entry) => Some((entry.candidate.id, entry.frees, entry.to_string())),
+                Choice::Wait(_) => {
+                    let message = "the memory of another one is on its way: wait for that first";
+                    return wrong(Code::WrongState, message.to_owned());
+                }
+                Choice::Nobody(why) => return wrong(Code::WrongState, why.to_string()),
+            },
+            // At its deadline it is closed above.
+            Ok(Resolved::Retry | Resolved::Leave | Resolved::Open | Resolved::BuiltIn) => None,
+        };
+        let list: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
+        let Some(((node, frees, why), vm)) = chosen.zip(vm) else {
+            self.choices.rest(level);
+            self.roomier = true;
+            let said = if said.answer == AnswerWord::Raise { "there is more memory" } else { "nobody is to go" };
+            self.tell_nobody(level, by, format!("the {} says that {said}", by.word()), list);
+            self.questions.open.remove(&level);
+            return Ok(());
+        };
+        let details = json!({ "why": why, "ranked": list, "frees_bytes": frees.bytes(), "question": id });
+        if !self.carry_out(vm, level, (action, by), details) {
+            let message = format!("the worker of the VM {:?} does not listen: choose another", self.vms[&vm].name);
+            return wrong(Code::Busy, message);
+        }
+        self.victims = victims;
+        self.choices.chosen(self.tree.ancestry(node));
+        self.questions.open.remove(&level);
+        Ok(())
+    }
+}
+
+impl Controller {
+    /// Has a client asked before the policy chooses somebody: for `wait` each time, as long as it takes the questions.
+    ///
+    /// # Errors
+    /// When another client is asked.
+    pub async fn decide(&self, wait: Duration) -> Result<mpsc::Receiver<QuestionView>, Refusal> {
+        self.ask(move |actor, reply| answer(reply, actor.register(wait))).await
+    }
+
+    /// Answers a question.
+    ///
+    /// # Errors
+    /// When it is not open, or the answer does not fit. It stays open in the latter case.
+    pub async fn answer_question(&self, id: u64, said: DecisionAnswer) -> Result<(), Refusal> {
+        self.ask(move |actor, reply: Reply<()>| answer(reply, actor.answered_by(id, &said, DecidedBy::Client))).await
+    }
+
+    /// Has a command asked where no client is.
+    ///
+    /// # Errors
+    /// When the controller is going away.
+    pub async fn ask_hook(&self, hook: Hook) -> Result<(), Refusal> {
+        self.ask(move |actor, reply| {
+            actor.questions.hook = Some(hook);
+            answer(reply, Ok(()));
+        })
+        .await
+    }
+}
+
+/// The processes of a command, killed unless they have ended.
+struct Processes(Option<Pid>);
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // None of them may be left.
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+    }
+}
+
+impl Hook {
+    /// Runs the command with a question at its standard input, and takes its first line for the answer.
+    ///
+    /// # Errors
+    /// A sentence: it cannot be run, takes too long, fails, or says something else.
+    async fn ask(&self, question: &QuestionView) -> Result<DecisionAnswer, String> {
+        match tokio::time::timeout(self.wait, self.run(question)).await {
+            Ok(Ok(said)) => understood(&said),
+            Ok(Err(error)) => Err(format!("{}: {error}", self.program.display())),
+            Err(_) => Err(format!("{} did not end within {} ms", self.program.display(), self.wait.as_millis())),
+        }
+    }
+
+    async fn run(&self, question: &QuestionView) -> io::Result<String> {
+        let mut command = Command::new(&self.program);
+        command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env("BALLAST_SOCKET", &self.socket).current_dir("/");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        let mut child = command.spawn()?;
+        let mut processes = Processes(child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)));
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let question = serde_json::to_vec(question).map_err(io::Error::other)?;
+        let tell = async {
+            if let Some(mut stdin) = stdin {
+                // One that does not read it may know all the same.
+                let _ = stdin.write_all(&[&question[..], b"\n"].concat()).await;
+            }
+        };
+        let mut said = Vec::new();
+        let hear = async {
+            match stdout {
+                Some(stdout) => stdout.take(MOST_SAID).read_to_end(&mut said).await.map(drop),
+                None => Ok(()),
+            }
+        };
+        let ((), heard) = tokio::join!(tell, hear);
+        heard?;
+        let status = child.wait().await?;
+        processes.0 = None;
+        if !status.success() {
+            return Err(io::Error::other(format!("it failed ({status})")));
+        }
+        Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+}
+
+/// The first line that a command has printed, as an answer.
+///
+/// # Errors
+/// When it is none.
+fn understood(said: &str) -> Result<DecisionAnswer, String> {
+    let line = said.lines().next().unwrap_or_default();
+    let (answer, vm) = match line.split_whitespace().collect::<Vec<_>>()[..] {
+        ["kill", vm] => (AnswerWord::Kill, Some(vm.to_owned())),
+        ["pause", vm] => (AnswerWord::Pause, Some(vm.to_owned())),
+        ["raise"] => (AnswerWord::Raise, None),
+        ["ignore"] => (AnswerWord::Ignore, None),
+        _ => {
+            let line: String = line.chars().filter(|c| !c.is_control()).take(100).collect();
+            return Err(format!("it said {line:?}, which is none of kill NAME, pause NAME, raise, ignore"));
+        }
+    };
+    Ok(DecisionAnswer { answer, vm })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const WAIT: Duration = Duration::from_secs(20);
+
+    /// What a script answers that is given `wait`.
+    async fn answer_of(script: &str, wait: Duration) -> Result<DecisionAnswer, String> {
+        let place = TempDir::new().unwrap();
+        let program = place.path().join("hook");
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let question = QuestionView {
+            id: 7,
+            level: "/gold".to_owned(),
+            usage_bytes: 4096,
+            max_bytes: None,
+            wait_ms: 1,
+            deadline_ms: 2,
+            ranked: Vec::new(),
+            not_shown: 0,
+        };
+        Hook { program, wait, socket: place.path().join("ballast.sock") }.ask(&question).await
+    }
+
+    fn says(answer: AnswerWord, vm: Option<&str>) -> Result<DecisionAnswer, String> {
+        Ok(DecisionAnswer { answer, vm: vm.map(str::to_owned) })
+    }
+
+    #[tokio::test]
+    async fn the_first_line_of_a_command_is_its_answer() {
+        let script = r#"grep -q '"id":7,"level":"/gold"' && echo kill web && echo more"#;
+        assert_eq!(answer_of(script, WAIT).await, says(AnswerWord::Kill, Some("web")));
+        assert_eq!(answer_of("echo pause web-1", WAIT).await, says(AnswerWord::Pause, Some("web-1")));
+        assert_eq!(answer_of("echo raise", WAIT).await, says(AnswerWord::Raise, None), "it has read nothing");
+        assert_eq!(answer_of("cat > /dev/null; echo ignore", WAIT).await, says(AnswerWord::Ignore, None));
+    }
+
+    #[tokio::test]
+    async fn it_has_an_environment_of_its_own() {
+        let script = r#"test "$(env | cut -d= -f1 | grep -v -e PWD -e SHLVL -e ^_ | sort | tr '\n' ' ')" = "BALLAST_SOCKET PATH " && echo raise"#;
+        assert_eq!(answer_of(script, WAIT).await, says(AnswerWord::Raise, None));
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_said() {
+        for (script, why) in [
+            ("echo kill", "which is none of"),
+            ("echo shoot web", "it said \"shoot web\""),
+            ("", "it said \"\""),
+            ("echo kill web; exit 3", "it failed (exit status: 3)"),
+            ("head -c 100000 /dev/zero", "it failed"),
+        ] {
+            let error = answer_of(script, WAIT).await.unwrap_err();
+            assert!(error.contains(why), "{script}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_hangs_is_killed_with_its_children() {
+        let place = TempDir::new().unwrap();
+        let left = place.path().join("pid");
+        let script = format!(
+            "sleep 1000 & echo $! > {}.new; mv {}.new {}; wait",
+            left.display(),
+            left.display(),
+            left.display()
+        );
+        let error = answer_of(&script, Duration::from_millis(1500)).await.unwrap_err();
+        assert!(error.contains("did not end within 1500 ms"), "{error}");
+        let pid = fs::read_to_string(&left).unwrap();
+        let gone = || {
+            let status = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+            status.is_empty() || status.contains(") Z")
+        };
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while !gone() && std::time::Instant::now() < until {
+            tokio::task::yield_now().await;
+        }
+        assert!(gone(), "process {pid} is left");
+    }
+}
