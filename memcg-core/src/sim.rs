@@ -36,8 +36,9 @@
 //!
 //! # What is not in it
 //!
-//! Stocks and reserves of workers, page sizes, what it costs to age pages, wrong estimates of what is idle, CPUs: a guest
-//! waits for one fault after the other, and nobody waits for a CPU. What is idle is known exactly. A host whose memory is gone
+//! The watch over guests that [thrash](crate::thrash) in a group, stocks and reserves of workers, page sizes, what it costs to
+//! age pages, wrong estimates of what is idle, CPUs: a guest waits for one fault after the other, and nobody waits for a CPU.
+//! What is idle is known exactly. A host whose memory is gone
 //! lets everybody wait; the kernel would kill somebody, and [`Sums::exhausted`] says for how long it would have had reason to.
 
 mod choice;

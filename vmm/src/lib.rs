@@ -8,4 +8,5 @@ pub mod devices;
 mod kernel;
 pub mod machine;
 pub mod memory;
+pub mod sim;
 pub mod worker;

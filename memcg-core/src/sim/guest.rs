@@ -94,6 +94,8 @@ pub struct Guest {
     /// Pages that have come back from swap.
     pub refaulted: u64,
     pages: Held,
+    /// The levels at and above it that limit swap or store.
+    limits: Vec<NodeId>,
     /// The point of its load that is reached.
     at: usize,
     /// Touches of cold pages in swap that are not whole yet.
@@ -142,9 +144,15 @@ impl Guest {
     pub fn new(setup: Setup, node: NodeId, tree: &mut Tree) -> Guest {
         // Whoever sets up a host that has no room for its VMs is told by what becomes of them.
         let _ = tree.try_charge_as(node, Kind::Overhead(Overhead::Worker), setup.overhead, Mode::NoFail);
+        let limited = |at: &NodeId| {
+            let limits = tree.limits(*at);
+            !(limits.swap_max.is_max() && limits.store_max.is_max())
+        };
+        let limits = tree.ancestry(node).filter(limited).collect();
         Guest {
             setup,
             node,
+            limits,
             state: State::Runs,
             refused: None,
             owes: Pages::ZERO,
@@ -219,7 +227,7 @@ impl Guest {
     /// Pages that swap and store have room for, of those in memory.
     fn evictable(&self, tree: &Tree) -> u64 {
         let mut most = self.pages.resident();
-        for at in tree.ancestry(self.node) {
+        for at in self.limits.iter().copied() {
             let limits = tree.limits(at);
             if let Some(max) = limits.swap_max.as_pages() {
                 most = most.min(max.saturating_sub(tree.counter(at, Counter::Swap).usage).0);

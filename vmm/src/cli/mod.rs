@@ -24,12 +24,14 @@ mod oom_log;
 mod options;
 mod output;
 mod reclaim;
+mod record;
 #[cfg(test)]
 mod reference;
 mod run;
 mod serve;
 mod show;
 mod signals;
+mod sim;
 mod socket;
 mod top;
 mod usage;
@@ -142,6 +144,10 @@ pub enum Verb {
     /// What happens when there is no memory left
     #[command(subcommand)]
     Oom(observe::OomVerb),
+    /// Write what the VMs use over time to a file, for `ballast sim`
+    Record(record::RecordArgs),
+    /// Simulate hosts under the controller's policy: recorded ones, or made-up ones
+    Sim(Box<sim::SimArgs>),
     /// Print completions for a shell
     Completions(CompletionsArgs),
     /// Write man pages
@@ -254,6 +260,8 @@ pub fn main() -> ExitCode {
             Verb::Top(args) => top::top(args).await,
             Verb::Check(args) => observe::check(args).await,
             Verb::Oom(verb) => observe::oom(verb).await,
+            Verb::Record(args) => record::record(args).await,
+            Verb::Sim(args) => sim::sim(&args),
             Verb::Doctor => doctor::doctor(),
             Verb::Completions(args) => manual::completions(&args),
             Verb::Man(args) => manual::man(&args),
