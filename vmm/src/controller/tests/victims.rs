@@ -87,7 +87,7 @@ impl Full {
 
 /// Who is held is not who goes: of those in the group it is the first of the list, and nobody outside of it, however big. When
 /// the memory of that one is back, whoever was held goes on.
-/// Semantics: 47, 48, 50, 63, B40, B43.
+/// Semantics: 48, 63, B40.
 #[tokio::test(start_paused = true)]
 async fn a_full_group_chooses_the_first_of_its_own_and_the_held_one_goes_on() {
     let mut full = Full::new(6000, &[("big", 3000, kill(KILL, 0)), ("asks", 500, kill(KILL, 0))]).await;
