@@ -551,6 +551,32 @@ fn a_full_group_whose_vms_are_all_held_is_at_rest() {
     wait_until("none is held", 20, || (!names.iter().any(|name| is_held(name))).then_some(()));
 }
 
+/// A VM that touches nothing needs nothing: where its group is full and nothing of it can be evicted, it is not even looked at
+/// what it uses, because what is moved aside costs page tables.
+#[test]
+fn who_touches_nothing_is_not_held_in_a_full_group() {
+    if skipped("idle-in-a-full-group") {
+        return;
+    }
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/full", json!({ "max_bytes": 96 * MIB }));
+    let memory = json!({ "size_bytes": 128 * MIB, "swap_max_bytes": 0, "ageing_s": 1 });
+    let park = |mib: u64| format!("touch 16M {mib}M; echo done; park");
+    for (name, mib) in [("idle", 40), ("wants", 80)] {
+        let mut config = guest("/full", &park(mib), memory.clone());
+        config["oom"] = json!({ "deadline_ms": 600_000 });
+        serve.create_with(name, &config);
+        if name == "idle" {
+            serve.wait_console(name, "done");
+        }
+    }
+    wait_until("the one that wants more has been held for several generations", 60, || {
+        (number(&serve.show("wants"), "held.total_us") > 4_000_000).then_some(())
+    });
+    let idle = serve.show("idle");
+    assert!(idle["held"]["now"] == false && number(&idle, "memory.events.failcnt") == 0, "{idle}");
+}
+
 #[test]
 fn one_whose_group_has_no_room_is_told_to_raise_the_group_s_limit() {
     if skipped("groups-advice") {

@@ -32,6 +32,9 @@ use super::cold::BATCH;
 use super::pages::Pages;
 use crate::worker::gate::{self, monotonic_ns};
 
+/// Room that what is moved aside needs for page tables, where nothing comes back for it: those of so many blocks.
+const ROOM: Count = Count(64);
+
 /// Steps of a period in which cold pages are put aside.
 const STEPS: u32 = 8;
 
@@ -198,10 +201,13 @@ impl Ageing {
 }
 
 impl Pages {
-    /// Whether this VM is aged: somebody has set it a limit, and it runs. One that waits for memory goes on in a moment.
+    /// Whether this VM is aged: somebody has set it a limit, and it runs. One that waits for memory goes on in a moment. What is
+    /// moved aside costs page tables: one that has no room for them, and of which nothing can be evicted, would be held for
+    /// them, and gain nothing.
     fn is_aged(&self) -> bool {
         let runs = !self.gate.closed_for(!gate::NO_MEMORY);
-        !self.ageing.terms.period.is_zero() && self.stock.room().is_some() && runs
+        let pays = self.stock.room().is_some_and(|room| room >= ROOM || self.may_evict());
+        !self.ageing.terms.period.is_zero() && pays && runs
     }
 
     /// Whether there is something to age, and nobody has a timer for it.

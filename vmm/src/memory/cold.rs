@@ -252,7 +252,7 @@ impl Pages {
     }
 
     /// Whether pages may go to the store now.
-    fn may_evict(&self) -> bool {
+    pub(super) fn may_evict(&self) -> bool {
         let swapped = self.frames.count(FrameState::Swapped);
         let has_room = self.stock.store().0 < self.reclaim.store_max || self.reclaim.store.has_file();
         swapped < self.reclaim.swap_max && has_room
