@@ -15,7 +15,7 @@ use super::changes::Target;
 use super::host;
 use super::victim::Outcome;
 use super::view::VmState;
-use super::vm::{Vm, VmId};
+use super::vm::Vm;
 
 /// Time between two looks at a group.
 const EVERY: Duration = Duration::from_secs(1);
@@ -62,8 +62,8 @@ impl Actor {
     /// Whether the VMs that run and have no limit nearer than this group's thrash.
     fn thrashes(&self, group: NodeId, watch: &mut Watch) -> bool {
         let runs = |vm: &Vm| vm.state == VmState::Running && self.tree.narrowest(vm.node) == Some(group);
-        let ids: Vec<VmId> = self.vms_of(Target::Group(group)).into_iter().filter(|id| runs(&self.vms[id])).collect();
-        let by_node: BTreeMap<NodeId, &Vm> = ids.iter().map(|id| (self.vms[id].node, &self.vms[id])).collect();
+        let vms = self.vms_of(Target::Group(group)).into_iter().map(|id| &self.vms[&id]).filter(|vm| runs(vm));
+        let by_node: BTreeMap<NodeId, &Vm> = vms.map(|vm| (vm.node, vm)).collect();
         let guests = by_node.iter().map(|(node, vm)| (*node, vm.report.cold.refaulted));
         // A slow host is one whose time runs more slowly.
         let ran = |node| by_node.get(&node)?.process.guest_ran().map(|time| time / host::slowness());
