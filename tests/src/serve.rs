@@ -108,6 +108,24 @@ impl Serve {
         http(&self.socket(), method, path, body).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
+    /// All events of this controller's life so far.
+    ///
+    /// # Panics
+    /// When the answer is not a list of JSON objects, one a line.
+    pub fn events(&self) -> Vec<Value> {
+        let (status, text) = self.raw("GET", "/events?since=0&follow=false", None);
+        assert_eq!(status, 200, "{text}");
+        text.lines().map(|line| serde_json::from_str(line).expect("an event is JSON")).collect()
+    }
+
+    /// Those of one kind, the oldest first.
+    ///
+    /// # Panics
+    /// See [`Self::events`].
+    pub fn told(&self, kind: &str) -> Vec<Value> {
+        self.events().into_iter().filter(|event| event["event"] == kind).collect()
+    }
+
     /// The VM as `GET /vms/{name}` shows it.
     ///
     /// # Panics
@@ -320,6 +338,16 @@ impl Console {
     /// When the console is gone.
     pub fn send(&mut self, line: &str) {
         self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes input");
+    }
+
+    /// Types a command that must succeed.
+    ///
+    /// # Panics
+    /// When it does not within a minute.
+    pub fn ok(&mut self, command: &str) {
+        self.send(command);
+        let answer = self.expect("", 60);
+        assert!(answer.starts_with("OK"), "{}: {command}: {answer}", self.name);
     }
 
     /// Reads all lines that there are, and returns the last that starts with `prefix`.

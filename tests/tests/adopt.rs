@@ -40,10 +40,7 @@ fn exact(serve: &Serve, name: &str) -> Value {
 
 /// Events of this controller's life about one VM.
 fn events(serve: &Serve, name: &str) -> Vec<Value> {
-    let (status, text) = serve.raw("GET", "/events?since=0&follow=false", None);
-    assert_eq!(status, 200, "{text}");
-    let events = text.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    events.filter(|event| event["vm"] == name).collect()
+    serve.events().into_iter().filter(|event| event["vm"] == name).collect()
 }
 
 fn event(serve: &Serve, name: &str, kind: &str) -> Value {

@@ -33,12 +33,7 @@ fn fill(serve: &Serve) {
 
 /// The event that tells who was chosen.
 fn victim(serve: &Serve) -> Value {
-    let chosen = || {
-        let (_, text) = serve.raw("GET", "/events?since=0&follow=false", None);
-        let mut events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        events.find(|event| event["event"] == "victim_selected")
-    };
-    wait_until("somebody is chosen", 30, chosen)
+    wait_until("somebody is chosen", 30, || serve.told("victim_selected").into_iter().next())
 }
 
 /// A client that is asked: its connection, and the lines that come.

@@ -64,13 +64,6 @@ fn guest(serve: &Serve, name: &str, memory: &Value, oom: &Value) -> (u32, Consol
     (pid(&view), console)
 }
 
-/// Types a command that must succeed.
-fn ok(console: &mut Console, command: &str) {
-    console.send(command);
-    let answer = console.expect("", 60);
-    assert!(answer.starts_with("OK"), "{command}: {answer}");
-}
-
 fn shortage(serve: &Serve) -> Value {
     serve.ask("GET", "/host", None).1["shortage"].clone()
 }
@@ -87,17 +80,11 @@ fn fill(serve: &Serve, console: &mut Console, enough: impl Fn(&Value) -> bool) {
         let left = number(&now, "available_bytes");
         let more = (left / MIB).saturating_sub(24).min(32);
         if more > 0 {
-            ok(console, &format!("touch {from}M {more}M seed=1"));
+            console.ok(&format!("touch {from}M {more}M seed=1"));
             from += more;
         }
         wait_until("the next look", 20, || (number(&shortage(serve), "available_bytes") != left).then_some(()));
     }
-}
-
-fn events(serve: &Serve, kind: &str) -> Vec<Value> {
-    let (_, text) = serve.raw("GET", "/events?since=0&follow=false", None);
-    let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    events.filter(|event| event["event"] == kind).collect()
 }
 
 /// What the kernel adds to the share of memory that a process has, when it looks for somebody to end.
@@ -126,15 +113,15 @@ fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
     let serve = Serve::start(&[]);
     let swap = json!({ "swap_max_bytes": null });
     let mut guests: Vec<_> = ["a", "b"].map(|name| guest(&serve, name, &swap, &json!({}))).into();
-    ok(&mut guests[0].1, "touch 16M 150M seed=1");
+    guests[0].1.ok("touch 16M 150M seed=1");
     fill(&serve, &mut guests[1].1, |now| !now["short"].is_null());
-    wait_until("the host is short", 60, || events(&serve, "pressure_entered").pop());
-    let left = wait_until("it is not any more", 60, || events(&serve, "pressure_left").pop());
+    wait_until("the host is short", 60, || serve.told("pressure_entered").pop());
+    let left = wait_until("it is not any more", 60, || serve.told("pressure_left").pop());
     assert!(number(&left, "available_bytes") >= number(&left, "leave_bytes"), "{left}");
     let swapped: u64 = ["a", "b"].map(|name| number(&serve.show(name), "swap.current_bytes")).iter().sum();
     assert!(swapped >= 16 * MIB, "{swapped}");
-    assert_eq!(events(&serve, "victim_selected"), Vec::<Value>::new());
-    ok(&mut guests[0].1, "verify 16M 20M seed=1");
+    assert_eq!(serve.told("victim_selected"), Vec::<Value>::new());
+    guests[0].1.ok("verify 16M 20M seed=1");
     drop(guests);
     drop(serve);
     drop(small);
@@ -151,16 +138,16 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     let mut spared = guest(&serve, "spared", &none, &oom("omit"));
     let mut chosen = guest(&serve, "chosen", &none, &oom("none"));
     let mut small_one = guest(&serve, "small", &none, &oom("none"));
-    ok(&mut spared.1, "touch 16M 180M seed=1");
-    ok(&mut small_one.1, "touch 16M 16M seed=1");
+    spared.1.ok("touch 16M 180M seed=1");
+    small_one.1.ok("touch 16M 16M seed=1");
     // What is held ahead of need comes back first.
-    fill(&serve, &mut chosen.1, |_| !events(&serve, "victim_selected").is_empty());
-    let victim = events(&serve, "victim_selected").pop().expect("chosen");
+    fill(&serve, &mut chosen.1, |_| !serve.told("victim_selected").is_empty());
+    let victim = serve.told("victim_selected").pop().expect("chosen");
     assert_eq!((&victim["vm"], &victim["action"]), (&json!("chosen"), &json!("kill")), "{victim}");
     assert_eq!(victim["ranked"].as_array().map(Vec::len), Some(3), "{victim}");
     // Should the kernel have to act before we do, it takes them in the same order.
     assert!(oom_score(small_one.0) > 0 && oom_score(spared.0) == 0);
-    wait_until("the host has memory again", 60, || events(&serve, "pressure_left").pop());
+    wait_until("the host has memory again", 60, || serve.told("pressure_left").pop());
     assert_eq!((oom_score(small_one.0), oom_score(spared.0)), (0, 0), "like any other process");
     let decision = wait_until("its memory is back", 20, || {
         let (_, log) = serve.ask("GET", "/oom/log", None);
@@ -187,8 +174,8 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     let (_, facts) = serve.ask("GET", "/vms/chosen/why", None);
     assert_eq!(facts["decisions"][0]["number"], victim["decision"], "{facts}");
     assert_eq!(facts["story"].as_array().map(Vec::len), Some(of_chosen.lines().count()), "{of_chosen}");
-    ok(&mut spared.1, "verify 16M 180M seed=1");
-    assert_eq!(events(&serve, "victim_selected").len(), 1, "one was enough");
+    spared.1.ok("verify 16M 180M seed=1");
+    assert_eq!(serve.told("victim_selected").len(), 1, "one was enough");
     drop(serve);
     drop(small);
 }

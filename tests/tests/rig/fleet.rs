@@ -72,13 +72,8 @@ fn limits(serve: &Serve, consoles: &mut [Console]) {
     let a = paused(serve, "a");
     assert!(charge(&a) <= 112 * MIB && charge(&a) > 111 * MIB, "{a}");
     consoles[1].send("touch 72M seed=8");
-    let told = |kind: &str| {
-        let (_, events) = serve.raw("GET", "/events?follow=false", None);
-        let named = format!("\"event\":\"{kind}\"");
-        (events.lines().filter(|line| line.contains(&named)).count(), events)
-    };
     // Of neither of them anything could be taken, so a pause would help nobody: it stays held.
-    wait_until("b is held, and nobody can be chosen", 20, || (told("nobody_chosen").0 > 0).then_some(()));
+    wait_until("b is held, and nobody can be chosen", 20, || serve.told("nobody_chosen").pop());
     let b = serve.show("b");
     assert!(b["held"]["now"] == true && b["state"] == "running", "{b}");
     assert!(charge(&b) < 106 * MIB, "its own limit was not met: {b}");
@@ -87,8 +82,8 @@ fn limits(serve: &Serve, consoles: &mut [Console]) {
     consoles[2].send("touch 16M seed=7");
     consoles[2].expect("OK", 60);
     // They stay as they are: no page that comes and goes lets one of them go on.
-    let (resumed, events) = told("resumed");
-    assert!(resumed + 1 == told("paused").0 && told("victim_selected").0 == 1, "{events}");
+    let of = |kind: &str| serve.told(kind).len();
+    assert!(of("resumed") + 1 == of("paused") && of("victim_selected") == 1, "{:?}", serve.events());
 }
 
 /// One transaction: what holds both of them, or nothing.

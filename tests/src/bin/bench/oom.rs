@@ -84,12 +84,6 @@ fn guest(serve: &Serve, name: &str, group: &str, size: u64, oom: &Value) -> (Val
     (view, console)
 }
 
-fn ok(console: &mut Console, command: &str) {
-    console.send(command);
-    let answer = console.expect("", 60);
-    assert!(answer.starts_with("OK"), "{command}: {answer}");
-}
-
 fn good(serve: &Serve, method: &str, path: &str, body: Option<&Value>) -> Value {
     let (status, answer) = serve.ask(method, path, body);
     assert!((200..300).contains(&status), "{method} {path}: {status} {answer}");
@@ -108,7 +102,7 @@ fn reaction() -> Outcome {
         good(&serve, "PUT", &path, Some(&json!({ "max_bytes": 1024 * MIB })));
         good(&serve, "POST", "/vms/asks/move", Some(&json!({ "group": group })));
         let (view, mut goes) = guest(&serve, "goes", &group, 64 * MIB, &json!({ "action": "kill" }));
-        ok(&mut goes, "touch 16M 16M");
+        goes.ok("touch 16M 16M");
         goes.send("access hot 16M 16M period=100");
         goes.expect("ACCESS", 20);
         // What nobody uses comes back first, so that the next touches do not fit.
@@ -166,7 +160,7 @@ fn ours(serve: &Serve) -> f64 {
     crate::vm::huge_pages(true);
     let (_, mut console) = guest(serve, "fat", "/g", SIZE + 32 * MIB, &json!({}));
     crate::vm::huge_pages(false);
-    ok(&mut console, &format!("touch 16M {}M fill=full", SIZE / MIB));
+    console.ok(&format!("touch 16M {}M fill=full", SIZE / MIB));
     let begin = monotonic_ns();
     good(serve, "POST", "/vms/fat/kill", None);
     wait_until("its memory is back", 20, || {

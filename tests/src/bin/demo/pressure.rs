@@ -63,9 +63,7 @@ impl Guest {
         let view = serve.create_with(name, &config);
         let mut console = Console::of(&view);
         console.expect("READY", 20);
-        console.send(&format!("touch {START} {}M seed=1", HOT / MIB));
-        let answer = console.expect("", 60);
-        assert!(answer.starts_with("OK"), "{name}: {answer}");
+        console.ok(&format!("touch {START} {}M seed=1", HOT / MIB));
         Self { name: name.to_owned(), pid: pid(&view), console }
     }
 
@@ -75,11 +73,9 @@ impl Guest {
     }
 
     /// Ends its work, and compares all of its memory.
-    fn verify(&mut self, works: bool) -> bool {
-        if works {
-            self.console.send("");
-            self.console.expect("OK", 60);
-        }
+    fn verify(&mut self) -> bool {
+        self.console.send("");
+        self.console.expect("OK", 60);
         self.console.send(&format!("verify {START} {}M seed=1", HOT / MIB));
         let answer = self.console.expect("", 60);
         let is_whole = answer.starts_with("OK") && answer.contains(" bad=0");
@@ -112,12 +108,6 @@ impl Host {
         let part = |vm: &Value, part: &str| number(vm, &format!("memory.stat.{part}_bytes"));
         let views = self.guests.iter().map(|guest| self.serve.show(&guest.name));
         views.map(|vm| part(&vm, "guest") + part(&vm, "vmm") + part(&vm, "reserve")).sum()
-    }
-
-    fn events(&self, kind: &str) -> Vec<Value> {
-        let (_, text) = self.serve.raw("GET", "/events?since=0&follow=false", None);
-        let events = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        events.filter(|event| event["event"] == kind).collect()
     }
 
     fn set_budget(&self, bytes: u64) -> (u16, Value) {
@@ -217,7 +207,7 @@ fn rank(step: &mut Step, host: &Host) {
     for candidate in &candidates {
         println!("{}  {:>2}. {}", clear(), candidate["rank"], candidate["why"].as_str().unwrap_or("?"));
     }
-    let nothing = host.events("victim_selected").is_empty();
+    let nothing = host.serve.told("victim_selected").is_empty();
     let is_as_asked = vm(0) == BATCH && vm(last - 1) == AVOIDED && vm(last) == OMITTED;
     step(
         STEPS[1],
@@ -237,7 +227,7 @@ fn paused(step: &mut Step, host: &mut Host) {
     let mut during = u64::MAX;
     let victim = wait_until("somebody is chosen", 120, || {
         during = during.min(host.slowest(&[BATCH]));
-        host.events("victim_selected").pop()
+        host.serve.told("victim_selected").pop()
     });
     let chosen = start.elapsed().as_millis();
     let left = wait_until("what it has is evicted", 20, || {
@@ -259,7 +249,7 @@ fn paused(step: &mut Step, host: &mut Host) {
         let now = host.slowest(&[BATCH]);
         (now > 20 * during).then_some(now)
     });
-    let victims = host.events("victim_selected").len();
+    let victims = host.serve.told("victim_selected").len();
     let running = host.guests.iter().filter(|guest| host.serve.show(&guest.name)["state"] == "running").count();
     step(
         STEPS[3],
@@ -270,7 +260,7 @@ fn paused(step: &mut Step, host: &mut Host) {
     let start = Instant::now();
     let (removed, _) = host.serve.ask("DELETE", &format!("/vms/{LEAVES}"), None);
     host.guests.retain(|guest| guest.name != LEAVES);
-    let resumed = wait_until("it goes on by itself", 60, || host.events("resumed").pop());
+    let resumed = wait_until("it goes on by itself", 60, || host.serve.told("resumed").pop());
     let ms = start.elapsed().as_millis();
     let fast = wait_until("all are fast", 60, || Some(host.slowest(&[])).filter(|now| *now > 20 * during));
     step(
@@ -283,7 +273,7 @@ fn paused(step: &mut Step, host: &mut Host) {
             resumed["by"].as_str().unwrap_or("?"),
         ),
     );
-    let intact = host.guests.iter_mut().filter_map(|guest| guest.verify(true).then_some(())).count();
+    let intact = host.guests.iter_mut().filter_map(|guest| guest.verify().then_some(())).count();
     step(STEPS[5], intact == 11, &format!("guests={} intact={intact}", host.guests.len()));
 }
 
@@ -299,7 +289,7 @@ fn killed(step: &mut Step, host: &mut Host) {
     live("twelve guests again, and one of them may be killed");
     let before = host.usage();
     let start = Instant::now();
-    let victim = wait_until("somebody is chosen", 120, || host.events("victim_selected").into_iter().nth(1));
+    let victim = wait_until("somebody is chosen", 120, || host.serve.told("victim_selected").into_iter().nth(1));
     let chosen = start.elapsed().as_millis();
     let gone = Instant::now();
     wait_until("its memory is back", 20, || (host.usage() + HOT / 2 < before).then_some(()));
@@ -307,7 +297,7 @@ fn killed(step: &mut Step, host: &mut Host) {
     host.guests.retain(|guest| guest.name != CRASHER);
     let ended = wait_until("it has ended", 20, || Some(host.serve.show(CRASHER)).filter(|vm| vm["state"] == "ended"));
     let alive = host.guests.iter().filter(|guest| is_alive(guest.pid)).count();
-    let intact = host.guests.iter_mut().filter_map(|guest| guest.verify(true).then_some(())).count();
+    let intact = host.guests.iter_mut().filter_map(|guest| guest.verify().then_some(())).count();
     step(
         STEPS[6],
         victim["vm"] == CRASHER && victim["action"] == "kill" && !is_alive(pid) && alive == 11 && intact == 11,
@@ -397,8 +387,8 @@ pub fn linux(step: &mut Step, kernel: &Path, initrd: &Path) {
         // It is not heard any more when the kernel has killed it.
         words.try_recv().ok().map(|_| true).or_else(|| hog.0.try_wait().ok().flatten().map(|_| false))
     });
-    wait_until("the host has memory again", 240, || host.events("pressure_left").pop());
-    let victims = host.events("victim_selected");
+    wait_until("the host has memory again", 240, || host.serve.told("pressure_left").pop());
+    let victims = host.serve.told("victim_selected");
     let gone: Vec<_> = victims.iter().filter_map(|event| event["vm"].as_str()).collect();
     let is_gone = |name: &str| gone.contains(&name);
     let swapped: u64 = LINUX.iter().map(|(name, _)| number(&host.serve.show(name), "swap.current_bytes")).sum();
