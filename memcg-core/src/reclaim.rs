@@ -17,6 +17,9 @@ pub const STOCK_CAP: Pages = Pages::from_mib(16);
 /// Stock that a VM is given at its start: 8 MiB. One that walks through memory asks for more.
 pub const FIRST_STOCK: Pages = Pages::from_mib(8);
 
+/// Pages that are evicted at once, at most: 1 MiB.
+pub const BATCH: u64 = 256;
+
 /// A worker's stock is at most one part in so many of the room.
 const STOCK_SHARE: u64 = 8;
 
@@ -51,6 +54,12 @@ pub fn stock_max(room: Option<Pages>, group_room: Option<Pages>, members: u32) -
     let own = room.map_or(STOCK_CAP, |room| share(room, 1));
     let group = group_room.map_or(STOCK_CAP, |room| share(room, members));
     STOCK_CAP.min(own).min(group)
+}
+
+/// Whether somebody that has `has` pages under a limit that was `told` and is `now` may find room where there was none: the
+/// limit is higher, and no batch of [`BATCH`] pages was sure to fit.
+pub fn finds_room(has: u64, told: u64, now: u64) -> bool {
+    now > told && has.saturating_add(BATCH) > told
 }
 
 /// One part in 8 × `members` of `room`, at least a page unless the room is empty.

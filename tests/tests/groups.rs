@@ -405,7 +405,7 @@ fn memory_of_a_group_is_reclaimed_from_its_vms() {
     // Their stock may be there again: one for each.
     assert!(used() <= before - 20 * MIB, "{before} before, {} after", used());
     let [one, two, other] = evicted();
-    assert!(one > 8 * MIB && two > 8 * MIB && other == 0, "{one}, {two} and {other}");
+    assert!(one > 2 * MIB && two > 2 * MIB && other == 0, "{one}, {two} and {other}");
     let (status, text) = serve.words(&["reclaim", "/", "40M"]);
     assert_eq!(status, Some(0), "{text}");
     assert!(evicted()[2] > 4 * MIB, "{:?}", evicted());
@@ -443,6 +443,30 @@ fn cold_pages_of_a_neighbour_go_before_those_that_are_used() {
     assert!(number(&serve.show("busy"), "memory.stat.guest_bytes") >= 90 * MIB);
     assert!(evicted("idle") > 40 * MIB, "{}", evicted("idle"));
     assert_eq!(number(&serve.show("idle"), "cold.refaulted_bytes"), 0);
+}
+
+/// Pages that do not shrink go to the file of a VM that has one, and stay where there is none. So all that the second one needs comes
+/// from the first, although much of its own memory looks as idle: it is not held for long, and nobody is chosen.
+/// Semantics: 41, 42.
+#[test]
+fn who_has_a_file_gives_for_a_neighbour_whose_pages_do_not_shrink() {
+    let Some(directory) = swap_or_skip("groups-hard-neighbour") else { return };
+    let serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/mixed", json!({ "max_bytes": 96 * MIB }));
+    let create = |name: &str, cmdline: &str, more: Value| {
+        let memory = json!({ "size_bytes": 128 * MIB, "swap_max_bytes": null });
+        let mut vm = guest("/mixed", cmdline, memory);
+        vm.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        serve.create_with(name, &vm);
+        serve.wait_console(name, "OK touch");
+    };
+    create("filed", "touch 16M 50M seed=1 fill=full; park", json!({ "swap_dir": directory.path() }));
+    create("hard", "touch 16M 60M seed=3 fill=full; park", json!({ "oom": { "deadline_ms": 5_000 } }));
+    assert!(number(&serve.show("filed"), "cold.file_bytes") > 15 * MIB);
+    let states = ["filed", "hard"].map(|name| serve.show(name)["state"].clone());
+    assert_eq!(states, ["running", "running"]);
+    let tried = number(&serve.show("hard"), "cold.incompressible_bytes");
+    assert!(tried < 4 * 60 * MIB, "they are not tried again and again: {tried}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What reclaim aims at.
 
-use memcg_core::reclaim::{STOCK_CAP, balloon_target, effective_high, stock_max};
+use memcg_core::reclaim::{BATCH, STOCK_CAP, balloon_target, effective_high, finds_room, stock_max};
 use memcg_core::tree::{LimitPatch, Mode, Tree};
 use memcg_core::units::{Limit, Pages};
 use proptest::prelude::*;
@@ -119,5 +119,23 @@ proptest! {
         if let Some(group) = group {
             prop_assert!(stock.0 <= (group / 8 / u64::from(members.max(1))).max(group.min(1)));
         }
+    }
+}
+
+/// More room is news only for who had none: parts of a group's limit change all the time.
+#[test]
+fn a_higher_limit_is_room_for_who_was_at_it() {
+    let table = [
+        (1000, 1000, 1001, true),
+        (1000, 1000, 1000, false),
+        (1000, 1000, 900, false),
+        (1000 - BATCH + 1, 1000, 1001, true),
+        (1000 - BATCH, 1000, 2000, false),
+        (0, u64::MAX, u64::MAX, false),
+        (u64::MAX, 5, 6, true),
+        (0, 0, 1, true),
+    ];
+    for (has, told, now, finds) in table {
+        assert_eq!(finds_room(has, told, now), finds, "{has} of {told}, now {now}");
     }
 }

@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use memcg_core::hold::Verdict;
 use memcg_core::oom;
-use memcg_core::reclaim::{self, FIRST_STOCK};
+use memcg_core::reclaim::{self, FIRST_STOCK, finds_room};
 use memcg_core::tree::{Charge, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
 use serde_json::{Value, json};
@@ -286,8 +286,9 @@ impl Actor {
         self.raise_aim(id);
         let (stock_max, leases) = (self.stock_max(id), self.leases(id));
         let vm = self.vms.get_mut(&id).expect("checked");
-        // With more room for evicted pages, it is not stuck as far as is known.
-        vm.report.cold.stuck &= leases.swap <= vm.leases.swap && leases.store <= vm.leases.store;
+        // It tries again where it had no room for evicted pages, and is not stuck as far as is known.
+        vm.report.cold.stuck &= !finds_room(vm.report.swapped, vm.leases.swap, leases.swap)
+            && !finds_room(vm.report.store, vm.leases.store, leases.store);
         vm.leases = leases;
         let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;

@@ -246,8 +246,10 @@ impl Actor {
                 let quiet = climb.told.values().map(|told| *told + QUIET);
                 quiet.chain(climb.rested.map(|rested| rested + host::scaled(EVERY))).filter(|at| *at > now).max()
             }
-            Rung::Recall | Rung::Reports | Rung::Balloon | Rung::Hold => deadline,
+            Rung::Recall | Rung::Reports | Rung::Balloon => deadline,
             Rung::Evict => deadline.into_iter().chain([now + host::scaled(ASK)]).min(),
+            // What one was asked for in vain is asked of others.
+            Rung::Hold => deadline.into_iter().chain([now + host::scaled(EVERY)]).min(),
             Rung::Stuck | Rung::Oom => None,
         }
     }
@@ -325,7 +327,9 @@ impl Actor {
             if moved || late || self.to_come(climb).0 < need.0 / 2 {
                 climb.evict.retain(|id, _| self.is_alive(*id) && self.tree.is_within(self.vms[id].node, group));
                 let part = |(id, aim)| (id, Part { aim, granted: self.vms[&id].granted_total });
-                let parts = self.divide(group, need, |vm| eviction(vm) == Eviction::Possible);
+                let parts = self.divide(group, need, |vm| {
+                    (eviction(vm) == Eviction::Possible).then_some(Pages(vm.report.cold.hard))
+                });
                 climb.evict.extend(parts.into_iter().map(part));
                 climb.spread_at = Some(now);
             }
@@ -361,21 +365,24 @@ impl Actor {
         }
     }
 
-    /// What the VMs of a group were told to give by eviction and have not given yet.
+    /// What the VMs of a group were told to give by eviction and have not given yet, as far as they still can.
     fn to_come(&self, climb: &Climb) -> Pages {
         let can = |id: &VmId| self.is_alive(*id) && eviction(&self.vms[id]) == Eviction::Possible;
         let parts = climb.evict.iter().filter(|(id, _)| can(id)).map(|(id, part)| (&self.vms[id], part));
-        parts.map(|(vm, part)| self.tree.usage(vm.node).saturating_sub(part.aim(vm))).sum()
+        let left = |vm: &Vm| Pages(vm.report.guest.saturating_sub(vm.report.cold.hard));
+        parts.map(|(vm, part)| self.tree.usage(vm.node).saturating_sub(part.aim(vm)).min(left(vm))).sum()
     }
 
-    /// What the VMs of a group should come down to so that they give `need`, those of them that can. By whatever means:
-    /// what is idle goes first.
-    pub fn divide(&self, group: NodeId, need: Pages, can: impl Fn(&Vm) -> bool) -> Vec<(VmId, Pages)> {
+    /// What the VMs of a group should come down to so that they give `need`, those of them that can, and of what is not `hard`
+    /// to get by the means that is asked about. What is idle goes first.
+    pub fn divide(&self, group: NodeId, need: Pages, hard: impl Fn(&Vm) -> Option<Pages>) -> Vec<(VmId, Pages)> {
         let by_node: BTreeMap<NodeId, VmId> =
             self.vms_of(Target::Group(group)).into_iter().map(|id| (self.vms[&id].node, id)).collect();
         let facts = |node: NodeId| {
             let vm = &self.vms[by_node.get(&node)?];
-            can(vm).then(|| Facts { idle: known(vm).idle(), pinned: vm.reserve_target, shares: vm.shares })
+            let idle = known(vm).idle();
+            let hard = hard(vm)?.min(idle);
+            Some(Facts { idle: idle.saturating_sub(hard), pinned: vm.reserve_target + hard, shares: vm.shares })
         };
         let (aims, _) = aims(&self.tree, group, need, &SPREAD, facts);
         aims.into_iter().map(|(node, aim)| (by_node[&node], aim)).collect()
@@ -561,7 +568,8 @@ fn driver(vm: &Vm) -> Driver {
 
 /// Whether anything can be evicted of a VM.
 fn eviction(vm: &Vm) -> Eviction {
-    let says = vm.report.cold.stuck && vm.report.cold.aim == vm.reclaim_aim;
+    // Where less is asked for than when it said so, it is so still.
+    let says = vm.report.cold.stuck && vm.report.cold.aim <= vm.reclaim_aim;
     if says || vm.store.bytes == 0 || vm.report.swapped >= vm.leases.swap {
         Eviction::Stuck
     } else {

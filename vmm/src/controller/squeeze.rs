@@ -73,7 +73,7 @@ impl Actor {
             Some(high) if usage > high => {
                 // Who has come down and need not give more stays down.
                 let mut aims = before.clone();
-                aims.extend(self.divide(group, usage.saturating_sub(high), gives));
+                aims.extend(self.divide(group, usage.saturating_sub(high), |vm| gives(vm).then_some(Pages::ZERO)));
                 aims
             }
             Some(high) => self.give(&before, high.saturating_sub(usage)),

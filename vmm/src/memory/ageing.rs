@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use memcg_core::frame::{BLOCK, FrameState, List, Walk};
 use memcg_core::governor::{Governor, Seen, Terms};
+use memcg_core::reclaim::BATCH;
 use memcg_core::sample::{Arrivals, Estimate, FEW, Ranks, Sampler};
 use memcg_core::units::Pages as Count;
 
 use super::client::{Load, Run, Work};
-use super::cold::BATCH;
 use super::pages::Pages;
 use crate::worker::gate::{self, monotonic_ns};
 

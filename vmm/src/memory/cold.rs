@@ -36,6 +36,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use memcg_core::frame::{BLOCK, FrameState, List, Scan};
+use memcg_core::reclaim::{BATCH, finds_room};
 use memcg_core::units::{PAGE_SIZE, Pages as Count};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -47,9 +48,6 @@ use super::uffd::{Fill, Move};
 use crate::worker::broken;
 use crate::worker::gate::monotonic_ns;
 use crate::worker::protocol::{Area, Cold};
-
-/// Pages that are claimed at once: for the time that they take, a fault on one of them has to wait.
-pub(super) const BATCH: u64 = 256;
 
 /// The margin below the limit is widened when it is below one part in so many of what the VM holds.
 const LOW_SHARE: u64 = 128;
@@ -193,33 +191,40 @@ impl Reclaim {
         self.yields = true;
     }
 
-    /// The limits of swap and store.
-    pub fn set_limits(&mut self, swap_max: u64, store_max: u64) {
-        if (swap_max, store_max) != (self.swap_max, self.store_max) {
-            (self.swap_max, self.store_max) = (swap_max, store_max);
-            self.try_again();
-        }
-    }
-
     /// What the VM should hold at most, in pages.
     pub(super) fn aim(&self) -> u64 {
         self.aim
     }
 
-    /// The controller's aim.
+    /// The controller's aim. A lower one is worth another try of who is stuck; a higher one, as each grant brings it, is not.
     pub fn set_aim(&mut self, aim: u64) {
-        self.aim = aim;
-        self.try_again();
-        self.counts.aim = aim;
+        if aim < self.aim && self.counts.stuck {
+            (self.stuck_until, self.counts.stuck, self.refused) = (None, false, 0);
+        }
+        (self.aim, self.counts.aim) = (aim, aim);
     }
 
     /// What could not be evicted before may be evicted now.
     fn try_again(&mut self) {
         (self.stuck_until, self.full_until, self.counts.stuck, self.refused) = (None, None, false, 0);
+        self.counts.hard = 0;
     }
 }
 
 impl Pages {
+    /// The limits of swap and store. More room is a reason to try again only where there was none: a part of a group's limit
+    /// changes all the time, and a page that does not shrink stays one.
+    pub fn set_swap_limits(&mut self, swap_max: u64, store_max: u64) {
+        let (swapped, store) = (self.frames.count(FrameState::Swapped), self.stock.store().0);
+        let reclaim = &mut self.reclaim;
+        if finds_room(swapped, reclaim.swap_max, swap_max) || finds_room(store, reclaim.store_max, store_max) {
+            reclaim.try_again();
+        }
+        if (swap_max, store_max) != (reclaim.swap_max, reclaim.store_max) {
+            (reclaim.swap_max, reclaim.store_max, reclaim.full_until) = (swap_max, store_max, None);
+        }
+    }
+
     /// Pages that should be free and are not.
     pub(super) fn need(&self) -> u64 {
         let held = self.stock.held().0;
@@ -373,6 +378,8 @@ impl Pages {
     /// Books what was evicted.
     fn evicted(&mut self, evicted: u64, stayed: u64, incompressible: u64, store: u64) -> Option<(usize, Reply)> {
         self.reclaim.refused = if evicted > 0 { 0 } else { self.reclaim.refused + stayed };
+        self.reclaim.counts.hard = self.reclaim.counts.hard.max(self.reclaim.refused);
+        self.reclaim.counts.stuck &= evicted == 0;
         self.reclaim.counts.evicted += evicted;
         self.ageing.evicted(evicted);
         self.reclaim.counts.incompressible += incompressible;
@@ -510,6 +517,7 @@ impl Pages {
             present.set(first..end);
         }
         self.reclaim.counts.returned += end - first;
+        self.reclaim.counts.hard = self.reclaim.counts.hard.saturating_sub(end - first);
         self.ageing.touched(first..end);
         stayed.into_iter().for_each(|pages| self.put_aside_again(pages));
     }
@@ -654,6 +662,7 @@ impl Pages {
         let pages = |histogram: memcg_core::frame::Histogram| histogram.pages.map(|pages| pages.0);
         let estimate = self.ageing.estimate();
         Cold {
+            hard: self.reclaim.counts.hard.min(self.frames.count(FrameState::Idle)),
             generation_ms: self.ageing.generation_ms(),
             working_set: estimate.map(|estimate| estimate.pages.0),
             error: estimate.map_or(0, |estimate| estimate.error.0),

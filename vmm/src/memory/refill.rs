@@ -22,11 +22,11 @@
 use std::ops::Range;
 
 use memcg_core::frame::{FrameState, Turns};
-use memcg_core::reclaim;
+use memcg_core::reclaim::{self, BATCH};
 use memcg_core::units::{Limit, Pages as Count};
 
 use super::client::{Fetched, Load, Reply, Work};
-use super::cold::{BATCH, GONE};
+use super::cold::GONE;
 use super::pages::Pages;
 use super::store::Stored;
 use super::uffd::{Fill, MAX_FILL};

@@ -521,7 +521,7 @@ impl FaultThread {
         match message {
             ToWorker::Grant { epoch, granted_total, stock_max, room, swap_max, store_max, refused } => {
                 let Some(pages) = &mut self.pages else { return };
-                pages.reclaim.set_limits(swap_max, store_max);
+                pages.set_swap_limits(swap_max, store_max);
                 let room = (room != u64::MAX).then_some(Count(room));
                 // Only after accounting began: the reserve is here now, or the controller has refused it.
                 self.gate.release(gate::ACTIVATING);

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of this protocol. A worker may be of an earlier build than the controller that takes it over, so whoever changes
 /// a message changes this number: another version is refused, and its VM goes on unattended.
-pub const VERSION: u8 = 10;
+pub const VERSION: u8 = 11;
 
 /// Largest encoded message in bytes, the version byte included.
 pub const MAX_MESSAGE: usize = 1024;
@@ -226,6 +226,8 @@ pub struct Cold {
     pub read_ahead: u64,
     /// Pages that were to be evicted and stayed because they do not shrink enough; one that is tried again counts again.
     pub incompressible: u64,
+    /// Idle pages that stayed when eviction was last tried, and that nobody has touched since, as far as is known.
+    pub hard: u64,
     /// Evicted pages whose contents are in the file now.
     pub file: u64,
     /// Pages that were read from the file.

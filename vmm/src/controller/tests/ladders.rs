@@ -320,6 +320,28 @@ async fn who_has_more_shares_gives_less() {
     assert!(rich > 8 && poor.abs_diff(3 * rich) <= 8, "rich {rich}, poor {poor}");
 }
 
+/// Idle pages that do not shrink are no pages that can be had: the whole need goes to the neighbour, at once.
+/// Semantics: 41.
+#[tokio::test(start_paused = true)]
+async fn who_has_idle_pages_that_do_not_shrink_is_not_asked_for_them() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut hard = evicting(&controller, "hard", "/gold", Limit::Max, 2400).await;
+    (hard.report.idle, hard.report.cold.hard) = (2400, 2390);
+    hard.tell().await;
+    let mut soft = evicting(&controller, "soft", "/gold", Limit::Max, 2400).await;
+    soft.touch(200).await;
+    for _ in 0..8 {
+        hard.obey_for(50).await;
+        soft.obey_for(50).await;
+    }
+    let group = controller.group("/gold").await.expect("shown");
+    assert_eq!(group.reclaim.rung, Evict);
+    let above = group.memory.current_bytes / 4096 - (6000 - 1024);
+    let asked = |worker: &FakeWorker| worker.report.held().expect("a number").saturating_sub(worker.aim);
+    assert!(asked(&hard) <= 10 && asked(&soft) + 10 >= above, "{} and {} of {above}", asked(&hard), asked(&soft));
+}
+
 /// What a VM of a group is granted while its group gives is its own: it is not told to evict what it has just touched. Its
 /// neighbour with cold pages is told to give more as soon as it has given half, not a second later.
 /// Semantics: 41, 63.

@@ -85,6 +85,7 @@ fn cold(n: &mut Numbers, odd: bool) -> Cold {
         read_around: n.next(),
         read_ahead: n.next(),
         incompressible: n.next(),
+        hard: n.next(),
         file: n.next(),
         fetched: n.next(),
         failed_writes: n.next(),
