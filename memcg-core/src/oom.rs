@@ -216,6 +216,14 @@ impl<'a> Ranked<'a> {
         Ranked { candidate, frees, score: frees.min(candidate.above()), spared: candidate.spared() }
     }
 
+    /// The same VM when it goes by this action, because somebody has decided so. The list may have spared it.
+    #[must_use]
+    pub fn chosen(self, action: Action) -> Ranked<'a> {
+        let mut candidate = self.candidate;
+        candidate.attributes.action = action;
+        Ranked { spared: None, ..Ranked::new(candidate) }
+    }
+
     /// What decides who goes first, nearly always.
     fn key(&self) -> Key {
         let Attributes { preference, priority, .. } = self.candidate.attributes;

@@ -86,13 +86,11 @@ impl Decision {
             Some(Answer::Ignore) => Resolved::Leave,
             Some(Answer::Act(id, action)) => {
                 let entry = ranked.iter().find(|entry| entry.candidate.id == id);
-                let mut candidate = entry.ok_or(DecisionError::NotACandidate)?.candidate;
-                candidate.attributes.action = action;
-                let chosen = Ranked::new(candidate);
-                if candidate.attributes.ending || chosen.frees.is_zero() {
-                    return Err(DecisionError::Useless(candidate.name.to_owned()));
+                let chosen = entry.ok_or(DecisionError::NotACandidate)?.chosen(action);
+                if chosen.candidate.attributes.ending || chosen.frees.is_zero() {
+                    return Err(DecisionError::Useless(chosen.candidate.name.to_owned()));
                 }
-                Resolved::Chosen(Ranked { spared: None, ..chosen })
+                Resolved::Chosen(chosen)
             }
         })
     }

@@ -328,7 +328,8 @@ impl Actor {
             action: Some(action),
             by,
             why: match chosen {
-                Some(chosen) if level != vm.node => chosen.to_string(),
+                // Also one that the policy would have spared, or would have done something else with.
+                Some(chosen) if level != vm.node => chosen.chosen(self.effect(id, action)).to_string(),
                 _ => format!("{}: it was held at its own limit for too long", vm.name),
             },
             expected_bytes: self.effect(id, action).frees(self.tree.usage(vm.node)).bytes(),

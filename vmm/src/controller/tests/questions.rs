@@ -53,6 +53,11 @@ async fn a_client_decides() {
     assert_eq!((victim.vm.as_deref(), &victim.details["by"]), (Some("last"), &"client".into()));
     let logged = full.controller.oom_log(0).await.expect("shown").decisions.pop().expect("one");
     assert_eq!((logged.by, logged.vm.as_deref()), (DecidedBy::Client, Some("last")));
+    assert_eq!(victim.details["why"], logged.why.as_str(), "it is not said to be spared");
+    assert!(logged.why.starts_with("last: ") && logged.why.ends_with(" above its protection of 0, priority 0"));
+    let told = full.controller.why("last").await.expect("told");
+    let text = format!("the client killed it, 3rd in the list: {}", logged.why.trim_start_matches("last: "));
+    assert!(told.story.iter().any(|sentence| sentence.text.contains(&text)), "{:#?}", told.story);
     let again = full.controller.answer_question(asked.id, says(AnswerWord::Kill, "big")).await.expect_err("answered");
     assert_eq!(again.code, Code::NotFound);
 }

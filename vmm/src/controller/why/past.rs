@@ -300,7 +300,7 @@ fn decided(decision: &DecisionView, facts: &Facts) -> String {
 /// Why it was this one, and why not others.
 fn why_this(decision: &DecisionView, name: &str) -> String {
     let Some(chosen) = decision.ranked.iter().find(|entry| entry.vm == name) else { return String::new() };
-    let mut why = format!(", {} in the list: {}", nth(chosen.rank), reason(chosen));
+    let mut why = format!(", {} in the list: {}", nth(chosen.rank), without_name(&decision.why, name));
     let others = decision.ranked.iter().filter(|entry| entry.vm != name);
     if let Some(next) = others.clone().find(|entry| entry.spared.is_none() && entry.rank > chosen.rank) {
         why.push_str(&format!("; after it came {} ({})", next.vm, reason(next)));
@@ -315,7 +315,12 @@ fn why_this(decision: &DecisionView, name: &str) -> String {
 
 /// What is said of an entry of the list, without its name.
 fn reason(entry: &RankedView) -> &str {
-    entry.why.strip_prefix(&format!("{}: ", entry.vm)).unwrap_or(&entry.why)
+    without_name(&entry.why, &entry.vm)
+}
+
+/// A sentence about a VM, without its name in front.
+fn without_name<'a>(sentence: &'a str, name: &str) -> &'a str {
+    sentence.strip_prefix(name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(sentence)
 }
 
 /// A place in a list.

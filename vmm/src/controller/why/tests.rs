@@ -81,7 +81,7 @@ fn decision(ago: u64, vm: &str) -> DecisionView {
         id: Some(1),
         action: Some(OomAction::Pause),
         by: DecidedBy::Policy,
-        why: String::new(),
+        why: format!("{vm}: a pause frees 100M"),
         ranked: vec![
             ranked(1, "web", None, "a pause frees 100M"),
             ranked(2, "db", None, "a pause frees 40M"),
