@@ -9,7 +9,7 @@ use super::outcome::What;
 use super::setup::Answers;
 use crate::hold::Verdict;
 use crate::ladder::{Rung, STEP};
-use crate::oom::{self, Action, Answer, Attributes, Choice, Decision, Resolved};
+use crate::oom::{self, Action, Answer, Attributes, Choice, Decision, Nobody, Preference, Resolved};
 use crate::tree::{Event, Mode, NodeId, Tree};
 use crate::units::Pages;
 
@@ -71,6 +71,19 @@ impl Host {
             return false;
         }
         self.decide(level)
+    }
+
+    /// Acts on a VM that is held at its own limit: nobody else would help it, and a pause need not free anything. Nobody is asked
+    /// about it. Says whether that was done.
+    fn choose_itself(&mut self, at: usize) -> bool {
+        let vm = &self.vms[at];
+        let (node, action) = (vm.node, if vm.setup.kill { Action::Kill } else { Action::Pause { frees: Pages::ZERO } });
+        if vm.setup.preference == Preference::Omit {
+            let why = Nobody { omitted: 1, ..Nobody::default() }.to_string();
+            return self.finish(node, Came::Nobody(why));
+        }
+        let why = format!("{}: it was held at its own limit for too long", vm.setup.name);
+        self.finish(node, Came::Goes(at, action, why))
     }
 
     /// Hears what the client says about what it was asked.
@@ -203,7 +216,7 @@ impl Host {
             }
             let helps = self.climbs.get(&level).is_some_and(|climb| climb.rung() == Rung::Evict);
             if vm.account.verdict(vm.owes, vm.setup.deadline, helps) == Verdict::Act {
-                let done = self.choose(level);
+                let done = if level == vm.node { self.choose_itself(at) } else { self.choose(level) };
                 let wait = if done { self.watch.terms().cool_down } else { AGAIN };
                 self.vms[at].asked_until = self.now + wait;
             }

@@ -176,6 +176,30 @@ impl Rule {
         }
         expects.next().map_or(Ok(()), |missing| Err(format!("{missing:?} did not come")))
     }
+
+    /// The same for what was decided on real VMs, whose time is another: what had to come, and nothing else, in the same order. Two
+    /// that may come at the same time may come in either.
+    ///
+    /// # Errors
+    /// As [`Rule::verify`].
+    pub fn verify_order<'a>(&self, decided: impl IntoIterator<Item = &'a What>) -> Result<(), String> {
+        let mut left = self.expects.to_vec();
+        let mut last: Option<Decided> = None;
+        for what in decided {
+            if last.is_some_and(|last| last.may_repeat() && last.is(what)) || !is_decision(what) {
+                continue;
+            }
+            let Some(first) = left.first() else {
+                return Err(format!("{what:?} is one too many"));
+            };
+            let (_, until) = first.between;
+            let Some(at) = left.iter().position(|next| next.between.0 <= until && next.what.is(what)) else {
+                return Err(format!("{what:?}, where {first:?} had to be"));
+            };
+            last = Some(left.remove(at).what);
+        }
+        left.first().map_or(Ok(()), |missing| Err(format!("{missing:?} did not come")))
+    }
 }
 
 /// Whether an event is one of those that a line has to name.

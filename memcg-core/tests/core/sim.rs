@@ -52,6 +52,22 @@ fn a_line_that_says_something_else_is_found_out() {
     assert!(pause.verify(&short.play().expect("a host")).unwrap_err().contains("did not come"));
 }
 
+/// Where nobody looks at a clock the order counts, but for those who may go at the same time.
+#[test]
+fn a_line_is_compared_with_what_was_decided_elsewhere() {
+    for (id, either) in [("two-groups-at-once", true), ("refuses-to-die", false)] {
+        let rule = Rule::find(id).expect("a line");
+        let events = rule.play().expect("a host").events.into_iter().map(|event| event.what);
+        let mut decided: Vec<_> = events.filter(|what| matches!(what, What::Chosen { .. })).collect();
+        assert_eq!(rule.verify_order(&decided), Ok(()), "{id}");
+        assert!(rule.verify_order(&decided[..1]).unwrap_err().contains("did not come"));
+        let thrice = decided.iter().chain(&decided[..1]);
+        assert!(rule.verify_order(thrice).unwrap_err().contains("one too many"));
+        decided.reverse();
+        assert_eq!(rule.verify_order(&decided).is_ok(), either, "{id}");
+    }
+}
+
 /// A VM that wants so many MiB from the start, of which so many are hot.
 fn vm(name: &str, footprint: u64, hot: u64) -> Vm {
     let load = vec![Point { at: Duration::ZERO, footprint: Pages::from_mib(footprint), hot: Pages::from_mib(hot) }];

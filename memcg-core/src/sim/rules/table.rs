@@ -292,7 +292,24 @@ pub const RULES: &[Rule] = &[
         id: "own-limit",
         says: "A VM that stays held at its own limit is chosen itself, however big its neighbours are.",
         vms: &[VmLine { load: &[(0, 400, 400), (10, 800, 800)], max: 500, ..vm("held") }, big("big")],
-        expects: &[at(7, 20, Kill("held", "/held", "priority 0"))],
+        expects: &[at(7, 20, Kill("held", "/held", "held at its own limit"))],
+        ..LINE
+    },
+    Rule {
+        id: "own-limit-pauses",
+        says: "At its own limit a VM is paused though that frees nothing: nobody else needs its memory.",
+        vms: &[
+            VmLine { load: &[(0, 400, 400), (10, 800, 800)], max: 500, pauses: true, ..vm("held") },
+            VmLine { priority: -9, ..big("big") },
+        ],
+        expects: &[at(7, 20, Pause("held", "/held", "held at its own limit"))],
+        ..LINE
+    },
+    Rule {
+        id: "own-limit-omitted",
+        says: "One that is omitted stays held at its own limit.",
+        vms: &[VmLine { load: &[(0, 400, 400), (10, 800, 800)], max: 500, preference: Preference::Omit, ..vm("held") }],
+        expects: &[at(7, 20, Nobody("/held", "1 omitted"))],
         ..LINE
     },
     Rule {
