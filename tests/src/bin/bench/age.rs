@@ -270,25 +270,31 @@ fn overhead() -> Outcome {
 }
 
 /// R24: the share of a guest's memory that proactive eviction gives back, its store counted, of a guest that uses a fifth of
-/// it. Nothing where the guest becomes slower by more than 1 % than it is before and after.
+/// it. Nothing where the guest becomes slower by more than 1 % than it is just before and just after. Three times in turns: of the
+/// same build -3.9 % and 2.4 % were seen when the stretches were a minute apart.
 fn proactive() -> Outcome {
-    let runs: Vec<(f64, f64, f64)> = (0..full(3, 5))
+    let runs: Vec<([Stretch; 4], [Stretch; 3])> = (0..full(3, 5))
         .map(|_| {
             let watched = Watched::new("ageing=2s,proactive=on", true);
-            let before = watched.stretch(false, 1, 12);
-            let on = watched.stretch(true, 35, 24);
-            let after = watched.stretch(false, 1, 12);
-            let slowdown = 2.0 * on.cycles / (before.cycles + after.cycles) - 1.0;
-            (1.0 - on.usage / before.usage, slowdown, on.cpu_s)
+            let off = || watched.stretch(false, 1, 10);
+            let before = off();
+            // What is cold goes in the first of them.
+            let turns = [35, 5, 5].map(|first| (watched.stretch(true, first, 10), off()));
+            ([before, turns[0].1, turns[1].1, turns[2].1], turns.map(|turn| turn.0))
         })
         .collect();
-    let slowdown = median(runs.iter().map(|run| run.1));
+    let slower = |(off, on): &([Stretch; 4], [Stretch; 3])| {
+        let around = |i: usize| 2.0 * on[i].cycles / (off[i].cycles + off[i + 1].cycles) - 1.0;
+        [around(0), around(1), around(2)]
+    };
+    let slowdown = median(runs.iter().flat_map(slower));
+    let saved = |(off, on): &([Stretch; 4], [Stretch; 3])| 1.0 - on[2].usage / off[0].usage;
     let notes = format!(
         "saved={:.3} slowdown={slowdown:.4} cpu_s_per_s={:.4} ",
-        median(runs.iter().map(|run| run.0)),
-        median(runs.iter().map(|run| run.2)),
+        median(runs.iter().map(saved)),
+        median(runs.iter().map(|run| run.1[2].cpu_s)),
     );
-    let values = runs.iter().map(|run| if slowdown <= 0.01 { run.0 } else { 0.0 }).collect();
+    let values = runs.iter().map(|run| if slowdown <= 0.01 { saved(run) } else { 0.0 }).collect();
     let goal = Goal::AtLeast { floor: 0.10, target: 0.20 };
     Outcome { id: "R24", name: "proactive_saving", unit: "fraction", goal, values, notes }
 }
