@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, WORKER_PATIENCE};
 use super::balloon::BalloonAsking;
-use super::cold::Leases;
+use super::cold::{Leases, Tried};
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
@@ -221,6 +221,8 @@ impl Actor {
             grant_due: false,
             balloon: BalloonAsking::default(),
             leases: Leases::default(),
+            swap_file: spec.swap_file,
+            tried: Tried::default(),
             reclaim_aim: u64::MAX,
             reclaim_due: false,
             heard_at: None,

@@ -28,7 +28,7 @@ use memcg_core::units::{Limit, Pages};
 use super::actor::Actor;
 use super::changes::Target;
 use super::vm::{Vm, VmId};
-use crate::worker::protocol::Report;
+use crate::worker::protocol::{Cold, Report};
 
 /// Without a limit of its own the store is at most one part in so many of `memory.max`.
 const STORE_SHARE: u64 = 2;
@@ -45,6 +45,37 @@ pub struct Leases {
     pub store: u64,
 }
 
+/// What a VM's pages have shown when they were tried: how many shrank, or went to its file, and how many could only stay. The
+/// last ones count, as many as it has; a page that is tried again counts again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tried {
+    went: u64,
+    stayed: u64,
+}
+
+impl Tried {
+    /// More has been tried between two reports, of a VM that has `guest` pages.
+    fn add(&mut self, before: &Cold, now: &Cold, guest: u64) {
+        let went = self.went.saturating_add(now.evicted.saturating_sub(before.evicted));
+        let stayed = self.stayed.saturating_add(now.incompressible.saturating_sub(before.incompressible));
+        let (all, most) = (u128::from(went) + u128::from(stayed), guest.max(SEEN));
+        *self = Self { went, stayed };
+        if all > most.into() {
+            self.went = (u128::from(went) * u128::from(most) / all) as u64;
+            self.stayed = most - self.went;
+        }
+    }
+
+    /// How many of `guest` pages can be expected to shrink. Those that stayed do not; of the others as large a part as of all
+    /// that were tried, which of few says little.
+    fn shrinking(self, guest: u64) -> u64 {
+        let Self { went, stayed } = self;
+        let unknown = u128::from(guest.saturating_sub(stayed));
+        let went = u128::from(went) + u128::from(SEEN);
+        (unknown * went / (went + u128::from(stayed))) as u64
+    }
+}
+
 impl Actor {
     /// A report has come and is not in force yet: a store that has shrunk has become stock, before what came back is
     /// uncharged.
@@ -58,8 +89,10 @@ impl Actor {
 
     /// The report is in force and what came back is uncharged: a store that has grown was stock before.
     pub fn settle_cold(&mut self, id: VmId, before: &Report) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let Report { guest, store, swapped, cold, .. } = vm.report;
+        vm.tried.add(&before.cold, &cold, guest);
         let vm = &self.vms[&id];
-        let Report { store, swapped, .. } = vm.report;
         if store > before.store {
             self.tree.settle_evicted(vm.node, Pages(store), Pages(swapped));
         }
@@ -103,22 +136,12 @@ impl Actor {
         }
     }
 
-    /// What can be taken from a VM that stands still: all of its pages may be evicted then, as far as swap and store have room,
-    /// and what they leave in the store is not free. How far they shrink is taken from those that were evicted, else for half.
+    /// What can be taken from a VM that stands still: its stock, and what all of its pages free that may be evicted then.
     pub fn freed_by_pause(&self, id: VmId) -> Pages {
         let vm = &self.vms[&id];
-        let Report { guest, swapped, store, stock, cold, .. } = vm.report;
-        let stock = stock + vm.in_flight();
-        if vm.store.bytes == 0 {
-            return Pages(stock);
-        }
-        let leases = self.leases(id);
-        // In thousandths of a page.
-        let stored = swapped.saturating_sub(cold.file);
-        let each = if stored >= SEEN { (store * 1000 / stored).min(1000) } else { 500 };
-        let room = leases.store.saturating_sub(store).saturating_mul(1000) / each.max(1);
-        let evicted = guest.min(leases.swap.saturating_sub(swapped)).min(room);
-        Pages(stock + evicted - evicted * each / 1000)
+        let stock = vm.report.stock + vm.in_flight();
+        let evicts = vm.store.bytes > 0;
+        Pages(stock + if evicts { emptied(&vm.report, self.leases(id), vm.swap_file.0, vm.tried) } else { 0 })
     }
 
     /// All that a VM's own limit allows, and of each group's what it has and a part of half of what is left. Of a group that
@@ -152,6 +175,26 @@ impl Actor {
     }
 }
 
+/// What a VM frees when all of its pages go where they can: to its file of so many pages as far as that has room, and what is
+/// in the store with them; else to the store, where those that shrink leave as much as those that are there, or half as long
+/// as these are few.
+fn emptied(report: &Report, leases: Leases, file: u64, tried: Tried) -> u64 {
+    let Report { guest, swapped, store, cold, .. } = *report;
+    let stored = swapped.saturating_sub(cold.file);
+    // In thousandths of a page.
+    let each = if stored >= SEEN { (store.saturating_mul(1000) / stored).clamp(1, 1000) } else { 500 };
+    let (swap, file) = (leases.swap.saturating_sub(swapped), file.saturating_sub(cold.file));
+    let shrinking = tried.shrinking(guest).min(guest.saturating_sub(cold.hard));
+    let filed = (guest - shrinking).min(file).min(swap);
+    // What shrinks goes to the store first, and on to the file when nothing else is left.
+    let file = file - filed;
+    let room = (leases.store.saturating_mul(1000) / each).saturating_add(file).saturating_sub(stored);
+    let shrunk = shrinking.min(swap - filed).min(room);
+    let all = stored + shrunk;
+    let stays = (store + shrunk * each / 1000) * all.saturating_sub(file) / all.max(1);
+    (filed + shrunk + store).saturating_sub(stays)
+}
+
 /// Tests what a worker with `size` of RAM says of its cold pages.
 ///
 /// # Errors
@@ -178,4 +221,103 @@ pub fn most_stored(size: Pages) -> Pages {
 /// Of these, pages for contents that nobody wants any more, and that are not cleaned away yet.
 pub fn most_dead(size: Pages) -> Pages {
     Pages(size.0 / 8 + 128)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How a VM is, in pages, and what has become of what was tried of it.
+    struct Case {
+        guest: u64,
+        swapped: u64,
+        store: u64,
+        in_file: u64,
+        file: u64,
+        went: u64,
+        stayed: u64,
+        hard: u64,
+        swap_max: u64,
+        store_max: u64,
+    }
+
+    /// Nothing is known of it yet, and nothing limits it.
+    const NEW: Case = Case {
+        guest: 10_000,
+        swapped: 0,
+        store: 0,
+        in_file: 0,
+        file: 0,
+        went: 0,
+        stayed: 0,
+        hard: 0,
+        swap_max: u64::MAX,
+        store_max: u64::MAX,
+    };
+
+    /// Of this one a thousand pages are in the store, and take a tenth.
+    const SHRINKS: Case = Case { swapped: 1000, store: 100, went: 1000, ..NEW };
+
+    fn frees(case: &Case) -> u64 {
+        let now = Cold {
+            file: case.in_file,
+            evicted: case.went,
+            incompressible: case.stayed,
+            hard: case.hard,
+            ..Cold::default()
+        };
+        let report =
+            Report { guest: case.guest, swapped: case.swapped, store: case.store, cold: now, ..Report::default() };
+        let mut tried = Tried::default();
+        tried.add(&Cold::default(), &now, case.guest);
+        emptied(&report, Leases { swap: case.swap_max, store: case.store_max }, case.file, tried)
+    }
+
+    #[test]
+    fn a_pause_frees_what_can_go_to_the_file_and_what_the_store_saves() {
+        for (what, case, expected) in [
+            ("nothing is known: half", NEW, 5000),
+            ("nothing of it", Case { guest: 0, ..NEW }, 0),
+            ("its own ratio", SHRINKS, 9000),
+            ("few are evicted: half", Case { swapped: 200, store: 20, went: 200, ..NEW }, 5000),
+            ("a store that saves nothing", Case { store: 1000, ..SHRINKS }, 0),
+            ("nothing shrinks", Case { stayed: 10_000, ..NEW }, 0),
+            ("the same was tried again and again", Case { stayed: 50_000, ..NEW }, 0),
+            ("it says itself that they are hard", Case { hard: 9000, ..NEW }, 500),
+            ("half was tried, and does not shrink", Case { stayed: 5000, ..NEW }, 122),
+            ("as much of the rest shrinks as of what was tried", Case { stayed: 1000, ..SHRINKS }, 4509),
+            ("few stayed, which says little", Case { stayed: 20, ..NEW }, 4628),
+            ("a file that takes all", Case { file: 20_000, ..NEW }, 10_000),
+            ("a file, and nothing shrinks", Case { file: 20_000, stayed: 50_000, ..NEW }, 10_000),
+            ("the store goes to the file as well", Case { file: 20_000, ..SHRINKS }, 10_100),
+            ("a file that takes a part", Case { file: 4000, ..NEW }, 7000),
+            ("a small file, and nothing shrinks", Case { file: 4000, stayed: 50_000, ..NEW }, 4000),
+            ("a full file", Case { file: 4000, swapped: 4000, in_file: 4000, ..NEW }, 5000),
+            ("no swap", Case { swap_max: 0, file: 20_000, ..NEW }, 0),
+            ("little swap", Case { swap_max: 3000, ..SHRINKS }, 1800),
+            ("little swap, with a file", Case { swap_max: 3000, file: 20_000, ..SHRINKS }, 2100),
+            ("more in swap than it may have", Case { swap_max: 500, ..SHRINKS }, 0),
+            ("little store", Case { store_max: 300, ..SHRINKS }, 1800),
+            ("little store, with a file", Case { store_max: 300, file: 20_000, ..SHRINKS }, 10_100),
+            ("a full store, and a file that takes a part", Case { store_max: 100, file: 4000, ..SHRINKS }, 4000),
+        ] {
+            assert_eq!(frees(&case), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_was_tried_long_ago_is_forgotten() {
+        let cold = |evicted, incompressible| Cold { evicted, incompressible, ..Cold::default() };
+        let mut tried = Tried::default();
+        tried.add(&cold(0, 0), &cold(0, 50_000), 10_000);
+        assert_eq!(tried.shrinking(10_000), 0);
+        for evicted in 0..100 {
+            tried.add(&cold(evicted * 1000, 50_000), &cold((evicted + 1) * 1000, 50_000), 10_000);
+        }
+        assert!(tried.shrinking(10_000) > 9_900, "{tried:?}");
+        // Nonsense is bounded, and what becomes smaller is nothing.
+        tried.add(&cold(0, 0), &cold(u64::MAX, u64::MAX), 10_000);
+        tried.add(&cold(u64::MAX, u64::MAX), &cold(0, 0), 0);
+        assert!(tried.shrinking(10_000) <= 10_000);
+    }
 }

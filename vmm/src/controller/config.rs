@@ -391,6 +391,7 @@ impl VmConfig {
             return Err(wrong(format!("memory: shares of {shares} are not possible: write a number from 1 to 10000")));
         }
         let Memory { size, limits, accounting } = self.memory.check()?;
+        let swap_file_pages = self.swap_file_pages(&limits, size);
         Ok(VmSpec {
             name: name.to_owned(),
             group: self.group.clone(),
@@ -400,8 +401,9 @@ impl VmConfig {
             limits,
             shares,
             oom,
-            overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32, self.swap_file_pages(&limits, size)),
+            overhead: overhead::of(size, self.cpus, QueueKind::COUNT as u32, swap_file_pages),
             loading: Pages::ZERO,
+            swap_file: Pages(swap_file_pages.into()),
             instance: RandomState::new().hash_one(name),
             config: None,
             console: None,

@@ -120,6 +120,8 @@ pub struct VmSpec {
     pub overhead: Vec<overhead::Part>,
     /// Pages that its kernel and its ramdisk take once they are loaded, at most; what they cost is in it.
     pub loading: Pages,
+    /// Size of the file that its pages may be evicted to; zero without one.
+    pub swap_file: Pages,
     /// What its worker calls itself, drawn at random.
     pub instance: u64,
     /// As it was asked for, so that the same request is known again.

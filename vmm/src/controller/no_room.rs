@@ -55,7 +55,7 @@ impl Actor {
         let vms = stuck.iter().flat_map(|target| self.vms_of(*target)).map(|id| &self.vms[&id]);
         // One without a store evicts nothing, whatever it is allowed.
         let evict: Vec<_> = vms.filter(|vm| vm.accounted() && vm.store.bytes > 0).collect();
-        let filed = |vm: &Vm| vm.config.as_ref().is_some_and(|config| config.swap_dir.is_some());
+        let filed = |vm: &Vm| !vm.swap_file.is_zero();
         let swap_full = evict.iter().any(|vm| vm.report.swapped >= vm.leases.swap);
         let store_full = evict.iter().any(|vm| vm.report.store >= vm.leases.store && !filed(vm));
         let unshrunk = evict.iter().any(|vm| vm.report.cold.incompressible > 0 && !filed(vm));

@@ -4,7 +4,7 @@
 //! are spared are at its end with the reason.
 //!
 //! A pause is worth what can then be evicted: all that the guest holds, as far as swap and store have room, less what it
-//! takes in the store.
+//! takes in the store. What does not shrink counts only where there is room in a file for it (`cold.rs`).
 
 use std::collections::BTreeMap;
 

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::activation::Accounting;
 use super::balloon::BalloonAsking;
-use super::cold::{self, Leases};
+use super::cold::{self, Leases, Tried};
 use super::config::VmConfig;
 use super::console::ConsoleLog;
 use super::error::Refusal;
@@ -247,6 +247,10 @@ pub(super) struct Vm {
     pub balloon: BalloonAsking,
     /// What its worker may evict, as it was told last.
     pub leases: Leases,
+    /// Size of the file that pages may go to, zero without one.
+    pub swap_file: Pages,
+    /// What its pages have shown when they were to be evicted.
+    pub tried: Tried,
     /// What its worker is to come down to by eviction, `u64::MAX` when nothing is asked of it.
     pub reclaim_aim: u64,
     /// That was dropped because the worker did not read.

@@ -162,6 +162,7 @@ fn plain(name: &str) -> VmSpec {
         oom: OomPolicy::default(),
         overhead: Vec::new(),
         loading: Pages::ZERO,
+        swap_file: Pages::ZERO,
         instance: INSTANCE,
         config: None,
         console: None,
