@@ -5,7 +5,7 @@ use memcg_core::units::human;
 
 use super::{Failure, SocketArg, client, output, show, socket};
 use crate::controller::events::unix_ms;
-use crate::controller::oom_log::{DecisionView, OomLogView, Outcome};
+use crate::controller::oom_log::{DecisionView, OomLogView, Outcome, Reason};
 use crate::controller::shortage::ShortageSign;
 
 /// `ballast oom log`.
@@ -69,7 +69,10 @@ pub fn shortage(decision: &DecisionView) -> String {
     match (decision.short, decision.available_bytes) {
         (Some(ShortageSign::Available), Some(available)) => format!("{} available", human(available)),
         (Some(ShortageSign::Stalled), Some(available)) => format!("stalled, {} available", human(available)),
-        _ => format!("{} of {}", human(decision.usage_bytes), show::limit(decision.max_bytes)),
+        _ => {
+            let thrashing = if decision.reason == Reason::Thrash { "thrashing, " } else { "" };
+            format!("{thrashing}{} of {}", human(decision.usage_bytes), show::limit(decision.max_bytes))
+        }
     }
 }
 
@@ -105,6 +108,7 @@ mod tests {
             number,
             time_ms: 1_000_000 - number * 20_000,
             level: "/gold".to_owned(),
+            reason: Reason::Full,
             usage_bytes: 256 << 20,
             max_bytes: Some(256 << 20),
             short: None,
@@ -128,17 +132,21 @@ mod tests {
     fn a_decision_is_a_line_that_says_why() {
         let host = DecisionView {
             level: "/".to_owned(),
+            reason: Reason::Host,
             short: Some(ShortageSign::Available),
             available_bytes: Some(30 << 20),
             took_ms: Some(2_340),
             action: Some(OomAction::Pause),
             ..decision(1, Some("web"), Outcome::Freed)
         };
-        let view = OomLogView { dropped: 0, decisions: vec![host, decision(2, None, Outcome::Nobody)] };
+        let thrashing = DecisionView { reason: Reason::Thrash, ..decision(3, Some("db"), Outcome::UnderWay) };
+        let decisions = vec![host, decision(2, None, Outcome::Nobody), thrashing];
+        let view = OomLogView { dropped: 0, decisions };
         let expected = "\
-            #  AGO  LEVEL  SHORT OF MEMORY  WHO  ACTION  BY      NOW     FREED  TOOK  WHY\n\
-            1  20s  /      30M available    web  pause   policy  freed      8M  2.3s  because\n\
-            2  40s  /gold  256M of 256M     -    -       policy  nobody      -     -  because\n";
+            #  AGO  LEVEL  SHORT OF MEMORY          WHO  ACTION  BY      NOW        FREED  TOOK  WHY\n\
+            1  20s  /      30M available            web  pause   policy  freed         8M  2.3s  because\n\
+            2  40s  /gold  256M of 256M             -    -       policy  nobody         -     -  because\n\
+            3  60s  /gold  thrashing, 256M of 256M  db   kill    policy  under way     8M  40ms  because\n";
         assert_eq!(table(&view, 1_000_000), expected);
         let none = OomLogView { dropped: 7, decisions: Vec::new() };
         assert_eq!(table(&none, 0), "7 earlier decisions are no longer known\nnothing had to be decided\n");

@@ -42,6 +42,7 @@ use super::changes::Target;
 use super::cold;
 use super::events::{EventKind, merged};
 use super::host;
+use super::oom_log::Reason;
 use super::overhead;
 use super::shortage;
 use super::victim::{Outcome, RETURNS};
@@ -470,7 +471,7 @@ impl Actor {
         let vm = &self.vms[&id];
         let (node, refused_at) = (vm.node, vm.refused_at);
         let level = refused_at.filter(|level| self.tree.contains(*level)).unwrap_or(node);
-        let outcome = if level == node { self.choose_itself(id) } else { self.choose(level) };
+        let outcome = if level == node { self.choose_itself(id) } else { self.choose(level, Reason::Full) };
         let again = match outcome {
             Outcome::Wait(until) => until,
             Outcome::Done | Outcome::Nobody => now + host::scaled(RETURNS),

@@ -70,6 +70,43 @@ impl DecidedBy {
     }
 }
 
+/// Why somebody had to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The VM was held at its own limit for too long.
+    Limit,
+    /// A VM was held for too long, because the group is full.
+    Full,
+    /// The VMs of the group thrash: they only took pages from each other.
+    Thrash,
+    /// The host ran short of memory.
+    Host,
+}
+
+impl Reason {
+    /// As the interface names it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Limit => "limit",
+            Self::Full => "full",
+            Self::Thrash => "thrash",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// What is done with somebody, who has decided that, and why somebody had to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct How {
+    /// What is done.
+    pub action: OomAction,
+    /// Who has decided it.
+    pub by: DecidedBy,
+    /// Why somebody had to go.
+    pub reason: Reason,
+}
+
 /// What has come of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -99,6 +136,8 @@ pub struct DecisionView {
     pub time_ms: u64,
     /// Path of the group or VM whose limit leaves no room; `/` is the host.
     pub level: String,
+    /// Why somebody had to go.
+    pub reason: Reason,
     /// What it had been charged.
     pub usage_bytes: u64,
     /// Its limit, `null` for none.
@@ -316,7 +355,8 @@ impl DecisionView {
 
 impl Actor {
     /// Records that `id` is chosen because `level` has no room, and returns the number of the decision.
-    pub fn log_decision(&mut self, id: VmId, level: NodeId, (action, by): (OomAction, DecidedBy)) -> u64 {
+    pub fn log_decision(&mut self, id: VmId, level: NodeId, how: How) -> u64 {
+        let How { action, by, reason } = how;
         let (vm, owners) = (&self.vms[&id], self.owners());
         let candidates = self.candidates(level);
         let ranked = oom::rank(&candidates);
@@ -334,7 +374,7 @@ impl Actor {
             },
             expected_bytes: self.effect(id, action).frees(self.tree.usage(vm.node)).bytes(),
             outcome: Outcome::UnderWay,
-            ..self.decision(level, &ranked, &owners)
+            ..self.decision(level, reason, &ranked, &owners)
         };
         if let Some(at) = at.filter(|at| *at >= RANKED) {
             decision.ranked.push(self.ranked_view(&owners, at, &ranked[at]));
@@ -347,22 +387,29 @@ impl Actor {
     }
 
     /// Records that nobody can be chosen though `level` has no room.
-    pub fn log_nobody(&mut self, level: NodeId, by: DecidedBy, why: &str) -> u64 {
+    pub fn log_nobody(&mut self, level: NodeId, reason: Reason, by: DecidedBy, why: &str) -> u64 {
         let candidates = self.candidates(level);
-        let decision = self.decision(level, &oom::rank(&candidates), &self.owners());
+        let decision = self.decision(level, reason, &oom::rank(&candidates), &self.owners());
         self.decisions.push(DecisionView { by, why: why.to_owned(), ..decision })
     }
 
     /// A decision that nobody is to go, as it is when nothing is said.
-    fn decision(&self, level: NodeId, ranked: &[Ranked<'_>], owners: &BTreeMap<NodeId, VmId>) -> DecisionView {
+    fn decision(
+        &self,
+        level: NodeId,
+        reason: Reason,
+        ranked: &[Ranked<'_>],
+        owners: &BTreeMap<NodeId, VmId>,
+    ) -> DecisionView {
         let shortage =
-            self.shortage.as_ref().map(Shortage::view).filter(|now| level == self.root && now.short.is_some());
+            self.shortage.as_ref().map(Shortage::view).filter(|now| reason == Reason::Host && now.short.is_some());
         let shown = ranked.iter().enumerate().take(RANKED);
         let now = events::unix_ms();
         DecisionView {
             number: 0,
             time_ms: now,
             level: self.tree.path(level),
+            reason,
             usage_bytes: self.tree.usage(level).bytes(),
             max_bytes: self.tree.limits(level).max.as_bytes(),
             short: shortage.as_ref().and_then(|shortage| shortage.short),

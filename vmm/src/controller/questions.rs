@@ -39,7 +39,7 @@ use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::events::{self, EventKind};
 use super::host;
-use super::oom_log::DecidedBy;
+use super::oom_log::{DecidedBy, How, Reason};
 use super::rank::RankedView;
 use super::victim::SHOWN;
 use super::view::OomAction;
@@ -67,6 +67,8 @@ pub struct QuestionView {
     pub id: u64,
     /// Path of the group that has no room; `/` is the host.
     pub level: String,
+    /// Why somebody has to go.
+    pub reason: Reason,
     /// What it has been charged.
     pub usage_bytes: u64,
     /// Its limit, `null` for none.
@@ -131,6 +133,7 @@ struct Question {
     decision: Decision,
     deadline: Instant,
     by: DecidedBy,
+    reason: Reason,
     /// The command that works at it, which ends with it.
     command: Option<AbortHandle>,
 }
@@ -155,7 +158,7 @@ pub struct Questions {
 
 impl Actor {
     /// Asks whoever may decide about a level, if somebody may and has not been asked. Until when nothing is to be done, if so.
-    pub fn ask_first(&mut self, level: NodeId) -> Option<Instant> {
+    pub fn ask_first(&mut self, level: NodeId, reason: Reason) -> Option<Instant> {
         let now = Instant::now();
         let tree = &self.tree;
         self.questions.open.retain(|at, question| tree.contains(*at) && now < question.deadline + host::scaled(STALE));
@@ -175,22 +178,23 @@ impl Actor {
         if ranked.is_empty() || matches!(choice, Choice::Wait(_)) {
             return None;
         }
-        self.put(level, now)
+        self.put(level, reason, now)
     }
 
     /// Puts a question. `None` when nobody takes it.
-    fn put(&mut self, level: NodeId, now: Instant) -> Option<Instant> {
+    fn put(&mut self, level: NodeId, reason: Reason, now: Instant) -> Option<Instant> {
         self.questions.last += 1;
         let id = self.questions.last;
         let client = self.questions.client.take().and_then(|client| {
-            let taken = client.questions.try_send(self.question(id, level, client.wait)).is_ok();
+            let taken = client.questions.try_send(self.question(id, (level, reason), client.wait)).is_ok();
             // One that does not read decides nothing.
             taken.then_some(client)
         });
         let (by, wait, command) = match (&client, self.questions.hook.clone()) {
             (Some(client), _) => (DecidedBy::Client, client.wait, None),
             (None, Some(hook)) => {
-                let (view, inbox, wait) = (self.question(id, level, hook.wait), self.inbox.clone(), hook.wait);
+                let (view, inbox, wait) =
+                    (self.question(id, (level, reason), hook.wait), self.inbox.clone(), hook.wait);
                 let task = tokio::spawn(async move {
                     let said = hook.ask(&view).await;
                     let heard: Request = Box::new(move |actor| actor.hook_said(id, said));
@@ -208,20 +212,23 @@ impl Actor {
         let deadline = now + wait;
         let ranked = oom::rank(&self.candidates(level));
         let ranked: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
-        self.questions.open.insert(level, Question { id, decision, deadline, by, command });
+        self.questions.open.insert(level, Question { id, decision, deadline, by, reason, command });
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let details = json!({ "id": id, "asked": by.word(), "wait_ms": wait_ms, "ranked": ranked });
+        let details = json!({
+            "id": id, "asked": by.word(), "reason": reason.word(), "wait_ms": wait_ms, "ranked": ranked,
+        });
         self.target_event(EventKind::DecisionPending, Target::Group(level), details);
         Some(deadline)
     }
 
-    fn question(&self, id: u64, level: NodeId, wait: Duration) -> QuestionView {
+    fn question(&self, id: u64, (level, reason): (NodeId, Reason), wait: Duration) -> QuestionView {
         let (candidates, owners) = (self.candidates(level), self.owners());
         let ranked = oom::rank(&candidates);
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         QuestionView {
             id,
             level: self.tree.path(level),
+            reason,
             usage_bytes: self.tree.usage(level).bytes(),
             max_bytes: self.tree.limits(level).max.as_bytes(),
             wait_ms,
@@ -363,17 +370,18 @@ impl Actor {
             // At its deadline it is closed above.
             Ok(Resolved::Retry | Resolved::Leave | Resolved::Open | Resolved::BuiltIn) => None,
         };
+        let reason = self.questions.open[&level].reason;
         let list: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
         let Some(((node, frees, why), vm)) = chosen.zip(vm) else {
             self.choices.rest(level);
             self.roomier = true;
             let said = if said.answer == AnswerWord::Raise { "there is more memory" } else { "nobody is to go" };
-            self.tell_nobody(level, by, format!("the {} says that {said}", by.word()), list);
+            self.tell_nobody(level, reason, by, format!("the {} says that {said}", by.word()), list);
             self.questions.open.remove(&level);
             return Ok(());
         };
         let details = json!({ "why": why, "ranked": list, "frees_bytes": frees.bytes(), "question": id });
-        if !self.carry_out(vm, level, (action, by), details) {
+        if !self.carry_out(vm, level, How { action, by, reason }, details) {
             let message = format!("the worker of the VM {:?} does not listen: choose another", self.vms[&vm].name);
             return wrong(Code::Busy, message);
         }
@@ -511,6 +519,7 @@ mod tests {
         let question = QuestionView {
             id: 7,
             level: "/gold".to_owned(),
+            reason: Reason::Full,
             usage_bytes: 4096,
             max_bytes: None,
             wait_ms: 1,

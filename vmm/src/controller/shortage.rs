@@ -27,6 +27,7 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::events::EventKind;
 use super::host;
+use super::oom_log::Reason;
 use super::victim::Outcome;
 use super::vm::{Vm, VmId};
 
@@ -177,7 +178,7 @@ impl Actor {
         }
         // While memory is on its way, it is asked again with the next reading.
         if verdict.victim
-            && !matches!(self.choose(self.root), Outcome::Wait(_))
+            && !matches!(self.choose(self.root, Reason::Host), Outcome::Wait(_))
             && let Some(shortage) = &mut self.shortage
         {
             shortage.watch.chosen(elapsed);

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::actor::Actor;
 use super::changes::Target;
 use super::host;
+use super::oom_log::Reason;
 use super::victim::Outcome;
 use super::view::VmState;
 use super::vm::Vm;
@@ -51,7 +52,7 @@ impl Actor {
                 continue;
             }
             let thrashes = self.thrashes(group, &mut watch);
-            if thrashes && self.choose(group) == Outcome::Done {
+            if thrashes && self.choose(group, Reason::Thrash) == Outcome::Done {
                 tracing::warn!("the guests of {} only took pages from each other", self.tree.path(group));
                 watch.acted();
             }

@@ -36,7 +36,7 @@ use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
 use super::grants::{GO_ON, SILENT_RETRY};
 use super::host;
-use super::oom_log::DecidedBy;
+use super::oom_log::{DecidedBy, How, Reason};
 use super::view::{OomAction, OomPreference, PausedBy};
 use super::vm::{KilledBy, VmEnd, VmId};
 
@@ -105,13 +105,13 @@ impl Choices {
 
 impl Actor {
     /// Chooses somebody for a level that has no memory left, and does it; or asks who is to be chosen first.
-    pub fn choose(&mut self, level: NodeId) -> Outcome {
-        let until = self.choices.rests(level, Instant::now()).or_else(|| self.ask_first(level));
-        until.map_or_else(|| self.choose_by_policy(level), Outcome::Wait)
+    pub fn choose(&mut self, level: NodeId, reason: Reason) -> Outcome {
+        let until = self.choices.rests(level, Instant::now()).or_else(|| self.ask_first(level, reason));
+        until.map_or_else(|| self.choose_by_policy(level, reason), Outcome::Wait)
     }
 
     /// Chooses the first of the list, and does it. Whoever does not listen is passed over.
-    fn choose_by_policy(&mut self, level: NodeId) -> Outcome {
+    fn choose_by_policy(&mut self, level: NodeId, reason: Reason) -> Outcome {
         let mut passed = Vec::new();
         let outcome = loop {
             let mut victims = self.victims.clone();
@@ -124,12 +124,12 @@ impl Actor {
             };
             self.victims = victims;
             let Some((node, frees)) = entry else {
-                self.tell_nobody(level, DecidedBy::Policy, why, list);
+                self.tell_nobody(level, reason, DecidedBy::Policy, why, list);
                 break Outcome::Nobody;
             };
             let Some(id) = self.owners().remove(&node) else { break Outcome::Nobody };
             let details = json!({ "why": why, "ranked": list, "frees_bytes": frees.bytes() });
-            let how = (self.vms[&id].oom.action, DecidedBy::Policy);
+            let how = How { action: self.vms[&id].oom.action, by: DecidedBy::Policy, reason };
             if self.carry_out(id, level, how, details) {
                 self.choices.chosen(self.tree.ancestry(node));
                 break Outcome::Done;
@@ -153,10 +153,10 @@ impl Actor {
         if vm.oom.preference == OomPreference::Omit {
             let list = shown(&oom::rank(&self.candidates(node)));
             let why = Nobody { omitted: 1, ..Nobody::default() }.to_string();
-            self.tell_nobody(node, DecidedBy::Policy, why, list);
+            self.tell_nobody(node, Reason::Limit, DecidedBy::Policy, why, list);
             return Outcome::Nobody;
         }
-        let how = (vm.oom.action, DecidedBy::Policy);
+        let how = How { action: vm.oom.action, by: DecidedBy::Policy, reason: Reason::Limit };
         if self.carry_out(id, node, how, json!({})) {
             Outcome::Done
         } else {
@@ -165,8 +165,8 @@ impl Actor {
     }
 
     /// Acts on a VM because `level` has no memory left; `details` say why it is this one. False when its worker does not listen.
-    pub fn carry_out(&mut self, id: VmId, level: NodeId, how: (OomAction, DecidedBy), details: Value) -> bool {
-        let (vm, action) = (self.vms.get_mut(&id).expect("a candidate"), how.0);
+    pub fn carry_out(&mut self, id: VmId, level: NodeId, how: How, details: Value) -> bool {
+        let (vm, action) = (self.vms.get_mut(&id).expect("a candidate"), how.action);
         if action == OomAction::Pause && vm.to_worker.capacity() == 0 {
             // It holds its vCPUs itself if it has to.
             return false;
@@ -177,7 +177,8 @@ impl Actor {
         let (node, name) = (vm.node, vm.name.clone());
         // Whoever looks at its console sees a guest that has stopped.
         let (limit, advice) = self.advice(level);
-        tracing::warn!(vm = name, ?action, "no memory is left in {limit}{advice}");
+        let reason = how.reason.word();
+        tracing::warn!(vm = name, ?action, reason, "no memory is left in {limit}{advice}");
         self.tell_victim(id, level, how, details);
         match action {
             OomAction::Pause => {
@@ -202,32 +203,34 @@ impl Actor {
     }
 
     /// Counts and tells what is done with a VM because `level` has no room, and who decided that; `more` is what else explains it.
-    fn tell_victim(&mut self, id: VmId, level: NodeId, how: (OomAction, DecidedBy), more: Value) {
+    fn tell_victim(&mut self, id: VmId, level: NodeId, how: How, more: Value) {
         let number = self.log_decision(id, level, how);
         let vm = &self.vms[&id];
         let (node, name) = (vm.node, vm.name.clone());
-        let (counted, action) = match how.0 {
+        let (counted, action) = match how.action {
             OomAction::Pause => (Event::OomPause, "pause"),
             OomAction::Kill => (Event::OomKill, "kill"),
         };
         self.tree.record(level, Event::Oom);
         self.tree.record(node, counted);
         let path = self.tree.path(level);
-        let said = json!({ "action": action, "limit_of": path, "by": how.1.word(), "decision": number });
+        let (by, reason) = (how.by.word(), how.reason.word());
+        let said = json!({ "action": action, "limit_of": path, "reason": reason, "by": by, "decision": number });
         let details = self.account(id, merged(said, more));
         self.event(EventKind::VictimSelected, Some(&name), details);
     }
 
     /// Tells that nobody could be chosen for a level; the same of the same level once a minute.
-    pub fn tell_nobody(&mut self, level: NodeId, by: DecidedBy, why: String, ranked: Vec<String>) {
+    pub fn tell_nobody(&mut self, level: NodeId, reason: Reason, by: DecidedBy, why: String, ranked: Vec<String>) {
         if !self.choices.tell(level, &why, Instant::now()) {
             return;
         }
         let (limit, advice) = self.advice(level);
         tracing::warn!(why, "no memory is left in {limit}{advice}");
         let target = self.owners().remove(&level).map_or(Target::Group(level), Target::Vm);
-        let number = self.log_nobody(level, by, &why);
-        self.target_event(EventKind::NobodyChosen, target, json!({ "why": why, "ranked": ranked, "decision": number }));
+        let number = self.log_nobody(level, reason, by, &why);
+        let details = json!({ "why": why, "reason": reason.word(), "ranked": ranked, "decision": number });
+        self.target_event(EventKind::NobodyChosen, target, details);
     }
 
     /// A level that has no memory left, and what would help it; for the log.

@@ -2,7 +2,7 @@
 
 use super::super::actor::answer;
 use super::super::journal::Journal;
-use super::super::oom_log::{BUCKETS, DecidedBy, DecisionView, OomLogView, Outcome, RING};
+use super::super::oom_log::{BUCKETS, DecidedBy, DecisionView, OomLogView, Outcome, RING, Reason};
 use super::super::rank::SparedBy;
 use super::super::shortage::ShortageSign;
 use super::super::view::OomPreference;
@@ -37,6 +37,7 @@ async fn a_pause_for_the_host_is_recorded_with_its_list_and_followed_until_the_v
     assert_eq!((decision.action, decision.by), (Some(OomAction::Pause), DecidedBy::Policy));
     assert_eq!((decision.level.as_str(), decision.max_bytes), ("/", None));
     assert_eq!((decision.short, decision.available_bytes), (Some(ShortageSign::Available), Some(300 * 4096)));
+    assert_eq!(decision.reason, Reason::Host);
     assert_eq!((decision.outcome, decision.freed_bytes, decision.took_ms), (Outcome::UnderWay, 0, None));
     let places: Vec<_> = decision.ranked.iter().map(|entry| (entry.rank, entry.vm.as_str(), entry.spared)).collect();
     assert_eq!(places, [(1, "a", None), (2, "b", Some(SparedBy::Omit))]);
@@ -44,7 +45,7 @@ async fn a_pause_for_the_host_is_recorded_with_its_list_and_followed_until_the_v
     assert!(first.usage_bytes > 3000 * 4096 && first.frees_bytes == decision.expected_bytes, "{first:?}");
     assert_eq!((decision.why.as_str(), decision.not_shown), (first.why.as_str(), 0));
     let told = workers[0].has_event(EventKind::VictimSelected).await.expect("told");
-    assert_eq!(told.details["decision"], decision.number);
+    assert_eq!((&told.details["decision"], &told.details["reason"]), (&decision.number.into(), &"host".into()));
     workers[0].evict_and_return(1000).await;
     let part = last(&controller).await;
     assert_eq!((part.outcome, part.took_ms), (Outcome::UnderWay, None));
@@ -98,6 +99,7 @@ async fn a_pause_at_a_limit_of_its_own_waits_until_that_is_raised() {
     worker.obey_for(8000).await;
     let decision = last(&worker.controller).await;
     assert_eq!((decision.outcome, decision.expected_bytes, decision.short), (Outcome::Waits, 0, None));
+    assert_eq!(decision.reason, Reason::Limit);
     assert_eq!((decision.level.as_str(), decision.max_bytes), ("/vm", Some(4096 * 4096)));
     assert_eq!(decision.why, "vm: it was held at its own limit for too long");
     worker.controller.change("vm", super::limits::change(pages(8192))).await.expect("in force");
@@ -123,7 +125,7 @@ async fn that_nobody_can_be_chosen_is_recorded_with_the_reasons() {
     assert_eq!(decision.why, "nobody can be chosen: 12 omitted");
     assert_eq!((decision.ranked.len(), decision.not_shown), (10, 2));
     let told = workers[0].has_event(EventKind::NobodyChosen).await.expect("told");
-    assert_eq!(told.details["decision"], decision.number);
+    assert_eq!((&told.details["decision"], &told.details["reason"]), (&decision.number.into(), &"host".into()));
     let (_, tally) = controller.tally().await.expect("alive");
     assert_eq!(tally.oom.decisions[&(None, DecidedBy::Policy)], 1);
 }
@@ -159,7 +161,7 @@ async fn old_decisions_are_counted_and_a_new_life_has_numbers_of_its_own() {
         let many = RING as u64 + 5;
         let decided = controller.ask(move |actor, reply| {
             for _ in 0..many {
-                actor.log_nobody(actor.root, DecidedBy::Policy, "why");
+                actor.log_nobody(actor.root, Reason::Host, DecidedBy::Policy, "why");
             }
             answer(reply, Ok(()));
         });

@@ -1,7 +1,7 @@
 //! Somebody else decides, if it does so in time.
 
 use super::super::error::Code;
-use super::super::oom_log::DecidedBy;
+use super::super::oom_log::{DecidedBy, Reason};
 use super::super::questions::{AnswerWord, DecisionAnswer, QuestionView};
 use super::super::view::{OomPreference, VmState};
 use super::limits::change;
@@ -206,6 +206,7 @@ async fn a_client_decides_for_guests_that_thrash() {
         }
     }
     let asked = asked.expect("a question");
+    assert_eq!(asked.reason, Reason::Thrash);
     full.controller.answer_question(asked.id, says(AnswerWord::Kill, "b")).await.expect("done");
     assert_eq!(full.killed(), [false, true]);
 }

@@ -1,7 +1,7 @@
 //! Who is chosen where a group is full.
 
 use super::super::error::Code;
-use super::super::oom_log::Outcome;
+use super::super::oom_log::{Outcome, Reason};
 use super::super::view::{OomPreference, PausedBy, VmState};
 use super::ladders::holding;
 use super::limits::change;
@@ -97,6 +97,7 @@ async fn a_full_group_chooses_the_first_of_its_own_and_the_held_one_goes_on() {
     assert_eq!(full.killed(), [true, false, false]);
     let victim = all(&full.controller, EventKind::VictimSelected).await.pop().expect("told");
     assert_eq!((victim.vm.as_deref(), &victim.details["limit_of"]), (Some("big"), &"/gold".into()));
+    assert_eq!(victim.details["reason"], "full");
     let ranked = victim.details["ranked"].as_array().expect("a list");
     assert!(ranked.len() == 2 && ranked[0].as_str().expect("a sentence").starts_with("big: "), "{ranked:?}");
     assert!(victim.details["why"] == ranked[0] && victim.details["frees_bytes"].as_u64() > Some(3000 * 4096));
@@ -337,5 +338,10 @@ async fn of_guests_that_thrash_one_stands_still() {
     }
     let chosen = all(&full.controller, EventKind::VictimSelected).await;
     assert_eq!(chosen.len(), 1);
-    assert_eq!(chosen[0].details["limit_of"], "/gold");
+    assert_eq!((&chosen[0].details["limit_of"], &chosen[0].details["reason"]), (&"/gold".into(), &"thrash".into()));
+    let decision = full.controller.oom_log(0).await.expect("alive").decisions.pop().expect("recorded");
+    assert_eq!((decision.reason, decision.short), (Reason::Thrash, None));
+    let why = full.controller.why("other").await.expect("told");
+    let text = "the VMs of /gold thrashed, they only took pages from each other";
+    assert!(why.story.iter().any(|sentence| sentence.text.contains(text)), "{:#?}", why.story);
 }

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use super::super::events::{Event, EventKind};
-use super::super::oom_log::{DecisionView, Outcome};
+use super::super::oom_log::{DecisionView, Outcome, Reason};
 use super::super::rank::RankedView;
 use super::super::view::{GroupView, OomAction, ReclaimRung};
 use super::{Facts, Limited, Sentence, ago, lasting, size};
@@ -194,9 +194,16 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
             format!("somebody wanted it to go on, and it could not: {}", why.unwrap_or_else(missing))
         }
         EventKind::DecisionPending => {
-            format!("{who} had no memory left, and a {} was asked who is to go", word(event, "asked"))
+            let short = match word(event, "reason") {
+                "thrash" => thrashed(who),
+                _ => format!("{who} had no memory left"),
+            };
+            format!("{short}, and a {} was asked who is to go", word(event, "asked"))
         }
-        EventKind::VictimSelected => format!("it was chosen: {} had no memory left", word(event, "limit_of")),
+        EventKind::VictimSelected => match (word(event, "limit_of"), word(event, "reason")) {
+            (level, "thrash") => format!("it was chosen: {}", thrashed(level)),
+            (level, _) => format!("it was chosen: {level} had no memory left"),
+        },
         EventKind::Killed => match word(event, "by") {
             "request" => "somebody killed it".to_owned(),
             "stop" => "it was killed: it did not power itself off in time".to_owned(),
@@ -264,11 +271,19 @@ fn max_hit(event: &Event, facts: &Facts) -> String {
     )
 }
 
+/// That the VMs of the group at `path` thrashed.
+fn thrashed(path: &str) -> String {
+    format!("the VMs of {path} thrashed, they only took pages from each other")
+}
+
 /// The sentence of a decision.
 fn decided(decision: &DecisionView, facts: &Facts) -> String {
     let level = Limited::of(&decision.level, facts);
     let there = match (decision.short, decision.available_bytes) {
         (Some(_), Some(available)) => format!("the host had no memory left ({} available)", size(available)),
+        _ if decision.reason == Reason::Thrash => {
+            format!("{} ({} in use)", thrashed(&decision.level), size(decision.usage_bytes))
+        }
         _ => format!("{level} left no room ({} in use)", size(decision.usage_bytes)),
     };
     let by = format!("the {}", decision.by.word());

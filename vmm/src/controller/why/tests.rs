@@ -1,7 +1,7 @@
 use memcg_core::units::Pages;
 use serde_json::{Value, json};
 
-use super::super::oom_log::{DecidedBy, Outcome};
+use super::super::oom_log::{DecidedBy, Outcome, Reason};
 use super::super::rank::{RankedView, SparedBy};
 use super::super::shortage::ShortageSign;
 use super::super::view::example::{group, vm};
@@ -73,6 +73,7 @@ fn decision(ago: u64, vm: &str) -> DecisionView {
         number: 7,
         time_ms: NOW - ago * 1000,
         level: "/".to_owned(),
+        reason: Reason::Host,
         usage_bytes: 300 * MIB,
         max_bytes: None,
         short: Some(ShortageSign::Available),
@@ -244,6 +245,7 @@ fn who_was_spared_or_came_later_hears_it() {
 fn a_pause_at_a_limit_names_the_limit() {
     let at = |level: &str| DecisionView {
         level: level.to_owned(),
+        reason: Reason::Full,
         short: None,
         available_bytes: None,
         max_bytes: Some(256 * MIB),
@@ -257,6 +259,11 @@ fn a_pause_at_a_limit_names_the_limit() {
         of("/gold").starts_with("12 s ago: memory.max of /gold left no room (300M in use): the policy paused it, 1st")
     );
     assert!(of("/").starts_with("12 s ago: the budget of the host left no room"));
+    let thrashing =
+        Facts { decisions: vec![DecisionView { reason: Reason::Thrash, ..at("/gold") }], ..facts(Vec::new()) };
+    let begin =
+        "12 s ago: the VMs of /gold thrashed, they only took pages from each other (300M in use): the policy paused it";
+    assert!(past_of(&thrashing).remove(0).starts_with(begin));
 }
 
 /// How it is, what it is made of, which limit is the nearest, and whether the guest helps.
