@@ -82,6 +82,7 @@ fn outcome(outcome: Outcome) -> &'static str {
         Outcome::UnderWay => "under way",
         Outcome::Freed => "freed",
         Outcome::Late => "late",
+        Outcome::Nothing => "nothing",
         Outcome::Waits => "waits",
         Outcome::Failed => "failed",
         Outcome::Resumed => "resumed",

@@ -6,6 +6,7 @@
 //! ```text
 //!  decided ─► UNDER WAY ─┬─ all that was to come back is back ─► FREED ──┐
 //!    │                   ├─ not within RETURNS ─► LATE ─ it is back ──►──┤
+//!    │                   ├─ nothing can be had of it ─► NOTHING ───────►─┤
 //!    │                   └─ nothing was to come back ─► WAITS ───────────┴─ a VM that was paused goes on ─► RESUMED
 //!    ├─ its worker does not listen ─► FAILED
 //!    └─ nobody may be chosen ─► NOBODY
@@ -117,6 +118,8 @@ pub enum Outcome {
     Freed,
     /// Not all of it was back after ten seconds; what has come since counts as well.
     Late,
+    /// Nothing can be had of it: nothing of it shrinks, or swap is full. The VM stands still in vain.
+    Nothing,
     /// Nothing was to come back: the VM stands still until there is memory for it.
     Waits,
     /// It could not be done: the worker did not take the word.
@@ -323,14 +326,19 @@ impl OomLog {
         let freed = followed.from.saturating_sub(usage).bytes().max(decision.freed_bytes);
         let more = freed - std::mem::replace(&mut decision.freed_bytes, freed);
         let took = now.saturating_duration_since(followed.at);
+        let (is_over, in_vain) = (gives == Gives::NoMore, freed == 0 && seen != Seen::Gone);
+        let is_all = (is_over || freed >= decision.expected_bytes) && !in_vain;
         let mut is_back = false;
         match decision.outcome {
-            Outcome::UnderWay | Outcome::Late if freed >= decision.expected_bytes || gives == Gives::NoMore => {
+            Outcome::UnderWay | Outcome::Late if is_over && in_vain => decision.come_to(Outcome::Nothing),
+            Outcome::UnderWay | Outcome::Late | Outcome::Nothing if is_all => {
                 is_back = true;
                 decision.took_ms = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
                 decision.come_to(Outcome::Freed);
             }
             Outcome::UnderWay if took >= host::scaled(RETURNS) => decision.come_to(Outcome::Late),
+            // Something has been found after all.
+            Outcome::Nothing if !in_vain => decision.come_to(Outcome::UnderWay),
             // It was ended while it waited.
             Outcome::Waits if seen == Seen::Gone => decision.come_to(Outcome::Freed),
             _ => {}

@@ -19,6 +19,10 @@ async fn last(controller: &Controller) -> DecisionView {
     log(controller, 0).await.decisions.pop().expect("a decision")
 }
 
+async fn first(controller: &Controller) -> DecisionView {
+    log(controller, 0).await.decisions.remove(0)
+}
+
 /// Everybody can see afterwards who was chosen, from which list, why, and what it brought; the event has the number.
 /// Semantics: 74.
 #[tokio::test(start_paused = true)]
@@ -90,6 +94,31 @@ async fn a_victim_that_does_not_die_is_late_until_its_memory_is_back() {
     let (_, tally) = controller.tally().await.expect("alive");
     let returns = tally.oom.returns[&OomAction::Kill];
     assert_eq!(returns.counts[BUCKETS.iter().position(|ms| *ms == 30_000).expect("a bucket")], 1, "{returns:?}");
+}
+
+/// One of whose memory nothing can be had is not said to have freed any; what is found of it later counts all the same.
+#[tokio::test(start_paused = true)]
+async fn a_pause_that_frees_nothing_has_brought_nothing() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let pause = policy(OomAction::Pause, OomPreference::None);
+    let mut workers = vec![chosen_by(&controller, "a", 3000, pause).await];
+    let host = watched(&controller).await;
+    *host.lock().expect("alive") = left(300);
+    pass(&mut workers, 6000).await;
+    assert_eq!(first(&controller).await.outcome, Outcome::UnderWay);
+    workers[0].report.cold.stuck = true;
+    workers[0].tell().await;
+    pass(&mut workers, 20_000).await;
+    let nothing = first(&controller).await;
+    assert_eq!((nothing.outcome, nothing.freed_bytes, nothing.took_ms), (Outcome::Nothing, 0, None));
+    workers[0].report.cold.stuck = false;
+    workers[0].evict_and_return(1000).await;
+    let some = first(&controller).await;
+    assert_eq!((some.outcome, some.freed_bytes), (Outcome::Late, 750 * 4096));
+    let worker = workers.remove(0);
+    worker.die(Death::Signal(9)).await;
+    pass(&mut workers, 1000).await;
+    assert_eq!(first(&controller).await.outcome, Outcome::Freed);
 }
 
 /// A VM that is paused at its own limit gives nothing to anybody: it waits, and goes on when the limit is raised.

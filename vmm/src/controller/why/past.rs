@@ -355,6 +355,7 @@ fn outcome(decision: &DecisionView) -> String {
     let (freed, expected) = (size(decision.freed_bytes), size(decision.expected_bytes));
     match (decision.outcome, decision.took_ms) {
         (Outcome::Failed, _) => "; that failed, because its worker did not listen".to_owned(),
+        (Outcome::Nothing, _) => "; nothing could be had of it".to_owned(),
         (_, Some(took)) => format!("; {freed} came back within {}", lasting(took)),
         (Outcome::UnderWay | Outcome::Late, None) => format!("; {freed} of {expected} have come back so far"),
         (Outcome::Freed | Outcome::Waits | Outcome::Resumed | Outcome::Nobody, None) => String::new(),
