@@ -171,7 +171,9 @@ fn table(vm: &VmView) -> String {
     );
     if let Some(bytes) = vm.resume_bytes {
         let kept = if vm.kept_paused { ", and somebody has to ask for it: it is paused on request, too" } else { "" };
-        line("  resume", format!(" {} have to be free for it to go on{kept}", human(bytes)));
+        let ahead: Vec<_> = vm.waits_for.iter().map(|ahead| format!("{} ({})", ahead.vm, human(ahead.bytes))).collect();
+        let behind = if ahead.is_empty() { String::new() } else { format!(", after {}", ahead.join(", ")) };
+        line("  resume", format!(" {} have to be free for it to go on{behind}{kept}", human(bytes)));
     }
     if !vm.accounting {
         line("  memory", " not tracked: no limit was ever set, and track is off".to_owned());
@@ -271,6 +273,9 @@ fn table(vm: &VmView) -> String {
     let mut held = format!(" {:.1} ms in all", vm.held.total_us as f64 / 1e3);
     if let Some(path) = &vm.held.limit_of {
         held.push_str(&format!(", now at the limit of {path}"));
+    }
+    if let Some(ahead) = vm.waits_for.first().filter(|_| vm.held.now) {
+        held.push_str(&format!(", {} of {} are on their way", human(ahead.bytes), ahead.vm));
     }
     if let Some(deadline) = vm.held.deadline_ms {
         held.push_str(&format!(", the policy acts in {:.1} s", deadline as f64 / 1e3));

@@ -24,7 +24,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use memcg_core::oom::{self, Choice, Nobody, Ranked};
+use memcg_core::oom::{self, Choice, Nobody, Ranked, Waiting};
 use memcg_core::tree::{Event, NodeId};
 use memcg_core::units::{Pages, human};
 use serde_json::{Value, json};
@@ -37,8 +37,8 @@ use super::events::{EventKind, merged};
 use super::grants::{GO_ON, SILENT_RETRY};
 use super::host;
 use super::oom_log::{DecidedBy, How, Reason};
-use super::view::{OomAction, OomPreference, PausedBy};
-use super::vm::{KilledBy, VmEnd, VmId};
+use super::view::{AheadView, OomAction, OomPreference, PausedBy};
+use super::vm::{KilledBy, Vm, VmEnd, VmId};
 
 /// How long the memory of one who was chosen may take to come back before the next one is chosen.
 pub const RETURNS: Duration = Duration::from_secs(10);
@@ -279,6 +279,33 @@ impl Actor {
              goes on by itself when they are there; `ballast oom rank {group}` shows who holds how much"
         );
         Some(Refusal::new(Code::ResumeRefused, message).usage(self.tree.usage(vm.node).bytes()).missing(bytes))
+    }
+
+    /// Whom a VM waits for that has no memory: the one whose memory is on its way to the limit at which it is held, or those that
+    /// go on before it where it was emptied.
+    pub fn waits_for(&self, id: VmId) -> Vec<AheadView> {
+        let vm = &self.vms[&id];
+        if let Some(level) = vm.refused_at.filter(|level| self.tree.contains(*level) && self.held_at(id, *level)) {
+            let waiting = self.victims.clone().waiting(&self.tree, level, self.elapsed());
+            let ahead = |waiting: Waiting| {
+                let vm = self.tree.name(waiting.id).to_owned();
+                AheadView { vm, bytes: waiting.returning.bytes() }
+            };
+            return waiting.filter(|waiting| waiting.id != vm.node).map(ahead).into_iter().collect();
+        }
+        if !self.is_emptied(id) || vm.kept_paused {
+            return Vec::new();
+        }
+        let before = |(other, ahead): &(VmId, &Vm)| {
+            let stays = ahead.is_emptied() && !ahead.kept_paused && (ahead.paused_at, *other) < (vm.paused_at, id);
+            stays && self.missing(*other).is_some_and(|(_, at)| self.tree.is_within(vm.node, at))
+        };
+        let mut ahead: Vec<_> = self.vms.iter().filter(before).collect();
+        ahead.sort_by_key(|(other, ahead)| (ahead.paused_at, *other));
+        ahead
+            .iter()
+            .map(|(other, vm)| AheadView { vm: vm.name.clone(), bytes: self.comes_back(*other).bytes() })
+            .collect()
     }
 
     /// Something may have changed for those that were emptied: they are looked at after this input.

@@ -66,6 +66,10 @@ pub struct VmView {
     /// What has to be free for it to go on, as long as it is paused for want of memory: what it gave up, or what it owes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub resume_bytes: Option<u64>,
+    /// Whom it waits for, as long as it has no memory: whose memory is on its way for it while it is held, or who goes on before
+    /// it where it was paused for others.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub waits_for: Vec<AheadView>,
     /// Socket at which its console is, as long as it has not ended: a stream with the last of what it printed, then
     /// what it prints; what is written to it is typed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -104,6 +108,15 @@ pub struct VmView {
     pub pool: AreaView,
     /// The fault path since the start.
     pub faults: FaultsView,
+}
+
+/// A VM that another one waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AheadView {
+    /// Its name.
+    pub vm: String,
+    /// What is still to come back of it, or what it needs in order to go on.
+    pub bytes: u64,
 }
 
 /// Who has paused a VM.

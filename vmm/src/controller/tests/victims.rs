@@ -80,6 +80,12 @@ impl Full {
         self.workers.iter().map(FakeWorker::killed).collect()
     }
 
+    /// The names of those that a VM is said to wait for.
+    pub async fn waits_for(&self, name: &str) -> Vec<String> {
+        let vm = self.controller.list().await.expect("listed").into_iter().find(|vm| vm.name == name).expect("there");
+        vm.waits_for.into_iter().map(|ahead| ahead.vm).collect()
+    }
+
     pub async fn state(&self, name: &str) -> VmState {
         self.controller.list().await.expect("listed").into_iter().find(|vm| vm.name == name).expect("there").state
     }
@@ -235,9 +241,12 @@ async fn those_that_were_emptied_go_on_one_after_the_other() {
     full.fill(100).await;
     full.pass(10_000).await;
     assert_eq!(full.state("first").await, VmState::Paused);
+    assert_eq!(full.waits_for("asks").await, ["first"]);
     // It gives nothing in time.
     full.pass(12_000).await;
     assert_eq!(full.state("second").await, VmState::Paused);
+    assert_eq!(full.waits_for("second").await, ["first"]);
+    assert_eq!(full.waits_for("first").await, [""; 0]);
     for which in [0, 1] {
         full.workers[which].evict_and_return(1400).await;
     }

@@ -53,9 +53,16 @@ fn state(vm: &VmView, facts: &Facts) -> String {
         (VmState::Paused, None) => "it is paused".to_owned(),
         (VmState::Ended, _) => format!("it has ended: {}", vm.end.as_deref().unwrap_or("nobody knows how")),
     };
+    let ahead: Vec<_> = vm.waits_for.iter().map(|ahead| format!("{} ({})", ahead.vm, size(ahead.bytes))).collect();
+    let behind = match (ahead.as_slice(), vm.state) {
+        ([], _) => String::new(),
+        ([first], VmState::Paused) => format!("; {first} goes on before it"),
+        (_, VmState::Paused) => format!("; {} go on before it", ahead.join(", then ")),
+        _ => format!("; memory of {} is on its way", ahead.join(", ")),
+    };
     let kept = if vm.kept_paused { "; somebody wants it paused as well" } else { "" };
     let stale = if vm.stale { "; its worker does not answer, so these are the last known numbers" } else { "" };
-    format!("{what}{kept}{stale}")
+    format!("{what}{behind}{kept}{stale}")
 }
 
 /// What there has to be room for before it goes on.

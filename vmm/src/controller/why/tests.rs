@@ -6,7 +6,7 @@ use super::super::rank::{RankedView, SparedBy};
 use super::super::shortage::ShortageSign;
 use super::super::view::example::{group, vm};
 use super::super::view::{
-    BalloonProgress, HeldView, OomAction, OomPreference, PausedBy, ReclaimRung, ReclaimView, VmState,
+    AheadView, BalloonProgress, HeldView, OomAction, OomPreference, PausedBy, ReclaimRung, ReclaimView, VmState,
 };
 use super::*;
 
@@ -318,6 +318,29 @@ fn a_vm_that_is_held_hears_whose_limit_it_is_and_what_to_type() {
     ] {
         assert!(story.iter().any(|line| line == sentence), "{sentence}\nin {story:#?}");
     }
+}
+
+/// Who waits for another VM hears for which, and for how much of it.
+#[test]
+fn who_waits_behind_another_vm_hears_for_whom() {
+    let mut facts = facts(Vec::new());
+    let web = facts.vm.as_mut().expect("there");
+    let ahead = |vm: &str, mib: u64| AheadView { vm: vm.to_owned(), bytes: mib * MIB };
+    web.waits_for = vec![ahead("batch", 40)];
+    web.held = HeldView { now: true, limit_of: Some("/gold".to_owned()), ..HeldView::default() };
+    let first = |facts: &Facts| told(facts).remove(0);
+    assert_eq!(
+        first(&facts),
+        "now: it is held: its vCPUs wait for memory, and memory.max of /gold leaves no room; memory of batch (40M) is on its way"
+    );
+    let web = facts.vm.as_mut().expect("there");
+    (web.state, web.paused_by, web.resume_bytes) = (VmState::Paused, Some(PausedBy::Group), Some(80 * MIB));
+    web.waits_for.push(ahead("ci", 10));
+    assert_eq!(
+        first(&facts),
+        "now: it is paused for the others of its group, until there is room for the 80M that it needs; batch (40M), then ci (10M) go \
+         on before it"
+    );
 }
 
 /// What to type in each state.
