@@ -173,7 +173,9 @@ fn table(vm: &VmView) -> String {
         let kept = if vm.kept_paused { ", and somebody has to ask for it: it is paused on request, too" } else { "" };
         let ahead: Vec<_> = vm.waits_for.iter().map(|ahead| format!("{} ({})", ahead.vm, human(ahead.bytes))).collect();
         let behind = if ahead.is_empty() { String::new() } else { format!(", after {}", ahead.join(", ")) };
-        line("  resume", format!(" {} have to be free for it to go on{behind}{kept}", human(bytes)));
+        let missing = vm.resume_missing_bytes.filter(|missing| *missing > 0);
+        let missing = missing.map_or(String::new(), |missing| format!(", {} are missing", human(missing)));
+        line("  resume", format!(" {} have to be free for it to go on{missing}{behind}{kept}", human(bytes)));
     }
     if !vm.accounting {
         line("  memory", " not tracked: no limit was ever set, and track is off".to_owned());

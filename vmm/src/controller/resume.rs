@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::actor::{Actor, PAUSE_PATIENCE, answer, refuse, silent};
 use super::error::{Code, Refusal};
 use super::events::EventKind;
+use super::grants::GO_ON;
 use super::host;
 use super::journal::Entry;
 use super::view::{PausedBy, VmState, VmView};
@@ -91,6 +92,15 @@ impl Actor {
         );
         let refusal = Refusal::new(Code::ResumeRefused, message).usage(usage).missing(missing);
         Err((refusal, json!({ "missing_bytes": missing })))
+    }
+
+    /// What is missing until a VM may go on that was paused for want of memory.
+    pub fn resume_missing(&self, id: VmId) -> Option<Pages> {
+        if self.is_emptied(id) {
+            return Some(self.missing(id).map_or(Pages::ZERO, |(missing, _)| missing));
+        }
+        let need = self.resume_need(id)? + Pages(GO_ON);
+        Some(need.saturating_sub(self.tree.margin(self.vms[&id].node).unwrap_or(need)))
     }
 
     /// What has to be there for a VM to go on that was paused for want of memory.

@@ -37,6 +37,7 @@ impl Actor {
             paused_by: vm.paused_by.filter(|_| vm.state == VmState::Paused),
             kept_paused: vm.kept_paused,
             resume_bytes: self.resume_need(id).map(Pages::bytes),
+            resume_missing_bytes: self.resume_missing(id).map(Pages::bytes),
             waits_for: self.waits_for(id),
             console: (vm.state != VmState::Ended)
                 .then(|| vm.process.console())

@@ -259,7 +259,7 @@ impl Actor {
 
     /// What is missing until a VM that was emptied may go on, and whose limit is in its way: the host is the root. `None` when
     /// nothing is missing.
-    fn missing(&self, id: VmId) -> Option<(Pages, NodeId)> {
+    pub fn missing(&self, id: VmId) -> Option<(Pages, NodeId)> {
         let (node, back) = (self.vms[&id].node, self.comes_back(id));
         let on_host = self.shortage.as_ref().map_or(Pages::ZERO, |shortage| shortage.missing_for(back));
         let room = self.tree.margin(node);

@@ -66,6 +66,9 @@ pub struct VmView {
     /// What has to be free for it to go on, as long as it is paused for want of memory: what it gave up, or what it owes.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub resume_bytes: Option<u64>,
+    /// What is missing of that still.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub resume_missing_bytes: Option<u64>,
     /// Whom it waits for, as long as it has no memory: whose memory is on its way for it while it is held, or who goes on before
     /// it where it was paused for others.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]

@@ -11,6 +11,7 @@ pub fn vm(name: &str, group: &str, used_mib: u64) -> VmView {
         paused_by: None,
         kept_paused: false,
         resume_bytes: None,
+        resume_missing_bytes: None,
         waits_for: Vec::new(),
         group: group.to_owned(),
         state: VmState::Running,

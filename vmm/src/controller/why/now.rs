@@ -1,7 +1,9 @@
 //! How a VM's memory is now, and what would help.
 
+use super::super::grants::GO_ON;
 use super::super::view::{BalloonProgress, GroupView, PausedBy, ReclaimRung, VmState, VmView};
 use super::{Facts, Limited, lasting, size};
+use memcg_core::units::Pages;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
@@ -97,16 +99,19 @@ fn usage(vm: &VmView) -> String {
     format!("it uses {}, {peak} at most so far: {}", size(memory.current_bytes), parts.join(", "))
 }
 
+/// The limits of it and of its groups: usage, limit, and whose it is.
+fn levels<'f>(vm: &VmView, facts: &'f Facts) -> impl Iterator<Item = (u64, u64, Limited<'f>)> {
+    let own = vm.memory.max_bytes.map(|max| (vm.memory.current_bytes, max, Limited::Own));
+    let above = facts.groups.iter().filter_map(|group: &GroupView| {
+        Some((group.memory.current_bytes, group.memory.max_bytes?, Limited::Group(group.path.as_str())))
+    });
+    own.into_iter().chain(above)
+}
+
 /// What leaves how much room: usage, limit, and whose it is.
 fn room<'f>(vm: &VmView, facts: &'f Facts) -> Option<(u64, u64, u64, Limited<'f>)> {
-    let left = |used: u64, max: u64| max.saturating_sub(used);
-    let own =
-        vm.memory.max_bytes.map(|max| (left(vm.memory.current_bytes, max), vm.memory.current_bytes, max, Limited::Own));
-    let above = facts.groups.iter().filter_map(|group: &GroupView| {
-        let (used, max) = (group.memory.current_bytes, group.memory.max_bytes?);
-        Some((left(used, max), used, max, Limited::Group(group.path.as_str())))
-    });
-    own.into_iter().chain(above).min_by_key(|(left, ..)| *left)
+    let rooms = levels(vm, facts).map(|(used, max, whose)| (max.saturating_sub(used), used, max, whose));
+    rooms.min_by_key(|(left, ..)| *left)
 }
 
 /// What it is limited by.
@@ -177,19 +182,52 @@ fn waited(vm: &VmView) -> Option<String> {
     (!both.is_empty()).then(|| both.join("; "))
 }
 
-/// A quarter more than `max`, or what is used if that is more, in whole MiB.
-fn more(max: u64, used: u64) -> String {
-    size((max.max(used) / 4 * 5).div_ceil(MIB).saturating_mul(MIB))
+/// What it needs beside what it has: to go on, where it was paused for want of memory, with those who go on before it; else
+/// what it owes, or used of late and has not.
+fn needs(vm: &VmView) -> u64 {
+    if let Some(bytes) = vm.resume_bytes {
+        return bytes + Pages(GO_ON).bytes() + vm.waits_for.iter().map(|ahead| ahead.bytes).sum::<u64>();
+    }
+    let used_of_late = vm.cold.working_set_bytes.map(|set| set + vm.cold.working_set_error_bytes.unwrap_or(0));
+    let outside = used_of_late.map_or(0, |set| set.saturating_sub(vm.memory.stat.guest_bytes));
+    outside.max(vm.memory.stat.debt_bytes)
 }
 
-/// The words that raise the nearest limit.
+/// The limits that leave less than it needs and a quarter more.
+fn narrow<'f>(vm: &VmView, facts: &'f Facts) -> Vec<(u64, u64, Limited<'f>)> {
+    let needs = with_quarter(needs(vm));
+    levels(vm, facts).filter(|(used, max, _)| max.saturating_sub(*used) < needs).collect()
+}
+
+/// The words that raise each limit that is too narrow, or else the nearest one by a quarter.
 fn raise(vm: &VmView, facts: &Facts) -> Option<String> {
     let (_, used, max, nearest) = room(vm, facts)?;
-    let more = more(max, used);
-    Some(match nearest {
-        Limited::Own => format!("`ballast set {} memory.max={more}`", facts.name),
-        Limited::Group(path) => format!("`ballast group set {path} memory.max={more}`"),
-    })
+    let mut narrow = narrow(vm, facts);
+    if narrow.is_empty() {
+        narrow.push((used, max, nearest));
+    }
+    let words = narrow.into_iter().map(|(used, max, whose)| {
+        // Where it is known what is missing, that is enough.
+        let least = if vm.resume_bytes.is_some() { max } else { with_quarter(max.max(used)) };
+        let more = typed(least.max(used.saturating_add(with_quarter(needs(vm)))));
+        match whose {
+            Limited::Own => format!("`ballast set {} memory.max={more}`", facts.name),
+            Limited::Group(path) => format!("`ballast group set {path} memory.max={more}`"),
+        }
+    });
+    Some(words.collect::<Vec<_>>().join(" with "))
+}
+
+/// A quarter more.
+fn with_quarter(bytes: u64) -> u64 {
+    bytes.saturating_add(bytes.div_ceil(4))
+}
+
+/// At least so much, to be typed in: a whole number of a unit, so that no rounding makes it less.
+fn typed(bytes: u64) -> String {
+    let mib = bytes.div_ceil(MIB);
+    let text = size(mib.saturating_mul(MIB));
+    if text.contains('.') { format!("{mib}M") } else { text }
 }
 
 /// What would help, with the words to type.
@@ -202,10 +240,7 @@ fn help(vm: &VmView, facts: &Facts) -> String {
         (VmState::Paused, _) if vm.kept_paused => {
             format!("`ballast resume {name}` lets it go on as soon as there is room")
         }
-        (VmState::Paused, Some(PausedBy::Host)) => host(facts),
-        (VmState::Paused, Some(PausedBy::Policy | PausedBy::Group)) => {
-            format!("{}, and it goes on by itself", raised())
-        }
+        (VmState::Paused, Some(PausedBy::Policy | PausedBy::Host | PausedBy::Group)) => go_on(vm, facts),
         (VmState::Paused, _) => format!("`ballast resume {name}` lets it go on"),
         (VmState::Running, _) if !vm.accounting => {
             format!("what it uses is not known, as it has no limit: `ballast set {name} track=on` counts it")
@@ -231,12 +266,36 @@ fn is_tight(vm: &VmView) -> bool {
     too_much || vm.pressure.some.avg60 >= 5.0
 }
 
-/// What a VM waits for that was paused for the host.
-fn host(facts: &Facts) -> String {
+/// What lets a VM go on that was paused for want of memory.
+fn go_on(vm: &VmView, facts: &Facts) -> String {
+    if vm.resume_missing_bytes == Some(0) {
+        return match vm.waits_for.as_slice() {
+            [] => "there is room for it: it goes on by itself in a moment".to_owned(),
+            _ => format!(
+                "there is room for it, but not for who comes first: `ballast resume {}` lets it go on now",
+                vm.name
+            ),
+        };
+    }
+    let by_host = vm.paused_by == Some(PausedBy::Host);
+    let is_short = by_host || facts.shortage.as_ref().is_some_and(|host| host.short.is_some());
+    let raised = match raise(vm, facts).filter(|_| !is_short || !narrow(vm, facts).is_empty()) {
+        Some(raise) => Some(format!("{raise} gives it more, and it goes on by itself")),
+        None if is_short => None,
+        None => Some("it goes on by itself when there is more memory".to_owned()),
+    };
+    let host = is_short.then(|| host(vm, facts));
+    raised.into_iter().chain(host).collect::<Vec<_>>().join("; ")
+}
+
+/// What a VM waits for where the host has too little.
+fn host(vm: &VmView, facts: &Facts) -> String {
+    let lacks =
+        vm.resume_missing_bytes.map_or(String::new(), |missing| format!(", of which {} are missing", size(missing)));
     let missing = facts.shortage.as_ref().map(|host| match host.short {
         Some(_) => format!("the host is short of memory ({} available)", size(host.available_bytes)),
         None => format!("the host has {} available", size(host.available_bytes)),
     });
     let missing = missing.unwrap_or_else(|| "nobody watches the host".to_owned());
-    format!("it goes on by itself when there is room: {missing}; `ballast oom rank` shows who uses how much")
+    format!("it goes on by itself when there is room{lacks}: {missing}; `ballast oom rank` shows who uses how much")
 }

@@ -368,9 +368,60 @@ fn what_would_help_depends_on_the_state() {
     assert_eq!(help(kept), "now: `ballast resume web` lets it go on as soon as there is room");
     assert_eq!(help(|vm| vm.state = VmState::Ended), "now: `ballast start web` runs it again");
     assert!(help(|vm| vm.accounting = false).ends_with("`ballast set web track=on` counts it"));
-    let thrashes = |vm: &mut VmView| vm.cold.working_set_bytes = Some(300 * MIB);
-    let advice = "now: what it uses of late does not fit: `ballast set web memory.max=320M` gives it more";
-    assert_eq!(help(thrashes), advice);
+}
+
+/// A limit that is named is one that helps: for what a VM needs in order to go on, with those who come first, in each limit
+/// that leaves too little, or for what it used of late.
+#[test]
+fn the_limits_that_are_named_would_be_enough() {
+    let help = |change: &dyn Fn(&mut Facts)| {
+        let mut facts = facts(Vec::new());
+        change(&mut facts);
+        let last = told(&facts).pop().expect("a sentence");
+        last.strip_prefix("now: ").expect("of now").to_owned()
+    };
+    let paused = |by, needs: u64, missing: u64| {
+        move |facts: &mut Facts| {
+            let web = facts.vm.as_mut().expect("there");
+            (web.state, web.paused_by) = (VmState::Paused, Some(by));
+            (web.resume_bytes, web.resume_missing_bytes) = (Some(needs * MIB), Some(missing * MIB));
+        }
+    };
+    // Usage of the group is 300M of 512M, its own 180M of 256M.
+    let own = "`ballast set web memory.max=306M` gives it more, and it goes on by itself";
+    assert_eq!(help(&paused(PausedBy::Policy, 100, 24)), own);
+    let both = "`ballast set web memory.max=556M` with `ballast group set /gold memory.max=676M` gives it more, and it goes on by \
+                itself";
+    assert_eq!(help(&paused(PausedBy::Group, 300, 224)), both);
+    let behind = |facts: &mut Facts| {
+        paused(PausedBy::Group, 40, 1)(facts);
+        let web = facts.vm.as_mut().expect("there");
+        web.memory.max_bytes = None;
+        web.waits_for = vec![AheadView { vm: "batch".to_owned(), bytes: 1000 * MIB }];
+    };
+    assert_eq!(help(&behind), "`ballast group set /gold memory.max=1601M` gives it more, and it goes on by itself");
+    let next = |facts: &mut Facts| {
+        behind(facts);
+        facts.vm.as_mut().expect("there").resume_missing_bytes = Some(0);
+    };
+    assert_eq!(
+        help(&next),
+        "there is room for it, but not for who comes first: `ballast resume web` lets it go on now"
+    );
+    let fits = "there is room for it: it goes on by itself in a moment";
+    assert_eq!(help(&paused(PausedBy::Group, 40, 0)), fits);
+    let host = "it goes on by itself when there is room, of which 30M are missing: nobody watches the host; `ballast oom rank` \
+                shows who uses how much";
+    assert_eq!(help(&paused(PausedBy::Host, 40, 30)), host);
+    let in_both = format!("{own}; {host}");
+    assert_eq!(help(&paused(PausedBy::Host, 100, 30)), in_both);
+    // 120M are in use of late that are elsewhere.
+    let thrashes = |facts: &mut Facts| {
+        let web = facts.vm.as_mut().expect("there");
+        (web.cold.working_set_bytes, web.memory.stat.guest_bytes) = (Some(290 * MIB), 170 * MIB);
+        web.pressure.some.avg60 = 20.0;
+    };
+    assert_eq!(help(&thrashes), "what it uses of late does not fit: `ballast set web memory.max=330M` gives it more");
 }
 
 /// A story goes on after the end, and after that of its view.
