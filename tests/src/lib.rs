@@ -13,6 +13,7 @@ pub mod openmetrics;
 pub mod random;
 pub mod semantics;
 pub mod serve;
+pub mod small;
 pub mod walk;
 
 use std::ffi::{CStr, CString};

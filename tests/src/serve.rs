@@ -1,9 +1,11 @@
 //! A `ballast serve` of its own for a test: started in a temporary directory, asked over HTTP or by verbs, killed, started
 //! again, and cleared away at the end.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::Receiver;
@@ -16,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 use serde_json::{Value, json};
 
 use crate::random::Random;
+use crate::small::SmallHost;
 use crate::{ballast, deadline, http, number, payload, wait_until};
 
 /// A `ballast serve` with a directory of its own. When dropped, it and its workers are killed.
@@ -24,6 +27,8 @@ pub struct Serve {
     child: Child,
     place: tempfile::TempDir,
     words: Vec<String>,
+    /// Where it lives; removed when it is gone.
+    host: Option<SmallHost>,
 }
 
 impl Serve {
@@ -32,10 +37,22 @@ impl Serve {
     /// # Panics
     /// When it does not.
     pub fn start(words: &[&str]) -> Self {
+        Self::launch(words, None)
+    }
+
+    /// The same on a small host.
+    ///
+    /// # Panics
+    /// When it does not answer, or may not live there.
+    pub fn start_on(host: SmallHost, words: &[&str]) -> Self {
+        Self::launch(words, Some(host))
+    }
+
+    fn launch(words: &[&str], host: Option<SmallHost>) -> Self {
         let place = tempfile::Builder::new().prefix("bs").tempdir().expect("a temporary directory");
         let words: Vec<_> = words.iter().map(|&word| word.to_owned()).collect();
-        let child = launch(&words, place.path());
-        let serve = Self { child, place, words };
+        let child = launch(&words, place.path(), host.as_ref());
+        let serve = Self { child, place, words, host };
         serve.wait_ready();
         serve
     }
@@ -46,7 +63,7 @@ impl Serve {
     /// When it has not ended, or does not answer.
     pub fn again(&mut self) {
         assert!(self.child.try_wait().expect("our child").is_some(), "the last one has ended");
-        self.child = launch(&self.words, self.place.path());
+        self.child = launch(&self.words, self.place.path(), self.host.as_ref());
         self.wait_ready();
     }
 
@@ -71,6 +88,11 @@ impl Serve {
     /// The directory that holds its socket and its state.
     pub fn place(&self) -> &Path {
         self.place.path()
+    }
+
+    /// The small host that it lives on, if it does.
+    pub fn host(&self) -> Option<&SmallHost> {
+        self.host.as_ref()
     }
 
     /// The control socket.
@@ -214,8 +236,13 @@ pub fn end_workers(state: &Path) {
     }
 }
 
-fn launch(words: &[String], place: &Path) -> Child {
-    program(&["serve"], place).args(words).spawn().expect("ballast starts")
+fn launch(words: &[String], place: &Path, host: Option<&SmallHost>) -> Child {
+    let mut command = program(&["serve"], place);
+    if let Some(mut door) = host.map(|host| File::options().write(true).open(host.door()).expect("a cgroup")) {
+        // SAFETY: writing to a descriptor is one system call, with memory that there was before.
+        unsafe { command.pre_exec(move || door.write_all(b"0")) };
+    }
+    command.args(words).spawn().expect("ballast starts")
 }
 
 /// The program with words that reach a controller in `place`.
@@ -337,7 +364,15 @@ impl Console {
     /// # Panics
     /// When the console is gone.
     pub fn send(&mut self, line: &str) {
-        self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes input");
+        self.try_send(line).expect("the console takes input");
+    }
+
+    /// Types a line to a guest that may be gone.
+    ///
+    /// # Errors
+    /// When the console is.
+    pub fn try_send(&mut self, line: &str) -> std::io::Result<()> {
+        self.writer.write_all(format!("{line}\n").as_bytes())
     }
 
     /// Types a command that must succeed.
@@ -366,6 +401,43 @@ impl Console {
                 Ok(line) if line.starts_with(prefix) => return line,
                 Ok(_) => {}
                 Err(e) => panic!("{}: no line `{prefix}…` within {:?} ({e})", self.name, deadline(seconds)),
+            }
+        }
+    }
+}
+
+/// A client that is asked who is to go, as long as it is there.
+#[derive(Debug)]
+pub struct Decider(BufReader<UnixStream>);
+
+impl Decider {
+    /// Registers it: each of its answers is waited for so long.
+    ///
+    /// # Panics
+    /// When that is refused.
+    pub fn register(serve: &Serve, wait_ms: u64) -> Self {
+        let mut stream = UnixStream::connect(serve.socket()).expect("connected");
+        stream.set_read_timeout(Some(deadline(30))).expect("set");
+        let body = json!({ "wait_ms": wait_ms }).to_string();
+        let head = format!("PUT /oom/policy HTTP/1.1\r\nhost: ballast\r\ncontent-length: {}\r\n\r\n", body.len());
+        stream.write_all(format!("{head}{body}").as_bytes()).expect("sent");
+        let mut lines = BufReader::new(stream);
+        let mut status = String::new();
+        lines.read_line(&mut status).expect("an answer");
+        assert!(status.starts_with("HTTP/1.1 200"), "{status}");
+        Self(lines)
+    }
+
+    /// The next question.
+    ///
+    /// # Panics
+    /// When none comes in time.
+    pub fn question(&mut self) -> Value {
+        loop {
+            let mut line = String::new();
+            assert!(self.0.read_line(&mut line).expect("in time") > 0, "the stream has ended");
+            if line.starts_with('{') {
+                return serde_json::from_str(&line).expect("JSON");
             }
         }
     }

@@ -1,13 +1,11 @@
 //! Who decides when a group is full, with the real program: a client on the socket, a command, or nobody but the policy.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ballast_tests::serve::Serve;
-use ballast_tests::{deadline, payload, skipped, wait_until};
+use ballast_tests::serve::{Decider, Serve};
+use ballast_tests::{payload, skipped, wait_until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -36,31 +34,6 @@ fn victim(serve: &Serve) -> Value {
     wait_until("somebody is chosen", 30, || serve.told("victim_selected").into_iter().next())
 }
 
-/// A client that is asked: its connection, and the lines that come.
-fn register(serve: &Serve, wait_ms: u64) -> BufReader<UnixStream> {
-    let mut stream = UnixStream::connect(serve.socket()).expect("connected");
-    stream.set_read_timeout(Some(deadline(30))).expect("set");
-    let body = json!({ "wait_ms": wait_ms }).to_string();
-    let head = format!("PUT /oom/policy HTTP/1.1\r\nhost: ballast\r\ncontent-length: {}\r\n\r\n", body.len());
-    stream.write_all(format!("{head}{body}").as_bytes()).expect("sent");
-    let mut lines = BufReader::new(stream);
-    let mut status = String::new();
-    lines.read_line(&mut status).expect("an answer");
-    assert!(status.starts_with("HTTP/1.1 200"), "{status}");
-    lines
-}
-
-/// The next question.
-fn question(client: &mut BufReader<UnixStream>) -> Value {
-    loop {
-        let mut line = String::new();
-        assert!(client.read_line(&mut line).expect("in time") > 0, "the stream has ended");
-        if line.starts_with('{') {
-            return serde_json::from_str(&line).expect("JSON");
-        }
-    }
-}
-
 /// A client kills whom the policy would have spared; the others go on.
 /// Semantics: 51, T7.
 #[test]
@@ -69,11 +42,11 @@ fn a_client_on_the_socket_decides() {
         return;
     }
     let serve = Serve::start(&[]);
-    let mut client = register(&serve, 30_000);
+    let mut client = Decider::register(&serve, 30_000);
     let (status, refusal) = serve.ask("PUT", "/oom/policy", Some(&json!({ "wait_ms": 1000 })));
     assert_eq!((status, &refusal["code"]), (409, &json!("wrong_state")), "{refusal}");
     fill(&serve);
-    let asked = question(&mut client);
+    let asked = client.question();
     let ranked: Vec<_> = asked["ranked"].as_array().expect("a list").iter().map(|entry| entry["vm"].clone()).collect();
     assert_eq!(
         (&asked["level"], ranked),
@@ -98,9 +71,9 @@ fn the_policy_decides_at_once_when_the_client_goes() {
         return;
     }
     let serve = Serve::start(&[]);
-    let mut client = register(&serve, 60_000);
+    let mut client = Decider::register(&serve, 60_000);
     fill(&serve);
-    question(&mut client);
+    client.question();
     drop(client);
     let victim = victim(&serve);
     assert_eq!((&victim["vm"], &victim["by"]), (&json!("big"), &json!("policy")), "{victim}");

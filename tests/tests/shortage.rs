@@ -1,57 +1,16 @@
 //! A host that runs short of memory: here a small one, which is a cgroup that the controller and its VMs live in.
 
 use std::fs;
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ballast_tests::serve::{Console, Serve, is_alive, pid};
-use ballast_tests::{memory_cgroup, number, payload, skip, skipped, wait_until};
+use ballast_tests::small::SmallHost;
+use ballast_tests::{number, payload, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 
 /// The memory of the small host: short below 64 MiB, not above 96 MiB, critical below 32 MiB.
 const HOST: u64 = 384 * MIB;
-
-/// A process is in one cgroup: where the tests of a binary are threads of one, they take turns.
-static TURN: Mutex<()> = Mutex::new(());
-
-/// A cgroup that this process has entered, and leaves.
-struct Small {
-    _turn: MutexGuard<'static, ()>,
-    directory: PathBuf,
-    parent: PathBuf,
-}
-
-impl Small {
-    /// Enters a cgroup of [`HOST`] bytes, for a test with guests; `None`, with the reason printed, where that is not possible.
-    fn enter_or_skip(test: &str) -> Option<Self> {
-        if skipped(test) {
-            return None;
-        }
-        Self::enter(test).map_err(|reason| skip(test, reason)).ok()
-    }
-
-    fn enter(name: &str) -> Result<Self, String> {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let (parent, file) = memory_cgroup("self").ok_or("no cgroups")?;
-        let directory = parent.join(format!("small-{name}-{}", std::process::id()));
-        let small = Self { _turn: turn, directory, parent };
-        let refused = |error: std::io::Error| format!("no cgroup with a limit can be made here ({error})");
-        fs::create_dir(&small.directory).map_err(refused)?;
-        fs::write(small.directory.join(file), HOST.to_string()).map_err(refused)?;
-        fs::write(small.directory.join("cgroup.procs"), std::process::id().to_string()).map_err(refused)?;
-        Ok(small)
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        // It stays where it cannot be removed, which does no harm.
-        let _ = fs::write(self.parent.join("cgroup.procs"), std::process::id().to_string());
-        let _ = fs::remove_dir(&self.directory);
-    }
-}
 
 /// A charged guest without a limit, and its console.
 fn guest(serve: &Serve, name: &str, memory: &Value, oom: &Value) -> (u32, Console) {
@@ -64,27 +23,24 @@ fn guest(serve: &Serve, name: &str, memory: &Value, oom: &Value) -> (u32, Consol
     (pid(&view), console)
 }
 
-fn shortage(serve: &Serve) -> Value {
-    serve.ask("GET", "/host", None).1["shortage"].clone()
+fn is_short(serve: &Serve) -> bool {
+    !serve.ask("GET", "/host", None).1["shortage"]["short"].is_null()
 }
 
-/// Lets a guest touch memory from 16 MiB on, a little more after each look at the host, until it is `enough`. The host keeps a
-/// few MiB, whatever becomes of that.
-fn fill(serve: &Serve, console: &mut Console, enough: impl Fn(&Value) -> bool) {
+/// Lets a guest touch memory from 16 MiB on, as much as the host has, until it is `enough`.
+fn fill(serve: &Serve, console: &mut Console, enough: impl Fn() -> bool) {
     let mut from = 16;
-    loop {
-        let now = wait_until("a look", 20, || Some(shortage(serve)).filter(|now| number(now, "available_bytes") > 0));
-        if enough(&now) {
-            return;
+    wait_until("the host has got enough", 60, || {
+        if enough() {
+            return Some(());
         }
-        let left = number(&now, "available_bytes");
-        let more = (left / MIB).saturating_sub(24).min(32);
+        let more = serve.host().expect("a small one").room() / MIB;
         if more > 0 {
             console.ok(&format!("touch {from}M {more}M seed=1"));
             from += more;
         }
-        wait_until("the next look", 20, || (number(&shortage(serve), "available_bytes") != left).then_some(()));
-    }
+        None
+    });
 }
 
 /// What the kernel adds to the share of memory that a process has, when it looks for somebody to end.
@@ -96,12 +52,10 @@ fn oom_score(pid: u32) -> i16 {
 /// A budget in per cent is of what a controller in a small cgroup has, not of what the host has.
 #[test]
 fn a_share_for_a_budget_is_of_the_cgroup_that_the_controller_lives_in() {
-    let Some(small) = Small::enter_or_skip("shortage-budget") else { return };
-    let serve = Serve::start(&["--budget", "50%"]);
+    let Some(small) = SmallHost::make_or_skip("shortage-budget", HOST) else { return };
+    let serve = Serve::start_on(small, &["--budget", "50%"]);
     let root = serve.ask("GET", "/groups/", None).1;
     assert_eq!(number(&root, "memory.max_bytes"), HOST / 2, "{root}");
-    drop(serve);
-    drop(small);
 }
 
 /// Memory that nobody uses goes before anybody has to be chosen: the host has enough again, every guest lives, and every byte is
@@ -109,12 +63,12 @@ fn a_share_for_a_budget_is_of_the_cgroup_that_the_controller_lives_in() {
 /// Semantics: 41.
 #[test]
 fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
-    let Some(small) = Small::enter_or_skip("shortage-cold") else { return };
-    let serve = Serve::start(&[]);
+    let Some(small) = SmallHost::make_or_skip("shortage-cold", HOST) else { return };
+    let serve = Serve::start_on(small, &[]);
     let swap = json!({ "swap_max_bytes": null });
     let mut guests: Vec<_> = ["a", "b"].map(|name| guest(&serve, name, &swap, &json!({}))).into();
     guests[0].1.ok("touch 16M 150M seed=1");
-    fill(&serve, &mut guests[1].1, |now| !now["short"].is_null());
+    fill(&serve, &mut guests[1].1, || is_short(&serve));
     wait_until("the host is short", 60, || serve.told("pressure_entered").pop());
     let left = wait_until("it is not any more", 60, || serve.told("pressure_left").pop());
     assert!(number(&left, "available_bytes") >= number(&left, "leave_bytes"), "{left}");
@@ -122,17 +76,14 @@ fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
     assert!(swapped >= 16 * MIB, "{swapped}");
     assert_eq!(serve.told("victim_selected"), Vec::<Value>::new());
     guests[0].1.ok("verify 16M 20M seed=1");
-    drop(guests);
-    drop(serve);
-    drop(small);
 }
 
 /// Where nothing can be evicted one VM goes, the one that the rules choose, and the others live.
 /// Semantics: 47, 74.
 #[test]
 fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
-    let Some(small) = Small::enter_or_skip("shortage-kill") else { return };
-    let serve = Serve::start(&[]);
+    let Some(small) = SmallHost::make_or_skip("shortage-kill", HOST) else { return };
+    let serve = Serve::start_on(small, &[]);
     let oom = |preference: &str| json!({ "action": "kill", "preference": preference });
     let none = json!({ "swap_max_bytes": 0 });
     let mut spared = guest(&serve, "spared", &none, &oom("omit"));
@@ -141,7 +92,7 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     spared.1.ok("touch 16M 180M seed=1");
     small_one.1.ok("touch 16M 16M seed=1");
     // What is held ahead of need comes back first.
-    fill(&serve, &mut chosen.1, |_| !serve.told("victim_selected").is_empty());
+    fill(&serve, &mut chosen.1, || !serve.told("victim_selected").is_empty());
     let victim = serve.told("victim_selected").pop().expect("chosen");
     assert_eq!((&victim["vm"], &victim["action"]), (&json!("chosen"), &json!("kill")), "{victim}");
     assert_eq!(victim["ranked"].as_array().map(Vec::len), Some(3), "{victim}");
@@ -176,6 +127,4 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     assert_eq!(facts["story"].as_array().map(Vec::len), Some(of_chosen.lines().count()), "{of_chosen}");
     spared.1.ok("verify 16M 180M seed=1");
     assert_eq!(serve.told("victim_selected").len(), 1, "one was enough");
-    drop(serve);
-    drop(small);
 }
