@@ -1,8 +1,8 @@
 //! Helpers of the integration tests: a VM of the real program, its console, its control socket, and what the host says
 //! about its memory.
 //!
-//! Beside it, [`walk`] has random steps of a guest with a model of its contents, and [`semantics`] finds out which test
-//! proves which rule.
+//! Beside it, [`walk`] has random steps of a guest with a model of its contents, [`rules`] plays lines of the table of rules, and
+//! [`semantics`] finds out which test proves which rule.
 //!
 //! Nothing here sleeps for a fixed time: everything waits for a condition with a deadline ([`wait_until`]). Deadlines are
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
@@ -11,6 +11,7 @@ pub mod cold;
 pub mod linux;
 pub mod openmetrics;
 pub mod random;
+pub mod rules;
 pub mod semantics;
 pub mod serve;
 pub mod small;
