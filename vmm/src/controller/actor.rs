@@ -206,6 +206,11 @@ impl Actor {
     pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         loop {
             let input = match self.next_deadline() {
+                // A timer would be late by up to a millisecond, and somebody who is held waits for what is due.
+                Some(at) if at <= Instant::now() => {
+                    tokio::task::yield_now().await;
+                    None
+                }
                 Some(at) => tokio::select! {
                     // Deadlines first: a flood of messages must not put them off.
                     biased;
