@@ -158,7 +158,7 @@ fn a_socket_of_a_killed_vm_is_replaced() {
         show.arg(first.socket());
         show
     });
-    said.refused(1, "remove the file, or start the VM again with ballast run", &"show");
+    said.refused(1, "and its VM has ended with it; `ballast run` starts it again", &"show");
 
     let words = ["run", "--name", &name, "--memory", "size=64M,max=60M", "--debug-port", "--cmdline", "exit 7"];
     let mut second = program(&words);

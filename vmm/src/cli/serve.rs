@@ -23,7 +23,7 @@ use crate::controller::start::Service;
 use crate::controller::{Controller, armour, host, spawn, standing};
 
 /// The journal, in the directory of the VMs.
-const JOURNAL: &str = "journal";
+pub const JOURNAL: &str = "journal";
 
 /// `ballast serve`.
 #[derive(Debug, clap::Args)]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use hyper::Method;
 
+use super::serve::JOURNAL;
 use super::{Failure, SocketArg, client};
 use crate::api::server::knock;
 use crate::controller::view::{VmState, VmView};
@@ -210,17 +211,19 @@ pub fn all(arg: &SocketArg) -> Result<Vec<PathBuf>, Failure> {
     }
 }
 
-/// That nobody listens at a socket that is there.
+/// That nobody listens at a socket that is there, and what is true of its VMs. Whose it was is told by what is beside it: only
+/// `serve` has a journal, wherever its socket is, and `run` a directory without one. A `serve` with a --state-dir leaves nothing there.
 pub fn deserted(socket: &Path) -> Failure {
-    let path = socket.display();
-    Failure::error(if socket.ends_with(SERVICE) {
-        format!(
-            "nobody listens at {path} any more: the controller has ended; its VMs run on, and `ballast serve`, started as \
-             it was, takes them over"
-        )
+    let (path, beside) = (socket.display(), vm_directory(socket));
+    let serve = "its VMs run on, and `ballast serve`, started as it was, takes them over";
+    let run = "its VM has ended with it; `ballast run` starts it again";
+    Failure::error(if socket.ends_with(SERVICE) || beside.join(JOURNAL).exists() {
+        format!("nobody listens at {path} any more: the controller has ended; {serve}")
+    } else if beside.is_dir() {
+        format!("nobody listens at {path} any more: the controller of this VM was killed, and {run}")
     } else {
         format!(
-            "nobody listens at {path} any more: its VM was killed; remove the file, or start the VM again with ballast run"
+            "nobody listens at {path} any more: if it was that of a `ballast serve`, {serve}; if of a `ballast run`, {run}"
         )
     })
 }
@@ -286,6 +289,26 @@ mod tests {
         assert!(all(&arg).unwrap_err().message.contains("its VMs run on"));
         let _a = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
         assert_eq!(all(&arg).unwrap(), [dir.path().join("a.sock")]);
+    }
+
+    /// Nobody is sent to remove the file of a controller whose VMs run on.
+    #[test]
+    fn whose_socket_it_was_is_told_by_what_is_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = |socket: &str| deserted(&dir.path().join(socket)).message;
+        for (made, socket) in [("b.d", "b.sock"), ("ballast.d", "ballast.sock"), ("run.d", "run.sock")] {
+            std::fs::create_dir(dir.path().join(made)).unwrap();
+            if made != "run.d" {
+                std::fs::write(dir.path().join(made).join(JOURNAL), "").unwrap();
+                assert!(
+                    said(socket).ends_with("its VMs run on, and `ballast serve`, started as it was, takes them over")
+                );
+            }
+        }
+        assert!(said("run.sock").ends_with("and its VM has ended with it; `ballast run` starts it again"));
+        let unknown = said("elsewhere.sock");
+        assert!(unknown.contains("if it was that of a `ballast serve`, its VMs run on"), "{unknown}");
+        assert!(unknown.contains("if of a `ballast run`, its VM has ended"), "{unknown}");
     }
 
     #[test]
