@@ -38,7 +38,7 @@ fn a_vm_that_is_not_there_is_an_error_that_says_where_it_was_looked_for() {
         (place.path(""), "no VM is running; `ballast run …` starts one"),
         (place.path("none"), "there is no socket "),
         (file, "is not a socket"),
-        (dead, "nobody listens at "),
+        (dead.clone(), "nobody listens at "),
     ] {
         let mut events = program(&["events", "--socket"]);
         events.arg(&socket);
@@ -47,6 +47,10 @@ fn a_vm_that_is_not_there_is_an_error_that_says_where_it_was_looked_for() {
         events.env("BALLAST_SOCKET", &socket);
         finish(events).refused(1, part, &socket);
     }
+    // A list without a line would say that there are none.
+    let mut ps = program(&["ps", "--socket"]);
+    ps.arg(&dead);
+    finish(ps).refused(1, "nobody listens at ", &dead);
 }
 
 #[test]

@@ -84,6 +84,10 @@ pub struct PsArgs {
 /// Lists the VMs of `serve` and of every `run`.
 pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
     let (lists, status) = client::answers::<Vec<VmView>>(socket::all(&args.socket)?, "/vms").await;
+    if lists.is_empty() && status != DONE {
+        // That there are none is not known.
+        return Ok(status);
+    }
     let mut vms: Vec<_> = lists.into_iter().flat_map(|(_, list)| list).collect();
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     if args.json {

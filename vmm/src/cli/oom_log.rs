@@ -53,7 +53,8 @@ fn row(decision: &DecisionView, now_ms: u64) -> [String; 10] {
     [
         decision.number.to_string(),
         show::age(now_ms.saturating_sub(decision.time_ms)),
-        decision.level.clone(),
+        // A VM's path looks like that of a group.
+        if decision.reason == Reason::Limit { "its own".to_owned() } else { decision.level.clone() },
         shortage(decision),
         or_none(decision.vm.clone()),
         or_none(decision.action.map(|action| action.word().to_owned())),

@@ -211,6 +211,8 @@ fn table(vm: &VmView) -> String {
     if vm.reclaim.rung != ReclaimRung::Rest {
         let goal = vm.reclaim.goal_bytes.unwrap_or_default();
         let text = match &vm.reclaim.stuck {
+            _ if vm.is_emptied() && vm.reclaim.stuck.is_some() => " emptied: it has given what could be had".to_owned(),
+            _ if vm.is_emptied() => format!(" {}, until nothing is left", vm.reclaim.rung.doing()),
             Some(why) => format!(" stuck above {}: {why}", human(goal)),
             None => format!(" {}, down to {}", vm.reclaim.rung.doing(), human(goal)),
         };
@@ -274,7 +276,8 @@ fn table(vm: &VmView) -> String {
     }
     let mut held = format!(" {:.1} ms in all", vm.held.total_us as f64 / 1e3);
     if let Some(path) = &vm.held.limit_of {
-        held.push_str(&format!(", now at the limit of {path}"));
+        let whose = if vm.is_at(path) { "its own limit".to_owned() } else { format!("the limit of {path}") };
+        held.push_str(&format!(", now at {whose}"));
     }
     if let Some(ahead) = vm.waits_for.first().filter(|_| vm.held.now) {
         held.push_str(&format!(", {} of {} are on their way", human(ahead.bytes), ahead.vm));
@@ -293,8 +296,27 @@ fn table(vm: &VmView) -> String {
 mod tests {
     use super::*;
     use crate::controller::view::AgeView;
+    use crate::controller::view::example::vm;
 
     const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn what_is_asked_of_an_emptied_vm_and_whose_limit_it_is_are_said_as_they_are() {
+        let mut web = vm("web", "/gold", 3);
+        web.accounting = true;
+        (web.state, web.paused_by) = (VmState::Paused, Some(PausedBy::Group));
+        web.reclaim.rung = ReclaimRung::Evict;
+        assert!(table(&web).contains("reclaim  evicting cold pages, until nothing is left\n"));
+        (web.reclaim.rung, web.reclaim.stuck) = (ReclaimRung::Stuck, Some("ask for a higher limit".to_owned()));
+        assert!(table(&web).contains("reclaim  emptied: it has given what could be had\n"));
+        web.held.now = true;
+        for (path, whose) in
+            [("/gold/web", "at its own limit"), ("/gold", "at the limit of /gold"), ("/web", "of /web")]
+        {
+            web.held.limit_of = Some(path.to_owned());
+            assert!(table(&web).contains(whose), "{}", table(&web));
+        }
+    }
 
     /// Of 160 MiB, 40 were seen in use of late; the rest nobody has looked at for 100 generations.
     fn aged() -> ColdView {

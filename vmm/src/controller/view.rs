@@ -113,6 +113,20 @@ pub struct VmView {
     pub faults: FaultsView,
 }
 
+impl VmView {
+    /// It stands still for others, and gives all that it has.
+    pub fn is_emptied(&self) -> bool {
+        self.state == VmState::Paused && matches!(self.paused_by, Some(PausedBy::Host | PausedBy::Group))
+    }
+
+    /// Whether `path` is its own, not that of a group.
+    pub fn is_at(&self, path: &str) -> bool {
+        path.strip_suffix(&self.name)
+            .and_then(|group| group.strip_suffix('/'))
+            .is_some_and(|group| group == self.group || group.is_empty() && self.group == "/")
+    }
+}
+
 /// A VM that another one waits for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AheadView {

@@ -145,9 +145,17 @@ fn limits(vm: &VmView, facts: &Facts) -> String {
 fn asked(vm: &VmView, facts: &Facts) -> Option<String> {
     let groups = facts.groups.iter().map(|group| (group.path.as_str(), &group.reclaim));
     let busy = |(_, reclaim): &(&str, &super::super::view::ReclaimView)| reclaim.rung != ReclaimRung::Rest;
+    if vm.is_emptied() {
+        let rung = vm.reclaim.rung;
+        return Some(match rung >= ReclaimRung::Stuck || rung == ReclaimRung::Rest {
+            true => "it has given what could be had of it".to_owned(),
+            false => format!("it is to give all that it has: {}", rung.doing()),
+        });
+    }
     let (who, reclaim) = std::iter::once(("it", &vm.reclaim)).chain(groups).find(busy)?;
     let goal = reclaim.goal_bytes.map_or(String::new(), |goal| format!(" to {}", size(goal)));
-    let since = reclaim.since_ms.map_or(String::new(), |ms| format!(" for {}", lasting(ms)));
+    // What has just begun anew is under way for longer than that.
+    let since = reclaim.since_ms.filter(|ms| *ms >= 1000).map_or(String::new(), |ms| format!(" for {}", lasting(ms)));
     let doing = reclaim.stuck.as_deref().unwrap_or_else(|| reclaim.rung.doing());
     Some(format!("{who} is to come down{goal}{since}: {doing}"))
 }
@@ -157,6 +165,10 @@ fn guest(vm: &VmView) -> String {
     let balloon = &vm.balloon;
     let (target, actual) = (size(balloon.target_bytes), size(balloon.actual_bytes));
     match balloon.progress {
+        None if vm.swap.max_bytes == Some(0) => {
+            "its guest runs no balloon driver, and nothing of it is evicted (swap.max is 0): it gives nothing back"
+                .to_owned()
+        }
         None => "its guest runs no balloon driver: what has to come back is evicted".to_owned(),
         Some(_) if balloon.target_bytes == 0 && balloon.actual_bytes == 0 => {
             "its guest is asked for nothing".to_owned()

@@ -202,7 +202,8 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
         }
         EventKind::VictimSelected => match (word(event, "limit_of"), word(event, "reason")) {
             (level, "thrash") => format!("it was chosen: {}", thrashed(level)),
-            (level, _) => format!("it was chosen: {level} had no memory left"),
+            (_, "host") => "it was chosen: the host had no memory left".to_owned(),
+            (level, _) => format!("it was chosen: {} left no room", Limited::of(level, facts)),
         },
         EventKind::Killed => match word(event, "by") {
             "request" => "somebody killed it".to_owned(),

@@ -154,6 +154,14 @@ fn every_event_has_its_sentence() {
             event(3, EventKind::Uncooperative, json!({ "missing_bytes": 9 * MIB })),
             "its guest gave nothing again of the 9M that its balloon was asked for: it does not cooperate",
         ),
+        (
+            event(3, EventKind::VictimSelected, json!({ "limit_of": "/gold/web", "reason": "limit" })),
+            "it was chosen: its own memory.max left no room",
+        ),
+        (
+            event(3, EventKind::VictimSelected, json!({ "limit_of": "/", "reason": "host" })),
+            "it was chosen: the host had no memory left",
+        ),
         (event(3, EventKind::Paused, json!({ "by": "request" })), "somebody paused it"),
         (event(3, EventKind::Resumed, json!({ "by": "policy" })), "it went on by itself: there was memory for it"),
         (event(3, EventKind::Killed, json!({ "by": "request" })), "somebody killed it"),
@@ -318,6 +326,30 @@ fn a_vm_that_is_held_hears_whose_limit_it_is_and_what_to_type() {
     ] {
         assert!(story.iter().any(|line| line == sentence), "{sentence}\nin {story:#?}");
     }
+}
+
+/// Of one that is emptied, and of one of which nothing may be evicted, nothing is said that cannot be.
+#[test]
+fn what_is_asked_of_a_vm_is_said_as_it_is() {
+    let mut facts = facts(Vec::new());
+    let web = facts.vm.as_mut().expect("there");
+    web.swap.max_bytes = Some(0);
+    let said = |facts: &Facts, sentence: &str| {
+        let story = told(facts);
+        assert!(story.iter().any(|line| line == sentence), "{sentence}\nin {story:#?}");
+    };
+    let nothing =
+        "now: its guest runs no balloon driver, and nothing of it is evicted (swap.max is 0): it gives nothing back";
+    said(&facts, nothing);
+    let web = facts.vm.as_mut().expect("there");
+    web.reclaim = ReclaimView { rung: ReclaimRung::Evict, since_ms: Some(6), goal_bytes: Some(0), stuck: None };
+    said(&facts, "now: it is to come down to 0: evicting cold pages");
+    let web = facts.vm.as_mut().expect("there");
+    (web.state, web.paused_by) = (VmState::Paused, Some(PausedBy::Group));
+    said(&facts, "now: it is to give all that it has: evicting cold pages");
+    let web = facts.vm.as_mut().expect("there");
+    (web.reclaim.rung, web.reclaim.stuck) = (ReclaimRung::Stuck, Some("ask for a higher limit".to_owned()));
+    said(&facts, "now: it has given what could be had of it");
 }
 
 /// Who waits for another VM hears for which, and for how much of it.
