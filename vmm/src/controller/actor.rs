@@ -441,8 +441,17 @@ impl Actor {
     /// Ends a worker; the first cause is the one that counts.
     pub fn kill(&mut self, id: VmId, cause: VmEnd) {
         let vm = self.vms.get_mut(&id).expect("found");
-        vm.cause.get_or_insert(cause);
         vm.process.kill();
+        if vm.cause.is_some() || vm.state == VmState::Ended {
+            return;
+        }
+        let entry = match cause {
+            VmEnd::Killed(by) => Some(Entry::Killed { vm: vm.name.clone(), by }),
+            _ => None,
+        };
+        vm.cause = Some(cause);
+        // Whoever finds it dead, or dying, is to know why.
+        entry.into_iter().for_each(|entry| self.remember(entry));
     }
 
     /// The earliest thing that has to be done without being told.

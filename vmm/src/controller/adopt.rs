@@ -180,6 +180,7 @@ impl Controller {
         match found {
             None => self.ask(move |actor, reply| answer(reply, actor.restore_ended(&vm, None))).await,
             Some(Found::Ended(end)) => {
+                let end = vm.end(end);
                 self.ask(move |actor, reply| answer(reply, actor.restore_ended(&vm, Some(end)))).await
             }
             Some(Found::Never) => {
@@ -286,6 +287,9 @@ pub(super) async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
         if is_worker(pid, name) {
             return Found::Stray { worker: Some((handle, watch)), why };
         }
+        if is_ending(pid) {
+            return Found::Stray { worker: Some((handle, watch)), why: Why::for_ever("it is ending") };
+        }
         return stranger("listens");
     }
 }
@@ -324,6 +328,11 @@ fn is_worker(pid: i32, name: &str) -> bool {
     words == format!("ballast\0worker\0{name}\0").into_bytes()
 }
 
+/// Whether a process has no memory any more, not even its command line: it was killed, and is not gone yet.
+fn is_ending(pid: i32) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.is_empty())
+}
+
 /// How a VM ended that was told to nobody, by the end of its worker's log.
 fn end_in_log(log: &str) -> VmEnd {
     let words = log.lines().rev().find_map(|line| serde_json::from_str(line.strip_prefix(LAST_WORDS)?).ok());
@@ -342,6 +351,14 @@ fn end_of(words: FromWorker) -> VmEnd {
 }
 
 impl RememberedVm {
+    /// How it ended, where it was found dead: what an earlier controller has done with it says more.
+    pub(super) fn end(&self, found: VmEnd) -> VmEnd {
+        match (found, self.killed) {
+            (VmEnd::Died { .. }, Some(by)) => VmEnd::Killed(by),
+            (found, _) => found,
+        }
+    }
+
     pub(super) fn spec(&self) -> Result<VmSpec, Refusal> {
         let mut spec = self.config.spec(&self.name)?;
         spec.group.clone_from(&self.group);

@@ -171,7 +171,7 @@ impl Actor {
         }
         if stray.removers.is_empty() {
             if let Some(vm) = stray.vm {
-                let end = VmEnd::Died { message: "ended, unattended".to_owned() };
+                let end = vm.end(VmEnd::Died { message: "ended, unattended".to_owned() });
                 let restored = self.restore_ended(&vm, Some(end));
                 debug_assert!(restored.is_ok(), "its name was kept free");
             }

@@ -12,6 +12,7 @@ use memcg_core::hold::{self, Verdict};
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
 use memcg_core::units::{Pages, exact};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -103,7 +104,8 @@ impl Default for OomPolicy {
 }
 
 /// Who ended a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KilledBy {
     /// The OOM policy.
     Policy,

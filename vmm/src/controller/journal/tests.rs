@@ -40,6 +40,7 @@ fn history() -> Vec<Entry> {
         Entry::Paused { vm: of("taken-back"), by: PausedBy::User },
         Entry::Paused { vm: of("taken-back"), by: PausedBy::Host },
         made("old", 1),
+        Entry::Killed { vm: of("old"), by: KilledBy::Request },
         Entry::Ended { vm: of("old"), how: "it was killed on request".to_owned() },
         made("gone", 1),
         Entry::Gone { vm: of("gone") },
@@ -66,6 +67,7 @@ fn what_was_appended_is_what_the_next_controller_knows() {
     let (user, host) = (Some(PausedBy::User), Some(PausedBy::Host));
     assert_eq!(paused, [(user, false), (None, false), (host, true), (host, false)]);
     assert_eq!((vms[0].config.cpus, vms[1].config.cpus), (1, 2));
+    assert_eq!((vms[4].killed, vms[0].killed), (Some(KilledBy::Request), None));
     assert_eq!(vms[4].ended.as_deref(), Some("it was killed on request"));
     let groups: Vec<_> = second.groups().map(|(path, at)| (path, at.accounting, at.limits.max)).collect();
     let expected = [("/", true, Some(900 * 4096)), ("/gold", true, Some(800 * 4096)), ("/gold/web", false, None)];
