@@ -513,7 +513,8 @@ impl Actor {
         self.aim_balloon(id);
         self.aim_reclaim(id, None);
         if self.is_emptied(id) {
-            // What an earlier controller has begun.
+            // What an earlier controller has begun, perhaps just now: it has its time.
+            self.choices.chosen(self.tree.ancestry(self.vms[&id].node));
             self.look_soon(Target::Vm(id));
             self.look_at_emptied();
         }
