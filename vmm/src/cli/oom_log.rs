@@ -109,6 +109,7 @@ mod tests {
         DecisionView {
             number,
             time_ms: 1_000_000 - number * 20_000,
+            event: 0,
             level: "/gold".to_owned(),
             reason: Reason::Full,
             usage_bytes: 256 << 20,

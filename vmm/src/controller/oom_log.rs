@@ -137,6 +137,8 @@ pub struct DecisionView {
     pub number: u64,
     /// When, in milliseconds since 1970.
     pub time_ms: u64,
+    /// Number of the last event before it.
+    pub event: u64,
     /// Path of the group or VM whose limit leaves no room; `/` is the host.
     pub level: String,
     /// Why somebody had to go.
@@ -416,6 +418,7 @@ impl Actor {
         DecisionView {
             number: 0,
             time_ms: now,
+            event: self.events.last(),
             level: self.tree.path(level),
             reason,
             usage_bytes: self.tree.usage(level).bytes(),

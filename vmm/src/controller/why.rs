@@ -158,10 +158,10 @@ impl Actor {
         self.follow_decisions();
         let groups = vm.as_ref().map_or_else(Vec::new, |vm| self.groups_above(&vm.group));
         let events = past::of_vm(&self.events.after(0), &name, &groups);
-        let began = events.iter().find(|event| event.event == EventKind::Created).map_or(0, |event| event.time_ms);
+        let began = events.iter().find(|event| event.event == EventKind::Created).map_or(0, |event| event.seq);
         let concerns = |decision: &&DecisionView| {
             let ranked = decision.ranked.iter().any(|entry| entry.vm == name);
-            decision.time_ms >= began && (ranked || decision.vm.as_ref() == Some(&name))
+            decision.event >= began && (ranked || decision.vm.as_ref() == Some(&name))
         };
         let decisions = self.decisions.iter().filter(concerns).cloned().collect();
         let shortage = self.shortage.as_ref().map(super::shortage::Shortage::view);

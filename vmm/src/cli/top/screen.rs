@@ -135,7 +135,9 @@ impl Screen {
             self.groups.extend(overview.groups);
             self.events.extend(overview.events);
         }
-        self.events.sort_by_key(|event| (event.time_ms, event.seq));
+        if self.several {
+            self.events.sort_by_key(|event| (event.time_ms, event.seq));
+        }
         self.arrange();
     }
 

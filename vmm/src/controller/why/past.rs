@@ -43,19 +43,22 @@ struct Told {
 /// At most `most` sentences, the oldest first.
 pub fn sentences(facts: &Facts, most: usize) -> Vec<Sentence> {
     let mut told: Vec<Told> = Vec::new();
-    let decisions = facts.decisions.iter().map(|decision| decision.time_ms);
-    let mut order: Vec<_> = decisions.enumerate().map(|(at, time_ms)| (time_ms, 0, at)).collect();
-    order.extend(facts.events.iter().enumerate().map(|(at, event)| (event.time_ms, 1, at)));
+    // By their numbers: the host's clock may have been set.
+    let decisions = facts.decisions.iter().enumerate();
+    let mut order: Vec<_> = decisions.map(|(at, decision)| (decision.event, 1, at)).collect();
+    order.extend(facts.events.iter().enumerate().map(|(at, event)| (event.seq, 0, at)));
     order.sort_unstable();
-    for (time_ms, of, at) in order {
-        let (text, again) = if of == 0 {
-            (Some(decided(&facts.decisions[at], facts)), None)
+    for (_, of, at) in order {
+        let (time_ms, text, again) = if of == 1 {
+            let decision = &facts.decisions[at];
+            (decision.time_ms, Some(decided(decision, facts)), None)
         } else {
             let event = &facts.events[at];
             if is_told(event, facts) {
                 continue;
             }
-            (happened(event, facts), is_routine(event.event).then(|| (event.event, event.group.clone())))
+            let again = is_routine(event.event).then(|| (event.event, event.group.clone()));
+            (event.time_ms, happened(event, facts), again)
         };
         let Some(text) = text else { continue };
         let since = told.iter().rposition(|told| told.again.is_none()).map_or(0, |at| at + 1);

@@ -72,6 +72,7 @@ fn decision(ago: u64, vm: &str) -> DecisionView {
     DecisionView {
         number: 7,
         time_ms: NOW - ago * 1000,
+        event: NOW / 1000 - ago - 1,
         level: "/".to_owned(),
         reason: Reason::Host,
         usage_bytes: 300 * MIB,
@@ -527,4 +528,29 @@ fn only_what_concerned_this_vm_is_told() {
     assert_eq!(Limited::of("/web", &facts), Limited::Group("/web"));
     assert_eq!(Limited::of("/gold/web", &facts), Limited::Own);
     assert_eq!(size(Pages(1).bytes()), "4K");
+}
+
+/// A clock that is set back while a VM lives changes what its story says of when, and not the order.
+#[test]
+fn a_story_is_told_in_order_whatever_the_clock_said() {
+    let hour = 3_600_000;
+    let mut facts = facts(vec![
+        event(40, EventKind::Created, json!({})),
+        event(30, EventKind::Started, json!({})),
+        event(20, EventKind::Paused, json!({ "by": "request" })),
+        event(10, EventKind::Resumed, json!({ "by": "request" })),
+    ]);
+    facts.decisions = vec![decision(15, "db")];
+    let in_order = texts(&facts);
+    facts.events[2..].iter_mut().for_each(|event| event.time_ms -= hour);
+    facts.decisions[0].time_ms -= hour;
+    assert_eq!(texts(&facts), in_order);
+    let expected = ["was made", "started", "somebody paused it", "paused db", "let it go on"];
+    let as_expected = expected.iter().zip(&in_order).all(|(part, text)| text.contains(part));
+    assert!(as_expected && in_order.len() == expected.len(), "{in_order:?}");
+}
+
+/// What a story says, without when.
+fn texts(facts: &Facts) -> Vec<String> {
+    story(facts).into_iter().filter(|line| line.time_ms.is_some()).map(|line| line.text).collect()
 }
