@@ -471,6 +471,7 @@ impl Actor {
             // What was asked of it, and what it has told of, was an earlier controller's.
             vm.reclaim_aim = vm.report.cold.aim;
             vm.evicted_told = (vm.report.cold.evicted, None);
+            vm.failed_told = vm.report.cold.failed_writes;
         }
     }
 

@@ -24,9 +24,11 @@
 
 use memcg_core::tree::{Counter, NodeId};
 use memcg_core::units::{Limit, Pages};
+use serde_json::json;
 
 use super::actor::Actor;
 use super::changes::Target;
+use super::events::EventKind;
 use super::vm::{Vm, VmId};
 use crate::worker::protocol::{Cold, Report};
 
@@ -125,6 +127,19 @@ impl Actor {
             };
             vm.grant_due |= parts.iter().any(off);
         }
+    }
+
+    /// Says that a VM's swap file cannot be written, unless that was said when it had failed half as often.
+    pub fn tell_failed_writes(&mut self, id: VmId) {
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let total = vm.report.cold.failed_writes;
+        if total == 0 || total / 2 < vm.failed_told {
+            return;
+        }
+        let more = total - std::mem::replace(&mut vm.failed_told, total);
+        let (name, details) = (vm.name.clone(), json!({ "failed_writes": more, "failed_writes_total": total }));
+        let details = self.account(id, details);
+        self.event(EventKind::SwapFailed, Some(&name), details);
     }
 
     /// What a VM's worker may evict.

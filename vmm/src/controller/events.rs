@@ -76,6 +76,9 @@ pub enum EventKind {
     PressureLeft,
     /// The host had no memory for a page that was charged: the VM is paused, and nothing of it is lost.
     HostOutOfMemory,
+    /// The VM's swap file cannot be written, as on a full disk: what was to go there stays in memory. Told the first time, and when
+    /// that has happened twice as often.
+    SwapFailed,
     /// Somebody has to go: `asked`, a client or a command, may say who within `wait_ms`.
     DecisionPending,
     /// This VM was chosen to be paused or killed; `by` says who has decided that.
@@ -99,7 +102,7 @@ pub enum EventKind {
 
 impl EventKind {
     /// All of them.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::Created,
         Self::Started,
         Self::Adopted,
@@ -124,6 +127,7 @@ impl EventKind {
         Self::PressureEntered,
         Self::PressureLeft,
         Self::HostOutOfMemory,
+        Self::SwapFailed,
         Self::DecisionPending,
         Self::VictimSelected,
         Self::NobodyChosen,

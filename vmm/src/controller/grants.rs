@@ -97,6 +97,7 @@ impl Actor {
         self.serve_refused_but(Some(id));
         self.serve(id, true);
         self.tell_evicted(id);
+        self.tell_failed_writes(id);
         self.tell_guest_errors(id);
         self.stop_unfilled(id, before.faults.unfilled);
         self.look_above(id);

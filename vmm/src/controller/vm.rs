@@ -262,6 +262,8 @@ pub(super) struct Vm {
     pub reported_at: Option<Instant>,
     /// How many evicted pages the events have told of, and when.
     pub evicted_told: (u64, Option<Instant>),
+    /// Writes to its swap file that had failed when that was told last.
+    pub failed_told: u64,
     /// The balloon target last sent.
     pub balloon_sent: Option<u32>,
     /// A target was dropped because the worker did not read.

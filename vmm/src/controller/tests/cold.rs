@@ -240,3 +240,17 @@ async fn the_members_of_a_group_share_its_swap() {
     while b.try_next().await.is_some() {}
     assert_eq!(b.leases.0, 10);
 }
+
+/// A swap file that cannot be written is told once, and again when that has happened twice as often.
+#[tokio::test(start_paused = true)]
+async fn writes_to_a_swap_file_that_fail_are_an_event_each_time_that_they_have_doubled() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    for failed in [0, 1, 1, 2, 3, 5, 5, 9] {
+        worker.report.cold.failed_writes = failed;
+        worker.tell().await;
+    }
+    let events = worker.events().await;
+    let told = events.iter().filter(|event| event.event == EventKind::SwapFailed);
+    let totals: Vec<_> = told.map(|event| event.details["failed_writes_total"].as_u64().unwrap()).collect();
+    assert_eq!(totals, [1, 2, 5]);
+}

@@ -93,8 +93,8 @@ fn is_told(event: &Event, facts: &Facts) -> bool {
 /// Whether something comes again and again where memory is short.
 fn is_routine(kind: EventKind) -> bool {
     use EventKind::{
-        Evicted, GuestDeflatedOnOom, GuestMisbehaves, HighCrossed, MaxHit, Reclaim, Reclaimed, TargetStalled,
-        Uncooperative,
+        Evicted, GuestDeflatedOnOom, GuestMisbehaves, HighCrossed, MaxHit, Reclaim, Reclaimed, SwapFailed,
+        TargetStalled, Uncooperative,
     };
     matches!(
         kind,
@@ -102,6 +102,7 @@ fn is_routine(kind: EventKind) -> bool {
             | Reclaim
             | Reclaimed
             | Evicted
+            | SwapFailed
             | MaxHit
             | TargetStalled
             | Uncooperative
@@ -227,6 +228,9 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
         }
         EventKind::HostOutOfMemory => {
             "the host had no memory for a page that it touched; nothing of it was lost".to_owned()
+        }
+        EventKind::SwapFailed => {
+            "its swap file could not be written, as on a full disk: what was to go there stayed in memory".to_owned()
         }
         EventKind::NobodyChosen => format!("{who} had no memory left, and {}", word(event, "why")),
         EventKind::Restarted => "a new controller began: what was before is not known any more".to_owned(),
