@@ -7,22 +7,26 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use ballast::worker::gate::monotonic_ns;
-use ballast_tests::serve::{Console, Serve, pid};
+use ballast_tests::serve::{Console, Decider, Serve, pid};
 use ballast_tests::{number, payload, wait_until};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde_json::{Value, json};
 
-use crate::{Goal, MIB, Outcome, full, pairs};
+use crate::{Goal, MIB, Outcome, full, median, pairs};
 
 /// The benchmarks of this file.
-pub const IDS: [&str; 2] = ["R16", "R17"];
+pub const IDS: [&str; 3] = ["R16", "R17", "pause_evict"];
 
 /// Memory of whoever goes in R17.
 const SIZE: u64 = 1024 * MIB;
 
 /// Measures one of [`IDS`].
 pub fn measure(id: &str) -> Result<Outcome, String> {
-    Ok(if id == "R16" { reaction() } else { returned() })
+    Ok(match id {
+        "R16" => reaction(),
+        "R17" => returned(),
+        _ => emptied(),
+    })
 }
 
 /// A part of a measurement that runs in a process of its own; `words` are its arguments.
@@ -152,7 +156,7 @@ fn returned() -> Outcome {
     let runs = pairs(full(5, 15), || ours(&huge), || raw("small"));
     let other = pairs(full(3, 7), || ours(&small), || raw("huge"));
     let ms = |ns: f64| ns / 1e6;
-    let middle = |runs: &[(f64, f64)], which: fn(&(f64, f64)) -> f64| ms(crate::median(runs.iter().map(which)));
+    let middle = |runs: &[(f64, f64)], which: fn(&(f64, f64)) -> f64| ms(median(runs.iter().map(which)));
     let notes = format!(
         "ms_per_gib={:.2} raw_ms_per_gib={:.2} small_ms_per_gib={:.2} raw_huge_ms_per_gib={:.2} ",
         middle(&runs, |run| run.0),
@@ -215,4 +219,84 @@ impl Drop for Fat {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// What the guest of `pause_evict` has written to, and the part of it that may be left when it counts as empty.
+const WRITTEN: u64 = 768 * MIB;
+const LEFT: u64 = WRITTEN / 16;
+/// What is promised to it: nearly all that it uses then, so its group takes no more than a few MiB from it.
+const PROMISED: u64 = WRITTEN + 16 * MIB;
+
+/// `pause_evict`: GiB/s at which a VM is emptied that was paused because its group is full, from the decision on, over those at which
+/// as much is taken from one like it that runs and does nothing. Half of each page is data, half of it zeroes.
+fn emptied() -> Outcome {
+    let runs = pairs(full(5, 11), taken, paused);
+    let of = |what: fn(&(f64, f64)) -> f64| median(runs.iter().map(what));
+    let notes = format!("gib_per_s={:.2} alone_gib_per_s={:.2} ", of(|run| run.1), of(|run| run.0));
+    let values = runs.iter().map(|(alone, paused)| paused / alone).collect();
+    let goal = Goal::AtLeast { floor: 0.9, target: 1.0 };
+    Outcome { id: "pause_evict", name: "pause_throughput", unit: "x", goal, values, notes }
+}
+
+/// The guest, in a group of its own in which nobody can take from it.
+fn promised(serve: &Serve) -> Console {
+    good(serve, "PUT", "/groups/g", Some(&json!({ "max_bytes": 2 * WRITTEN })));
+    let config = json!({
+        "kernel": payload(), "cmdline": "shell", "debug_port": true, "group": "/g",
+        "memory": { "size_bytes": WRITTEN + 32 * MIB, "min_bytes": PROMISED, "track": true, "swap_max_bytes": null },
+    });
+    let mut console = Console::of(&serve.create_with("gives", &config));
+    console.expect("READY", 20);
+    console.ok(&format!("touch 16M {}M seed=1 fill=half", WRITTEN / MIB));
+    console
+}
+
+/// GiB/s of what is evicted of the guest from now on, once `begin` has been called, until it is empty.
+fn rate(serve: &Serve, begin: impl FnOnce()) -> f64 {
+    let before = number(&serve.show("gives"), "cold.evicted_bytes");
+    let start = monotonic_ns();
+    begin();
+    loop {
+        // Seldom: who answers is who evicts.
+        std::thread::sleep(Duration::from_millis(20));
+        let (now, at) = (serve.show("gives"), monotonic_ns());
+        if number(&now, "memory.stat.guest_bytes") <= LEFT {
+            let evicted = number(&now, "cold.evicted_bytes") - before;
+            return evicted as f64 / (1024 * MIB) as f64 / ((at - start) as f64 / 1e9);
+        }
+        assert!(at - start < ballast_tests::deadline(60).as_nanos() as u64, "it is not emptied: {now}");
+    }
+}
+
+/// The eviction alone: it runs, and somebody asks for all that it has.
+fn taken() -> f64 {
+    let serve = &Serve::start(&[]);
+    let _console = promised(serve);
+    std::thread::scope(|scope| {
+        let rate = rate(serve, || {
+            // Answered when there is no more to be had, which nobody waits for.
+            let all = format!("/vms/gives/reclaim?bytes={}&wait_ms=60000", 2 * WRITTEN);
+            scope.spawn(move || serve.ask("POST", &all, None));
+        });
+        good(serve, "POST", "/vms/gives/kill", None);
+        rate
+    })
+}
+
+/// The same by a pause: another VM in its group is held, and a client decides.
+fn paused() -> f64 {
+    let serve = Serve::start(&[]);
+    let mut client = Decider::register(&serve, 60_000);
+    let _console = promised(&serve);
+    let (_, mut asks) = guest(&serve, "asks", "/g", 96 * MIB, &json!({ "deadline_ms": 0, "preference": "omit" }));
+    let usage = number(&good(&serve, "GET", "/groups/g", None), "memory.current_bytes");
+    good(&serve, "PATCH", "/groups/g?mode=force", Some(&json!({ "max_bytes": usage })));
+    // More than is charged ahead of need, which comes back first.
+    asks.send("touch 16M 64M");
+    let question = client.question();
+    assert_eq!(question["level"], "/g", "{question}");
+    rate(&serve, || {
+        let answer = json!({ "answer": "pause", "vm": "gives" });
+        good(&serve, "POST", &format!("/oom/decisions/{}", question["id"]), Some(&answer));
+    })
 }
