@@ -8,6 +8,7 @@
 //! ten times as long where `BALLAST_SLOW=1` says that the machine is nested.
 
 pub mod cold;
+pub mod hog;
 pub mod linux;
 pub mod openmetrics;
 pub mod random;

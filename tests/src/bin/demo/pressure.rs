@@ -14,9 +14,9 @@
 //! not enough the guest that is to go first. The kernel never has to choose.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use ballast_tests::hog::{self, Hog};
 use ballast_tests::serve::{Console, Serve, is_alive, pid};
 use ballast_tests::{number, payload, wait_until};
 use serde_json::{Value, json};
@@ -313,50 +313,13 @@ fn killed(step: &mut Step, host: &mut Host) {
 const LINUX: [(&str, &str); 3] = [("web", "omit"), ("db", "avoid"), ("batch", "none")];
 const LINUX_SIZE: u64 = 288 * MIB;
 const LINUX_USES: u64 = 144 * MIB;
-/// The process takes so much more than the host has left, and so much at a time when there is little.
+/// The process takes so much more than the host has left, and so much at a time.
 const TAKES: u64 = 128 * MIB;
 const BITE: u64 = 4 * MIB;
 
-/// Takes memory until it has so many bytes, slowly at the end, and keeps it.
-pub fn hog(bytes: u64) {
-    assert!(
-        available() < 2048 * MIB,
-        "this takes nearly all memory of its host: it is for the nested one (scripts/rig)"
-    );
-    let mut kept: Vec<Vec<u8>> = Vec::new();
-    while (kept.len() as u64) * BITE < bytes {
-        kept.push((0..BITE).map(|at| (at % 251) as u8).collect());
-        if available() < 2 * TAKES {
-            std::thread::sleep(ballast_tests::deadline(1) / 10);
-        }
-    }
-    println!("has {} of {bytes}", kept.len() as u64 * BITE);
-    loop {
-        std::thread::park();
-    }
-}
-
-/// What the host has left, in bytes.
-fn available() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").expect("a host says what it has");
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).expect("MemAvailable");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
-}
-
-/// How often this host's kernel has killed a process for want of memory.
-fn oom_kills() -> u64 {
-    let text = std::fs::read_to_string("/proc/vmstat").expect("a host counts");
-    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).expect("oom_kill")
-}
-
-/// A process that ends with its owner.
-struct Hog(Child);
-
-impl Drop for Hog {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// Takes so many bytes of this host's memory, and keeps them.
+pub fn hog(bytes: u64) -> ! {
+    hog::take(bytes, BITE)
 }
 
 /// Three Debian guests, and a process that takes the memory of their host.
@@ -377,23 +340,20 @@ pub fn linux(step: &mut Step, kernel: &Path, initrd: &Path) {
         guests.push(Guest { name: name.to_owned(), pid: pid(&view), console });
     }
     let mut host = Host { serve, guests };
-    let (before, kills) = (available(), oom_kills());
-    let program = std::env::current_exe().expect("this program is somewhere");
-    let hog = Command::new(program).args(["hog", &(before + TAKES).to_string()]).stdout(Stdio::piped()).spawn();
-    let mut hog = Hog(hog.expect("this program starts"));
-    let words = ballast_tests::lines(hog.0.stdout.take().expect("piped"), false);
+    let (before, kills) = (hog::available(), hog::oom_kills());
+    let mut hog = Hog::start(&["hog", &(before + TAKES).to_string()]);
     let has_all = wait_until("the process has what it wants", 240, || {
-        live(&format!("{} MiB left", available() / MIB));
-        // It is not heard any more when the kernel has killed it.
-        words.try_recv().ok().map(|_| true).or_else(|| hog.0.try_wait().ok().flatten().map(|_| false))
+        live(&format!("{} MiB left", hog::available() / MIB));
+        // The kernel may have killed it.
+        hog.has_all().then_some(true).or_else(|| (!hog.lives()).then_some(false))
     });
     wait_until("the host has memory again", 240, || host.serve.told("pressure_left").pop());
     let victims = host.serve.told("victim_selected");
     let gone: Vec<_> = victims.iter().filter_map(|event| event["vm"].as_str()).collect();
     let is_gone = |name: &str| gone.contains(&name);
     let swapped: u64 = LINUX.iter().map(|(name, _)| number(&host.serve.show(name), "swap.current_bytes")).sum();
-    let killed = oom_kills() - kills;
-    let hog_lives = matches!(hog.0.try_wait(), Ok(None));
+    let killed = hog::oom_kills() - kills;
+    let hog_lives = hog.lives();
     drop(hog);
     let alive = |guest: &Guest| is_alive(guest.pid) != is_gone(&guest.name);
     let as_told = host.guests.iter().all(alive);
