@@ -278,7 +278,9 @@ pub async fn stop(args: StopArgs) -> Result<u8, Failure> {
         let target = format!("/vms/{vm}/stop?timeout_ms={}", timeout.as_millis());
         let (_, body) = client::request(&socket, Method::POST, &target, String::new()).await?;
         let stopped: StopView = client::decode(&body)?;
-        if stopped.killed {
+        if stopped.killed && stopped.unheard {
+            eprintln!("ballast: {vm} was killed: it stood still for want of memory, so its guest heard nothing");
+        } else if stopped.killed {
             eprintln!("ballast: {vm} did not power itself off and was killed");
         }
         Ok(())

@@ -221,7 +221,8 @@ impl Actor {
         }
         let removers = std::mem::take(&mut vm.removers);
         let killers = std::mem::take(&mut vm.killers);
-        let stoppers = vm.stopping.take().map(|stopping| stopping.replies).unwrap_or_default();
+        let (stoppers, unheard) =
+            vm.stopping.take().map(|stopping| (stopping.replies, stopping.unheard)).unwrap_or_default();
         let waiting = std::mem::take(&mut vm.waiting);
         let name = vm.name.clone();
         let how = vm.epitaph.clone().unwrap_or_default();
@@ -236,7 +237,7 @@ impl Actor {
             answer(reply, Ok(self.vm_view(id, false)));
         }
         for reply in stoppers {
-            answer(reply, Ok(StopView { killed, vm: self.vm_view(id, false) }));
+            answer(reply, Ok(StopView { killed, unheard, vm: self.vm_view(id, false) }));
         }
         for waiting in waiting {
             match waiting.what {

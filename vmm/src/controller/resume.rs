@@ -71,6 +71,18 @@ impl Actor {
         }
     }
 
+    /// Lets the vCPUs of a paused VM go on that is to end, as soon as that is possible until `until`. Nobody is told when it is not.
+    pub fn resume_to_stop(&mut self, id: VmId, until: Instant) {
+        match self.may_go_on(id) {
+            Ok(()) => self.resume(id, "stop", None),
+            Err(_) => {
+                // It is killed before it would be refused.
+                let (reply, _) = tokio::sync::oneshot::channel();
+                self.resumes.push(Resuming { id, until: until + host::scaled(PAUSE_PATIENCE), reply });
+            }
+        }
+    }
+
     /// Whether a paused VM may go on now. What it owes is charged then.
     fn may_go_on(&mut self, id: VmId) -> Result<(), Obstacle> {
         if let Some(refusal) = self.stays_empty(id) {

@@ -6,8 +6,9 @@
 //!  start ─► the words of the VM that has ended ─► as `PUT` with them
 //! ```
 //!
-//! A VM that a user has paused goes on, because a guest that stands still hears nothing. One that is held for want of
-//! memory hears nothing either, and is killed when the time is over.
+//! A VM that a user has paused goes on, because a guest that stands still hears nothing. One that was paused for want of memory
+//! goes on as soon as there is room for it, before others that wait for it too: its end gives all back. While there is none, and
+//! while it is held, it hears nothing, and is killed when the time is over; that is said.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use super::Controller;
 use super::actor::{Actor, answer};
 use super::config::VmConfig;
 use super::error::{Code, Refusal};
-use super::view::{PausedBy, VmState, VmView};
+use super::view::{VmState, VmView};
 use super::vm::{KilledBy, Reply, VmEnd, VmId};
 use crate::worker::protocol::ToWorker;
 
@@ -32,6 +33,9 @@ pub const STOP_PATIENCE: Duration = Duration::from_secs(10);
 pub struct StopView {
     /// True when it had to be killed; false when its guest ended by itself, or had before.
     pub killed: bool,
+    /// True when its guest stood still for want of memory as its time was over: it has heard of nothing.
+    #[serde(default)]
+    pub unheard: bool,
     /// The VM after its end.
     pub vm: VmView,
 }
@@ -40,6 +44,8 @@ pub struct StopView {
 pub(super) struct Stopping {
     /// When it is killed; absent once it is.
     pub until: Option<Instant>,
+    /// Its guest stood still when that was over.
+    pub unheard: bool,
     /// Who waits for its end.
     pub replies: Vec<Reply<StopView>>,
 }
@@ -47,7 +53,7 @@ pub(super) struct Stopping {
 impl Actor {
     /// Asks the guest to power itself off, and has the VM killed after `patience`. Answered at its end.
     pub fn stop(&mut self, name: &str, patience: Duration, reply: Reply<StopView>) {
-        let ended = |vm| StopView { killed: false, vm };
+        let ended = |vm| StopView { killed: false, unheard: false, vm };
         let id = match self.find(name) {
             Ok(id) => id,
             Err(refusal) => return answer(reply, self.past_view(name).map(ended).ok_or(refusal)),
@@ -64,11 +70,11 @@ impl Actor {
             stopping.replies.push(reply);
             return;
         }
-        vm.stopping = Some(Stopping { until: Some(until), replies: vec![reply] });
+        vm.stopping = Some(Stopping { until: Some(until), unheard: false, replies: vec![reply] });
         // A worker that does not read has its guest killed.
         vm.send(ToWorker::PowerButton);
-        if vm.state == VmState::Paused && vm.paused_by == Some(PausedBy::User) {
-            self.resume(id, "stop", None);
+        if vm.state == VmState::Paused {
+            self.resume_to_stop(id, until);
         }
     }
 
@@ -76,6 +82,11 @@ impl Actor {
     pub fn overdue_stop(&mut self, id: VmId, now: Instant) {
         let Some(stopping) = self.vms.get_mut(&id).and_then(|vm| vm.stopping.as_mut()) else { return };
         if stopping.until.take_if(|until| *until <= now).is_some() {
+            let vm = self.vms.get_mut(&id).expect("it is stopped");
+            let stands = vm.state == VmState::Paused || vm.hold.is_some();
+            if let Some(stopping) = &mut vm.stopping {
+                stopping.unheard = stands;
+            }
             self.kill(id, VmEnd::Killed(KilledBy::Stop));
         }
     }

@@ -175,3 +175,29 @@ async fn a_vm_for_which_the_host_has_no_memory_is_paused_and_goes_on_when_it_is_
     let events = worker.events().await;
     assert_eq!(events.iter().filter(|event| event.event == EventKind::HostOutOfMemory).count(), 1);
 }
+
+/// A guest that was emptied hears nothing of a stop: it goes on as soon as there is room, to hear of it, or is killed, and that is
+/// said.
+#[tokio::test(start_paused = true)]
+async fn a_stop_of_an_emptied_vm_lets_it_go_on_or_says_that_it_heard_nothing() {
+    for has_room in [true, false] {
+        let (mut worker, host) = emptied().await;
+        let controller = worker.controller.clone();
+        let stopping = tokio::spawn(async move { controller.stop("vm", Duration::from_secs(60)).await });
+        worker.obey_for(5000).await;
+        assert!(!stopping.is_finished() && !worker.killed());
+        if has_room {
+            *host.lock().expect("alive") = left(9000);
+            worker.obey_for(20_000).await;
+            assert_eq!(state(&worker.controller).await, VmState::Running);
+            worker.exit(ExitReason::PowerOff).await;
+        } else {
+            worker.obey_for(56_000).await;
+            assert!(worker.killed());
+            assert_eq!(worker.has_event(EventKind::ResumeRefused).await, None, "nobody has asked for that");
+            worker.die(Death::Signal(9)).await;
+        }
+        let stopped = stopping.await.expect("no panic").expect("stopped");
+        assert_eq!((stopped.killed, stopped.unheard), (!has_room, !has_room));
+    }
+}
