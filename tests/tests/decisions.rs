@@ -1,11 +1,14 @@
 //! Who decides when a group is full, with the real program: a client on the socket, a command, or nobody but the policy.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use ballast_tests::serve::{Decider, Serve};
-use ballast_tests::{payload, skipped, wait_until};
+use ballast_tests::{ballast, payload, skipped, wait_until};
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -104,5 +107,82 @@ fn a_command_decides_where_no_client_does_and_one_that_hangs_does_not() {
         fill(&serve);
         let victim = victim(&serve);
         assert_eq!((&victim["vm"], &victim["by"]), (&json!(expected.0), &json!(expected.1)), "{text}: {victim}");
+    }
+}
+
+/// What a script answers that `ballast oom policy` runs, or answers by itself, counts as a client's. One answer that is refused
+/// leaves time for another.
+/// Semantics: 51, T7.
+#[test]
+fn a_script_is_the_client() {
+    if skipped("decisions-script") {
+        return;
+    }
+    for runs_command in [true, false] {
+        let serve = Serve::start(&[]);
+        let place = TempDir::new().expect("a directory");
+        let answer = script(&place, r#"grep -q '"reason":"full"' && echo kill kept"#);
+        let socket = serve.socket();
+        let mut words = vec!["oom", "policy", "--wait", "30s", "--socket", socket.to_str().expect("plain")];
+        if runs_command {
+            words.extend(["--", answer.to_str().expect("plain")]);
+        }
+        let mut client = Client::start(&words);
+        assert_eq!(client.complaint(), "ballast: asked from now on, before the policy decides\n");
+        fill(&serve);
+        if !runs_command {
+            let asked: Value = serde_json::from_str(&client.line()).expect("a question");
+            assert_eq!((&asked["level"], &asked["reason"]), (&json!("/full"), &json!("full")), "{asked}");
+            client.say(&format!("{} kill outside", asked["id"]));
+            let refused = client.complaint();
+            assert!(refused.starts_with("ballast: question 1: kill outside is refused: "), "{refused}");
+            client.say(&format!("{} kill kept", asked["id"]));
+        }
+        let victim = victim(&serve);
+        assert_eq!((&victim["vm"], &victim["by"]), (&json!("kept"), &json!("client")), "{victim}");
+        assert_eq!(client.complaint(), "ballast: question 1: kill kept\n");
+        client.end();
+    }
+}
+
+/// A program that is talked to.
+struct Client {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    err: BufReader<ChildStderr>,
+}
+
+impl Client {
+    fn start(words: &[&str]) -> Self {
+        let mut command = Command::new(ballast());
+        command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("ballast starts");
+        let out = BufReader::new(child.stdout.take().expect("piped"));
+        let err = BufReader::new(child.stderr.take().expect("piped"));
+        Self { child, out, err }
+    }
+
+    /// The next line that it prints.
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.out.read_line(&mut line).expect("readable");
+        line
+    }
+
+    /// The next line on stderr.
+    fn complaint(&mut self) -> String {
+        let mut line = String::new();
+        self.err.read_line(&mut line).expect("readable");
+        line
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.child.stdin.as_mut().expect("piped"), "{line}").expect("it reads");
+    }
+
+    /// Ends it by a signal.
+    fn end(mut self) {
+        rustix::process::kill_process(Pid::from_child(&self.child), Signal::TERM).expect("it runs");
+        assert_eq!(self.child.wait().expect("it ends").code(), Some(0));
     }
 }

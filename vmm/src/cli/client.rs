@@ -152,6 +152,62 @@ pub async fn request(
     if status.is_success() { Ok((status, body)) } else { Err(refused(status, &body)) }
 }
 
+/// An answer in lines.
+pub struct Lines {
+    socket: PathBuf,
+    body: Incoming,
+    pending: Vec<u8>,
+    what: &'static str,
+    endless: bool,
+}
+
+impl Lines {
+    /// Sends a request whose answer is lines: `what` they are, such as its events. An `endless` one may say nothing for as long
+    /// as it likes.
+    ///
+    /// # Errors
+    /// When it is not answered; a refusal becomes a failure with its sentence.
+    pub async fn open(
+        socket: &Path,
+        method: Method,
+        target: &str,
+        body: String,
+        what: &'static str,
+        endless: bool,
+    ) -> Result<Self, Failure> {
+        let answer = open(socket, method, target, body).await?;
+        let (status, body) = (answer.status(), answer.into_body());
+        if !status.is_success() {
+            let said = awaited(socket, body.collect()).await?;
+            return Err(refused(status, &said.map_or_else(|_| Bytes::new(), |said| said.to_bytes())));
+        }
+        Ok(Self { socket: socket.to_owned(), body, pending: Vec::new(), what, endless })
+    }
+
+    /// The next line with its end, `None` after the last.
+    ///
+    /// # Errors
+    /// When the controller is gone before it has said where they end, or is silent.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+        loop {
+            if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
+                return Ok(Some(self.pending.drain(..=end).collect()));
+            }
+            let frame = self.body.frame();
+            let frame = if self.endless { frame.await } else { awaited(&self.socket, frame).await? };
+            let Some(frame) = frame else { return Ok(None) };
+            if let Ok(data) = frame.map_err(|_| self.ended())?.into_data() {
+                self.pending.extend_from_slice(&data);
+            }
+        }
+    }
+
+    /// That the controller is gone, and what it said with it.
+    pub fn ended(&self) -> Failure {
+        Failure::error(format!("the controller at {} has ended, and with it {}", self.socket.display(), self.what))
+    }
+}
+
 /// Asks all of these controllers the same at once, and waits until each has answered or is known not to.
 pub async fn ask_all<T>(sockets: &[PathBuf], target: &str) -> Vec<Result<T, Failure>>
 where

@@ -21,6 +21,7 @@ mod manual;
 mod notify;
 mod observe;
 mod oom_log;
+mod oom_policy;
 mod options;
 mod output;
 mod reclaim;

@@ -7,6 +7,7 @@ use hyper::Method;
 use memcg_core::units::human;
 
 use super::oom_log::{self, LogArgs};
+use super::oom_policy::{self, PolicyArgs};
 use super::{ERROR, Failure, SocketArg, client, output, show, socket};
 use crate::controller::check::CheckView;
 use crate::controller::rank::{RankView, RankedView};
@@ -63,6 +64,8 @@ pub enum OomVerb {
     Rank(RankArgs),
     /// Show what was decided when no memory was left, and what came of it
     Log(LogArgs),
+    /// Be the client that decides who is paused or killed, before the policy does
+    Policy(PolicyArgs),
 }
 
 /// `ballast oom rank`.
@@ -83,6 +86,7 @@ pub async fn oom(verb: OomVerb) -> Result<u8, Failure> {
     match verb {
         OomVerb::Rank(args) => rank(args).await,
         OomVerb::Log(args) => oom_log::log(args).await,
+        OomVerb::Policy(args) => oom_policy::policy(args).await,
     }
 }
 

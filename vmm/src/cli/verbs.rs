@@ -7,6 +7,7 @@ use http_body_util::BodyExt;
 use hyper::Method;
 use memcg_core::units::human;
 
+use super::client::Lines;
 use super::options::{duration, group_path, limit, name, on_off};
 use super::{DONE, Failure, NOT_REACHED, NamesArg, SocketArg, client, output, show, socket, usage};
 use crate::api::{MemoryPatch, NodeLimits};
@@ -321,42 +322,20 @@ pub async fn events(args: EventsArgs) -> Result<u8, Failure> {
         None => socket::the_only(&args.socket)?,
     };
     let target = format!("/events?since={}&follow={}", args.since, args.follow);
-    let answer = client::open(&socket, Method::GET, &target, String::new()).await?;
-    let status = answer.status();
-    let mut body = answer.into_body();
-    let mut pending = Vec::new();
-    let ended = || Failure::error(format!("the controller at {} has ended, and with it its events", socket.display()));
-    loop {
-        // Nothing may happen for as long as one likes.
-        let frame = if args.follow { body.frame().await } else { client::awaited(&socket, body.frame()).await? };
-        let Some(frame) = frame else { break };
-        // One that was killed did not say where they end.
-        let frame = frame.map_err(|_| ended())?;
-        let Ok(data) = frame.into_data() else {
+    let mut lines = Lines::open(&socket, Method::GET, &target, String::new(), "its events", args.follow).await?;
+    while let Some(line) = lines.next().await? {
+        let event: Event = client::decode(&line)?;
+        // A controller with many VMs tells of all. What is lost may have been of this one.
+        let lost = matches!(event.event, EventKind::Dropped | EventKind::Restarted);
+        if only.is_some() && event.vm != only && !lost {
             continue;
-        };
-        pending.extend_from_slice(&data);
-        while status.is_success()
-            && let Some(end) = pending.iter().position(|byte| *byte == b'\n')
-        {
-            let line: Vec<_> = pending.drain(..=end).collect();
-            let event: Event = client::decode(&line)?;
-            // A controller with many VMs tells of all. What is lost may have been of this one.
-            let lost = matches!(event.event, EventKind::Dropped | EventKind::Restarted);
-            if only.is_some() && event.vm != only && !lost {
-                continue;
-            }
-            let text = if args.json { line } else { event_line(&event).into_bytes() };
-            if !output::write(text)? {
-                return Ok(DONE);
-            }
+        }
+        let text = if args.json { line } else { event_line(&event).into_bytes() };
+        if !output::write(text)? {
+            return Ok(DONE);
         }
     }
-    match status.is_success() {
-        true if args.follow => Err(ended()),
-        true => Ok(DONE),
-        false => Err(client::refused(status, &pending)),
-    }
+    if args.follow { Err(lines.ended()) } else { Ok(DONE) }
 }
 
 /// Whether a controller has a VM, or has had it since its oldest event.

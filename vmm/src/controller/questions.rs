@@ -15,18 +15,16 @@
 //!
 //! A client is not bound by preference, priority or protection; but by the list: whoever is not in it is not below the limit.
 
+pub mod command;
+
 use std::collections::BTreeMap;
-use std::io;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::Duration;
 
 use memcg_core::oom::{self, Answer, Choice, Decision, Resolved};
 use memcg_core::tree::NodeId;
-use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -56,9 +54,6 @@ const QUEUE: usize = 16;
 
 /// A question whose deadline has passed for so long is of the past: nobody has to be chosen any more.
 const STALE: Duration = Duration::from_secs(2);
-
-/// Bytes of a command's answer that are read.
-const MOST_SAID: u64 = 4096;
 
 /// A question: a level has no memory left, who is to go?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -422,168 +417,18 @@ impl Controller {
     }
 }
 
-/// The processes of a command, killed unless they have ended.
-struct Processes(Option<Pid>);
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            // None of them may be left.
-            let _ = rustix::process::kill_process_group(group, Signal::KILL);
-        }
-    }
-}
-
 impl Hook {
     /// Runs the command with a question at its standard input, and takes its first line for the answer.
     ///
     /// # Errors
     /// A sentence: it cannot be run, takes too long, fails, or says something else.
     async fn ask(&self, question: &QuestionView) -> Result<DecisionAnswer, String> {
-        match tokio::time::timeout(self.wait, self.run(question)).await {
-            Ok(Ok(said)) => understood(&said),
-            Ok(Err(error)) => Err(format!("{}: {error}", self.program.display())),
-            Err(_) => Err(format!("{} did not end within {} ms", self.program.display(), self.wait.as_millis())),
-        }
-    }
-
-    async fn run(&self, question: &QuestionView) -> io::Result<String> {
         let mut command = Command::new(&self.program);
         command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("BALLAST_SOCKET", &self.socket).current_dir("/");
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
-        let mut child = command.spawn()?;
-        let mut processes = Processes(child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)));
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let question = serde_json::to_vec(question).map_err(io::Error::other)?;
-        let tell = async {
-            if let Some(mut stdin) = stdin {
-                // One that does not read it may know all the same.
-                let _ = stdin.write_all(&[&question[..], b"\n"].concat()).await;
-            }
-        };
-        let mut said = Vec::new();
-        let hear = async {
-            match stdout {
-                Some(stdout) => stdout.take(MOST_SAID).read_to_end(&mut said).await.map(drop),
-                None => Ok(()),
-            }
-        };
-        let ((), heard) = tokio::join!(tell, hear);
-        heard?;
-        let status = child.wait().await?;
-        processes.0 = None;
-        if !status.success() {
-            return Err(io::Error::other(format!("it failed ({status})")));
-        }
-        Ok(String::from_utf8_lossy(&said).into_owned())
+        command::ask(command, question, self.wait).await
     }
-}
-
-/// The first line that a command has printed, as an answer.
-///
-/// # Errors
-/// When it is none.
-fn understood(said: &str) -> Result<DecisionAnswer, String> {
-    let line = said.lines().next().unwrap_or_default();
-    let (answer, vm) = match line.split_whitespace().collect::<Vec<_>>()[..] {
-        ["kill", vm] => (AnswerWord::Kill, Some(vm.to_owned())),
-        ["pause", vm] => (AnswerWord::Pause, Some(vm.to_owned())),
-        ["raise"] => (AnswerWord::Raise, None),
-        ["ignore"] => (AnswerWord::Ignore, None),
-        _ => {
-            let line: String = line.chars().filter(|c| !c.is_control()).take(100).collect();
-            return Err(format!("it said {line:?}, which is none of kill NAME, pause NAME, raise, ignore"));
-        }
-    };
-    Ok(DecisionAnswer { answer, vm })
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
-
-    use tempfile::TempDir;
-
-    use super::*;
-
-    const WAIT: Duration = Duration::from_secs(20);
-
-    /// What a script answers that is given `wait`.
-    async fn answer_of(script: &str, wait: Duration) -> Result<DecisionAnswer, String> {
-        let place = TempDir::new().unwrap();
-        let program = place.path().join("hook");
-        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
-        let question = QuestionView {
-            id: 7,
-            level: "/gold".to_owned(),
-            reason: Reason::Full,
-            usage_bytes: 4096,
-            max_bytes: None,
-            wait_ms: 1,
-            deadline_ms: 2,
-            ranked: Vec::new(),
-            not_shown: 0,
-        };
-        Hook { program, wait, socket: place.path().join("ballast.sock") }.ask(&question).await
-    }
-
-    fn says(answer: AnswerWord, vm: Option<&str>) -> Result<DecisionAnswer, String> {
-        Ok(DecisionAnswer { answer, vm: vm.map(str::to_owned) })
-    }
-
-    #[tokio::test]
-    async fn the_first_line_of_a_command_is_its_answer() {
-        let script = r#"grep -q '"id":7,"level":"/gold"' && echo kill web && echo more"#;
-        assert_eq!(answer_of(script, WAIT).await, says(AnswerWord::Kill, Some("web")));
-        assert_eq!(answer_of("echo pause web-1", WAIT).await, says(AnswerWord::Pause, Some("web-1")));
-        assert_eq!(answer_of("echo raise", WAIT).await, says(AnswerWord::Raise, None), "it has read nothing");
-        assert_eq!(answer_of("cat > /dev/null; echo ignore", WAIT).await, says(AnswerWord::Ignore, None));
-    }
-
-    #[tokio::test]
-    async fn it_has_an_environment_of_its_own() {
-        let script = r#"test "$(env | cut -d= -f1 | grep -v -e PWD -e SHLVL -e ^_ | sort | tr '\n' ' ')" = "BALLAST_SOCKET PATH " && echo raise"#;
-        assert_eq!(answer_of(script, WAIT).await, says(AnswerWord::Raise, None));
-    }
-
-    #[tokio::test]
-    async fn what_is_no_answer_is_said() {
-        for (script, why) in [
-            ("echo kill", "which is none of"),
-            ("echo shoot web", "it said \"shoot web\""),
-            ("", "it said \"\""),
-            ("echo kill web; exit 3", "it failed (exit status: 3)"),
-            ("head -c 100000 /dev/zero", "it failed"),
-        ] {
-            let error = answer_of(script, WAIT).await.unwrap_err();
-            assert!(error.contains(why), "{script}: {error}");
-        }
-    }
-
-    #[tokio::test]
-    async fn one_that_hangs_is_killed_with_its_children() {
-        let place = TempDir::new().unwrap();
-        let left = place.path().join("pid");
-        let script = format!(
-            "sleep 1000 & echo $! > {}.new; mv {}.new {}; wait",
-            left.display(),
-            left.display(),
-            left.display()
-        );
-        let error = answer_of(&script, Duration::from_millis(1500)).await.unwrap_err();
-        assert!(error.contains("did not end within 1500 ms"), "{error}");
-        let pid = fs::read_to_string(&left).unwrap();
-        let gone = || {
-            let status = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
-            status.is_empty() || status.contains(") Z")
-        };
-        let until = std::time::Instant::now() + Duration::from_secs(10);
-        while !gone() && std::time::Instant::now() < until {
-            tokio::task::yield_now().await;
-        }
-        assert!(gone(), "process {pid} is left");
-    }
-}
+mod tests;
