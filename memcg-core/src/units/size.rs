@@ -146,9 +146,11 @@ fn shift_of(suffix: &str) -> Option<u32> {
     matches!(rest.as_str(), "" | "i" | "B" | "b" | "iB" | "ib").then_some(shift)
 }
 
-/// `bytes` to be typed in again: like [`human`] where that is exact, otherwise all digits.
+/// `bytes` to be typed in again: a whole number of the largest unit in which it is one, such as `1300M`.
 pub fn exact(bytes: u64) -> String {
-    Some(human(bytes)).filter(|text| !text.contains('.')).unwrap_or_else(|| bytes.to_string())
+    let whole = |(_, shift): &&(char, u32)| bytes > 0 && bytes.trailing_zeros() >= *shift;
+    let unit = UNITS.iter().rev().find(whole);
+    unit.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
 }
 
 /// `bytes` for people: `192M`, `1.5G`. A whole number of units has no decimal, anything else is rounded to one; so

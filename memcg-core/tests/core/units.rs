@@ -213,5 +213,6 @@ proptest! {
             }
         }
         prop_assert_eq!(parse_size(&exact(bytes)), Ok(SizeArg::Bytes(bytes)));
+        prop_assert_eq!(parse_size(&exact(bytes << 20)), Ok(SizeArg::Bytes(bytes << 20)));
     }
 }

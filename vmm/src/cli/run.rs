@@ -179,6 +179,6 @@ mod tests {
         let end = |pages| VmEnd::Failed { message: "too small".to_owned(), smallest_max: Some(Pages(pages)) };
         let sentence = |pages| conclude(end(pages), "web", &memory).unwrap_err().message;
         assert_eq!(sentence(2048), "too small: use --memory size=64M,max=8M or more");
-        assert!(sentence(2049).contains("max=8392704 "), "{}", sentence(2049));
+        assert!(sentence(2049).contains("max=8196K "), "{}", sentence(2049));
     }
 }

@@ -257,13 +257,14 @@ impl Actor {
         charge.pages.0
     }
 
-    /// The limit that leaves a VM the least, its own or that of a group that it is in, and the words that raise it.
-    pub fn limit_in_the_way(&self, id: VmId) -> (String, String) {
+    /// The limit that leaves a VM the least, its own or that of a group that it is in, and the words that raise it by what is
+    /// `missing`.
+    pub fn limit_in_the_way(&self, id: VmId, missing: Pages) -> (String, String) {
         let vm = &self.vms[&id];
-        match self.tree.narrowest(vm.node).filter(|at| *at != vm.node).map(|at| self.tree.path(at)) {
-            Some(group) => (format!("the limit of {group}"), format!("ballast group set {group} memory.max=…")),
-            None => ("its limit".to_owned(), format!("ballast set {} memory.max=…", vm.name)),
-        }
+        let at = self.tree.narrowest(vm.node).unwrap_or(vm.node);
+        let raise = self.words_to_raise(at, missing);
+        let limit = if at == vm.node { "its limit".to_owned() } else { format!("the limit of {}", self.tree.path(at)) };
+        (limit, raise)
     }
 
     /// Those who share with a VM the limit that is in its way, and hold stock.

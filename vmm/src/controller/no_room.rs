@@ -66,7 +66,12 @@ impl Actor {
         ];
         let helps: Vec<_> =
             helps.into_iter().filter(|(true_of_one, _)| *true_of_one).map(|(_, advice)| advice).collect();
-        let helps = if helps.is_empty() { "ask for a higher limit".to_owned() } else { helps.join(", ") };
+        let emptied = |target: &Target| self.vms_of(*target).iter().all(|id| self.is_emptied(*id));
+        let helps = match helps.as_slice() {
+            [] if stuck.iter().all(emptied) => return "all has been given that could be had".to_owned(),
+            [] => "ask for a higher limit".to_owned(),
+            helps => helps.join(", "),
+        };
         format!("nothing more can be had: {helps}")
     }
 

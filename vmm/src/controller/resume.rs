@@ -94,9 +94,10 @@ impl Actor {
         }
         let vm = &self.vms[&id];
         let room = self.tree.margin(vm.node).unwrap_or_default();
-        let missing = Pages(vm.need()).saturating_sub(room).bytes();
+        let missing = Pages(vm.need()).saturating_sub(room);
         let usage = self.tree.usage(vm.node).bytes();
-        let (limit, raise) = self.limit_in_the_way(id);
+        let (limit, raise) = self.limit_in_the_way(id, missing);
+        let missing = missing.bytes();
         let message = format!(
             "the VM {:?} needs {} more than {limit} leaves: raise it with `{raise}`",
             self.vms[&id].name,

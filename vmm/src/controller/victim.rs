@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use memcg_core::oom::{self, Choice, Nobody, Ranked, Waiting};
 use memcg_core::tree::{Event, NodeId};
-use memcg_core::units::{Pages, human};
+use memcg_core::units::{Pages, exact, human};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -34,6 +34,7 @@ use super::actor::Actor;
 use super::changes::Target;
 use super::error::{Code, Refusal};
 use super::events::{EventKind, merged};
+use super::floor::in_mib;
 use super::grants::{GO_ON, SILENT_RETRY};
 use super::host;
 use super::oom_log::{DecidedBy, How, Reason};
@@ -176,7 +177,7 @@ impl Actor {
         }
         let (node, name) = (vm.node, vm.name.clone());
         // Whoever looks at its console sees a guest that has stopped.
-        let (limit, advice) = self.advice(level);
+        let (limit, advice) = self.advice(level, Pages::ZERO);
         let reason = how.reason.word();
         tracing::warn!(vm = name, ?action, reason, "no memory is left in {limit}{advice}");
         self.tell_victim(id, level, how, details);
@@ -225,7 +226,7 @@ impl Actor {
         if !self.choices.tell(level, &why, Instant::now()) {
             return;
         }
-        let (limit, advice) = self.advice(level);
+        let (limit, advice) = self.advice(level, Pages::ZERO);
         tracing::warn!(why, "no memory is left in {limit}{advice}");
         let target = self.owners().remove(&level).map_or(Target::Group(level), Target::Vm);
         let number = self.log_nobody(level, reason, by, &why);
@@ -233,16 +234,27 @@ impl Actor {
         self.target_event(EventKind::NobodyChosen, target, details);
     }
 
-    /// A level that has no memory left, and what would help it; for the log.
-    fn advice(&self, level: NodeId) -> (String, String) {
+    /// A level that has no memory left, and what would help it: so much is `missing`, as far as that is known; for the log.
+    fn advice(&self, level: NodeId, missing: Pages) -> (String, String) {
         if level == self.root && self.is_short() {
             return ("the host".to_owned(), String::new());
         }
-        let raise = match self.owners().remove(&level) {
-            Some(id) => format!("ballast set {}", self.vms[&id].name),
-            None => format!("ballast group set {}", self.tree.path(level)),
+        let name = match self.owners().remove(&level) {
+            Some(id) => format!("the limit of {:?}", self.vms[&id].name),
+            None => self.tree.path(level),
         };
-        (self.tree.path(level), format!(": `{raise} memory.max=…` gives it more"))
+        (name, format!(": `{}` gives it more", self.words_to_raise(level, missing)))
+    }
+
+    /// The words that raise the limit of a VM or a group by what is `missing`; zero: nobody knows how much that is.
+    pub fn words_to_raise(&self, level: NodeId, missing: Pages) -> String {
+        let enough =
+            self.tree.limits(level).max.as_pages().filter(|_| !missing.is_zero()).map(|max| in_mib(max + missing));
+        let enough = enough.map_or("…".to_owned(), |enough| exact(enough.bytes()));
+        match self.owners().remove(&level) {
+            Some(id) => format!("ballast set {} memory.max={enough}", self.vms[&id].name),
+            None => format!("ballast group set {} memory.max={enough}", self.tree.path(level)),
+        }
     }
 
     /// Whether a VM stands still for others, and gives all that it has.
@@ -271,9 +283,10 @@ impl Actor {
     /// Why a VM that was emptied may not go on now, if it may not.
     pub fn stays_empty(&self, id: VmId) -> Option<Refusal> {
         let (missing, at) = self.is_emptied(id).then(|| self.missing(id))??;
-        let (vm, bytes, missing) = (&self.vms[&id], missing.bytes(), human(missing.bytes()));
+        let ((limit, advice), vm) = (self.advice(at, missing), &self.vms[&id]);
+        let (bytes, missing) = (missing.bytes(), human(missing.bytes()));
         let (name, short) = (&vm.name, if vm.paused_by == Some(PausedBy::Host) { "the host" } else { "its group" });
-        let ((limit, advice), group) = (self.advice(at), self.tree.path(if at == vm.node { self.root } else { at }));
+        let group = self.tree.path(if at == vm.node { self.root } else { at });
         let message = format!(
             "the VM {name:?} was paused because {short} ran short of memory, and {missing} are missing still in {limit}{advice}. It \
              goes on by itself when they are there; `ballast oom rank {group}` shows who holds how much"

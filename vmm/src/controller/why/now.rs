@@ -3,7 +3,7 @@
 use super::super::grants::GO_ON;
 use super::super::view::{BalloonProgress, GroupView, PausedBy, ReclaimRung, VmState, VmView};
 use super::{Facts, Limited, lasting, size};
-use memcg_core::units::Pages;
+use memcg_core::units::{Pages, exact};
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
@@ -235,11 +235,9 @@ fn with_quarter(bytes: u64) -> u64 {
     bytes.saturating_add(bytes.div_ceil(4))
 }
 
-/// At least so much, to be typed in: a whole number of a unit, so that no rounding makes it less.
+/// At least so much, to be typed in: no rounding makes it less.
 fn typed(bytes: u64) -> String {
-    let mib = bytes.div_ceil(MIB);
-    let text = size(mib.saturating_mul(MIB));
-    if text.contains('.') { format!("{mib}M") } else { text }
+    exact(bytes.div_ceil(MIB).saturating_mul(MIB))
 }
 
 /// What would help, with the words to type.
