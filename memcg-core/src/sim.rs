@@ -10,6 +10,7 @@
 //! | what is done about it, one thing after the other | [`crate::ladder::Ladder`] |
 //! | who gives how much | [`crate::ladder::aims`], on [`crate::spread`] and [`crate::protection`] |
 //! | how long a guest is held before somebody is chosen in a full group | [`crate::hold::Account`] |
+//! | whether guests only take pages from each other | [`crate::thrash::Watch`] |
 //! | who is chosen, one at a time | [`crate::oom::rank`], [`crate::oom::Victims`], [`crate::oom::Decision`] |
 //! | time that everybody waits for memory | [`crate::pressure::Pressure`] |
 //!
@@ -28,6 +29,7 @@
 //!       │
 //!       ├─► climbs (climb.rs)    levels above their high, or asked for memory, give: balloons, then eviction
 //!       ├─► watch  (host.rs)     the host's reading; asks the root for memory, or has somebody chosen
+//!       ├─► thrash (thrash.rs)   groups whose guests get nowhere
 //!       └─► choice (choice.rs)   held too long, or the host has nothing left: client, rank, act
 //! ```
 //!
@@ -36,10 +38,9 @@
 //!
 //! # What is not in it
 //!
-//! The watch over guests that [thrash](crate::thrash) in a group, stocks and reserves of workers, page sizes, what it costs to
-//! age pages, wrong estimates of what is idle, CPUs: a guest waits for one fault after the other, and nobody waits for a CPU.
-//! What is idle is known exactly. A host whose memory is gone
-//! lets everybody wait; the kernel would kill somebody, and [`Sums::exhausted`] says for how long it would have had reason to.
+//! Stocks and reserves of workers, page sizes, what it costs to age pages, wrong estimates of what is idle, CPUs: a guest waits
+//! for one fault after the other, and nobody waits for a CPU. What is idle is known exactly. A host whose memory is gone lets
+//! everybody wait; the kernel would kill somebody, and [`Sums::exhausted`] says for how long it would have had reason to.
 
 mod choice;
 mod climb;
@@ -49,6 +50,7 @@ mod outcome;
 pub mod rules;
 mod setup;
 pub mod synthetic;
+mod thrash;
 
 pub use host::Host;
 pub use outcome::{Event, Outcome, Sample, Sums, VmOutcome, What, fairness};

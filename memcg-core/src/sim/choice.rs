@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::guest::{Guest, State};
-use super::host::Host;
+use super::host::{Host, RETURNS};
 use super::outcome::What;
 use super::setup::Answers;
 use crate::hold::Verdict;
@@ -61,7 +61,8 @@ fn attributes(vm: &Guest, tree: &Tree) -> Option<Attributes> {
 impl Host {
     /// Has somebody chosen for `level`; says whether the time to cool down begins.
     pub(super) fn choose(&mut self, level: NodeId) -> bool {
-        if self.questions.contains_key(&level) || self.victims.waiting(&self.tree, level, self.now).is_some() {
+        let rests = self.chosen.get(&level).is_some_and(|at| self.now < *at + RETURNS);
+        if rests || self.questions.contains_key(&level) || self.victims.waiting(&self.tree, level, self.now).is_some() {
             return false;
         }
         if let Some(client) = &self.client {
@@ -196,6 +197,9 @@ impl Host {
         vm.refused = None;
         vm.paused_at = self.now;
         let node = vm.node;
+        if level != node {
+            self.chosen.extend(self.tree.ancestry(node).map(|at| (at, self.now)));
+        }
         self.tree.record(level, Event::Oom);
         self.tree.record(node, if killed { Event::OomKill } else { Event::OomPause });
         self.tell(What::Chosen { level: self.tree.path(level), vm: name, killed, why });

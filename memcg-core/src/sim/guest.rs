@@ -36,8 +36,8 @@ pub const GIVES: u64 = 262_144;
 /// Pages of a guest that has been killed which come back in a second: 4 GiB.
 pub const RETURNS: u64 = 1_048_576;
 
-/// What it takes until an evicted page is back, in microseconds.
-pub const REFAULT_US: u64 = 10;
+/// What it takes until an evicted page is back, in microseconds: what [thrashing](crate::thrash::COST) counts for it, too.
+pub const REFAULT_US: u64 = crate::thrash::COST.as_micros() as u64;
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use super::climb::{Climb, Request};
 use super::guest::{Guest, State};
 use super::outcome::{Event, Outcome, Sample, Sums, VmOutcome, What};
 use super::setup::{Client, Policy, Setup, SetupError};
+use super::thrash::Thrashing;
 use crate::host::{Reading, Verdict, Watch};
 use crate::oom::Victims;
 use crate::pressure::{Member, Pressure};
@@ -18,7 +19,7 @@ use crate::units::{Limit, Pages};
 const STEPS: [u64; 2] = [250, 1000];
 
 /// How long the memory of one who was chosen may take to come back before the next one is chosen.
-const RETURNS: Duration = Duration::from_secs(10);
+pub(super) const RETURNS: Duration = Duration::from_secs(10);
 
 /// A host with its VMs. See [`super`].
 #[derive(Debug)]
@@ -38,7 +39,10 @@ pub struct Host {
     pub(super) verdict: Verdict,
     pub(super) requests: Vec<Request>,
     pub(super) climbs: BTreeMap<NodeId, Climb>,
+    pub(super) thrashing: Thrashing,
     pub(super) victims: Victims,
+    /// When somebody at or below each node was chosen last.
+    pub(super) chosen: BTreeMap<NodeId, Duration>,
     pub(super) client: Option<Client>,
     pub(super) questions: BTreeMap<NodeId, Question>,
     /// Memory outside of ballast that a client has made free.
@@ -94,7 +98,9 @@ impl Host {
             verdict: Verdict::default(),
             requests: Vec::new(),
             climbs: BTreeMap::new(),
+            thrashing: Thrashing::default(),
             victims: Victims::new(RETURNS),
+            chosen: BTreeMap::new(),
             client: setup.client,
             questions: BTreeMap::new(),
             freed: Pages::ZERO,
@@ -146,6 +152,7 @@ impl Host {
         // Guests that want more take what comes back as it comes, so what is left is looked at before more comes.
         self.look();
         self.climb(ms);
+        self.thrash();
         self.answer();
         self.hold();
         self.resume();

@@ -177,10 +177,15 @@ impl Actor {
             self.look_at_emptied();
         }
         // While memory is on its way, it is asked again with the next reading.
-        if verdict.victim
-            && !matches!(self.choose(self.root, Reason::Host), Outcome::Wait(_))
-            && let Some(shortage) = &mut self.shortage
-        {
+        if verdict.victim && !matches!(self.choose(self.root, Reason::Host), Outcome::Wait(_)) {
+            self.chosen_for_host();
+        }
+    }
+
+    /// Somebody was chosen for the host, or nobody could be: it has time now to show what comes of it.
+    pub fn chosen_for_host(&mut self) {
+        let elapsed = self.elapsed();
+        if let Some(shortage) = &mut self.shortage {
             shortage.watch.chosen(elapsed);
             self.tell_kernel();
         }

@@ -2,6 +2,7 @@
 //!
 //! Whether that is so is `memcg_core::thrash`'s. Here a group is watched from when its VMs are evicted for it until its ladder has
 //! been at rest for a minute, and somebody is chosen for it (`victim.rs`) as if it had no memory left: it has none for all of them.
+//! A host that is short is like a group: as long as eviction keeps up with those who take pages back, it never gets any shorter.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -55,14 +56,22 @@ impl Actor {
             if thrashes && self.choose(group, Reason::Thrash) == Outcome::Done {
                 tracing::warn!("the guests of {} only took pages from each other", self.tree.path(group));
                 watch.acted();
+                if group == self.root {
+                    self.chosen_for_host();
+                }
             }
             self.thrashing.0.insert(group, (watch, now + host::scaled(EVERY), thrashes));
         }
     }
 
-    /// Whether the VMs that run and have no limit nearer than this group's thrash.
+    /// Whether the VMs that run and have no nearer limit in the way than this group's, or the host's end, thrash.
     fn thrashes(&self, group: NodeId, watch: &mut Watch) -> bool {
-        let runs = |vm: &Vm| vm.state == VmState::Running && self.tree.narrowest(vm.node) == Some(group);
+        let of_host = group == self.root && self.is_short();
+        let concerned = |vm: &Vm| match self.tree.narrowest(vm.node) {
+            Some(at) => at == group || of_host && !self.tree.above_high(at),
+            None => of_host,
+        };
+        let runs = |vm: &Vm| vm.state == VmState::Running && concerned(vm);
         let vms = self.vms_of(Target::Group(group)).into_iter().map(|id| &self.vms[&id]).filter(|vm| runs(vm));
         let by_node: BTreeMap<NodeId, &Vm> = vms.map(|vm| (vm.node, vm)).collect();
         let guests = by_node.iter().map(|(node, vm)| (*node, vm.report.cold.refaulted));

@@ -320,6 +320,27 @@ pub const RULES: &[Rule] = &[
         ..LINE
     },
     Rule {
+        id: "group-thrashes",
+        says: "Where VMs of a group only take pages from each other, one of them stands still.",
+        groups: &[("/ci", 0, 1000)],
+        vms: &[
+            VmLine { group: "/ci", ..hot("a", &[(0, 700, 700)]) },
+            VmLine { group: "/ci", priority: -1, ..hot("b", &[(0, 700, 700)]) },
+        ],
+        expects: &[at(10, 20, Pause("b", "/ci", "priority -1"))],
+        ..LINE
+    },
+    Rule {
+        id: "group-fits",
+        says: "Pages that come back now and then are no reason for anybody to go.",
+        groups: &[("/ci", 0, 1000)],
+        vms: &[
+            VmLine { group: "/ci", ..hot("a", &[(0, 600, 300)]) },
+            VmLine { group: "/ci", ..hot("b", &[(0, 600, 300)]) },
+        ],
+        ..LINE
+    },
+    Rule {
         id: "group-of-omitted",
         says: "In a full group whose VMs are all omitted the one that asked stays held; nobody outside is taken instead.",
         groups: &[("/ci", 0, 1000)],

@@ -10,6 +10,7 @@ use super::super::view::{OomPreference, VmState};
 use super::ladders::{evicting, holding};
 use super::*;
 use crate::controller::error::Code;
+use crate::controller::oom_log::Reason;
 
 /// Terms in the size of these VMs: short below 1000 pages, not above 1500, critical below 500.
 fn terms() -> Terms {
@@ -187,4 +188,31 @@ async fn who_is_paused_for_the_host_is_emptied_and_goes_on_when_there_is_room() 
     pass(&mut workers, 11_000).await;
     assert_eq!(state("a").await, VmState::Running);
     assert_eq!(state("b").await, VmState::Running, "one was enough");
+}
+
+/// Where all that is taken of VMs without limits comes back at once, eviction keeps up and the host never gets any shorter. But
+/// nobody gets anywhere: one of them stands still for the others, for that reason.
+/// Semantics: 42.
+#[tokio::test(start_paused = true)]
+async fn on_a_host_whose_guests_thrash_one_stands_still() {
+    let (controller, _) = Controller::start(Limit::Max);
+    let mut a = evicting(&controller, "a", "/", Limit::Max, 3000).await;
+    let mut b = evicting(&controller, "b", "/", Limit::Max, 3000).await;
+    let host = watched(&controller).await;
+    for short in [false, true] {
+        *host.lock().expect("alive") = left(if short { 700 } else { 9000 });
+        for _ in 0..25 {
+            for worker in [&mut a, &mut b] {
+                worker.report.cold.evicted += 2000;
+                worker.report.cold.refaulted += 2000;
+                worker.tell().await;
+                worker.obey_for(500).await;
+            }
+        }
+        let states = [controller.show("a").await, controller.show("b").await].map(|vm| vm.expect("shown").state);
+        let paused = states.iter().filter(|state| **state == VmState::Paused).count();
+        assert_eq!(paused, usize::from(short), "{states:?}");
+    }
+    let decision = controller.oom_log(0).await.expect("alive").decisions.pop().expect("recorded");
+    assert_eq!((decision.reason, decision.level.as_str()), (Reason::Thrash, "/"));
 }
