@@ -248,7 +248,11 @@ fn help(vm: &VmView, facts: &Facts) -> String {
         (VmState::Ended, _) => format!("`ballast start {name}` runs it again"),
         (VmState::Starting, _) => "nothing needs to be done".to_owned(),
         (VmState::Paused, _) if vm.kept_paused => {
-            format!("`ballast resume {name}` lets it go on as soon as there is room")
+            let resume = format!("`ballast resume {name}` lets it go on as soon as there is room");
+            let lacks = vm.resume_missing_bytes.is_some_and(|missing| missing > 0) && !narrow(vm, facts).is_empty();
+            raise(vm, facts)
+                .filter(|_| lacks)
+                .map_or(resume.clone(), |raise| format!("{raise} gives it more; {resume}"))
         }
         (VmState::Paused, Some(PausedBy::Policy | PausedBy::Host | PausedBy::Group)) => go_on(vm, facts),
         (VmState::Paused, _) => format!("`ballast resume {name}` lets it go on"),

@@ -157,6 +157,14 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
         }
         EventKind::HighCrossed => format!("{whose} usage rose above memory.high, to {}", usage()),
         EventKind::Reclaim => reclaim(event, who),
+        EventKind::Reclaimed
+            if ["balloon_bytes", "report_bytes", "evicted_bytes"].map(|key| number(event, key)) == [Some(0); 3] =>
+        {
+            format!(
+                "what {who} was asked for has ended after {}: nothing was given",
+                lasting(number(event, "took_ms").unwrap_or(0))
+            )
+        }
         EventKind::Reclaimed => format!(
             "{who} was where it should be again after {}: {} by the balloon, {} by reports of the guest, {} by eviction",
             lasting(number(event, "took_ms").unwrap_or(0)),
@@ -217,7 +225,15 @@ fn happened(event: &Event, facts: &Facts) -> Option<String> {
         EventKind::Stopped => format!("its guest ended ({})", word(event, "reason").replace('_', " ")),
         EventKind::WorkerDied => format!("it broke: {}", word(event, "reason")),
         EventKind::Removed if event.group.is_none() => "it was removed".to_owned(),
-        EventKind::Moved => format!("{who} was moved from {} to {}", word(event, "from"), word(event, "to")),
+        EventKind::Moved => {
+            // A VM's path looks like that of a group.
+            let place = |key| match word(event, key).rsplit_once('/') {
+                Some(("", _)) if event.group.is_none() => "/",
+                Some((group, _)) if event.group.is_none() => group,
+                _ => word(event, key),
+            };
+            format!("{who} was moved from {} to {}", place("from"), place("to"))
+        }
         EventKind::PressureEntered => format!(
             "the host ran short of memory ({}{} available): all VMs were asked for some",
             if word(event, "short") == "stalled" { "everybody waited for it, " } else { "" },
@@ -263,6 +279,9 @@ fn limits(event: &Event) -> String {
 fn reclaim(event: &Event, who: &str) -> String {
     let rung = event.details.get("rung").and_then(|rung| serde_json::from_value(rung.clone()).ok());
     let doing = rung.map_or("memory was taken back", |rung: ReclaimRung| rung.doing());
+    if event.group.is_none() && number(event, "goal_bytes") == Some(0) {
+        return format!("all that it has was asked of it: {doing}");
+    }
     let (above, goal) = (bytes(event, "above_bytes"), bytes(event, "goal_bytes"));
     format!("{who} used {above} more than the {goal} that it should come down to: {doing}")
 }
@@ -281,7 +300,8 @@ fn max_hit(event: &Event, facts: &Facts) -> String {
 
 /// That the VMs of the group at `path` thrashed.
 fn thrashed(path: &str) -> String {
-    format!("the VMs of {path} thrashed, they only took pages from each other")
+    let whose = if path == "/" { "the host" } else { path };
+    format!("the VMs of {whose} thrashed, they only took pages from each other")
 }
 
 /// The sentence of a decision.

@@ -144,6 +144,18 @@ fn every_event_has_its_sentence() {
             "it was where it should be again after 1.5 s: 1M by the balloon, 0 by reports of the guest, 8M by eviction",
         ),
         (
+            event(3, EventKind::Reclaim, json!({ "rung": "evict", "above_bytes": 9 * MIB, "goal_bytes": 0 })),
+            "all that it has was asked of it: evicting cold pages",
+        ),
+        (
+            event(
+                3,
+                EventKind::Reclaimed,
+                json!({ "took_ms": 1500, "balloon_bytes": 0, "report_bytes": 0, "evicted_bytes": 0 }),
+            ),
+            "what it was asked for has ended after 1.5 s: nothing was given",
+        ),
+        (
             event(3, EventKind::MaxHit, json!({ "usage_bytes": 180 * MIB, "limit_of": "/gold" })),
             "a touch of memory found no room below memory.max of /gold (180M in use by it), and its vCPUs had to wait",
         ),
@@ -170,10 +182,7 @@ fn every_event_has_its_sentence() {
             event(3, EventKind::WorkerDied, json!({ "reason": "the worker was silent" })),
             "it broke: the worker was silent",
         ),
-        (
-            event(3, EventKind::Moved, json!({ "from": "/web", "to": "/gold/web" })),
-            "it was moved from /web to /gold/web",
-        ),
+        (event(3, EventKind::Moved, json!({ "from": "/web", "to": "/gold/web" })), "it was moved from / to /gold"),
         (
             of_host(3, EventKind::PressureEntered, json!({ "short": "stalled", "available_bytes": 90 * MIB })),
             "the host ran short of memory (everybody waited for it, 90M available): all VMs were asked for some",
@@ -443,6 +452,14 @@ fn the_limits_that_are_named_would_be_enough() {
     );
     let fits = "there is room for it: it goes on by itself in a moment";
     assert_eq!(help(&paused(PausedBy::Group, 40, 0)), fits);
+    let kept = |facts: &mut Facts| {
+        paused(PausedBy::Policy, 100, 24)(facts);
+        facts.vm.as_mut().expect("there").kept_paused = true;
+    };
+    assert_eq!(
+        help(&kept),
+        "`ballast set web memory.max=306M` gives it more; `ballast resume web` lets it go on as soon as there is room"
+    );
     let host = "it goes on by itself when there is room, of which 30M are missing: nobody watches the host; `ballast oom rank` \
                 shows who uses how much";
     assert_eq!(help(&paused(PausedBy::Host, 40, 30)), host);
