@@ -115,13 +115,13 @@ fn reaction() -> Outcome {
         goes.ok("touch 16M 16M");
         goes.send("access hot 16M 16M period=100");
         goes.expect("ACCESS", 20);
-        // What nobody uses comes back first, so that the next touches do not fit.
+        // What nobody uses comes back first, so that the next touch does not fit.
         let usage = || number(&good(&serve, "GET", &path, None), "memory.current_bytes");
         wait_until("there is no room", 20, || {
-            let before = usage();
-            good(&serve, "PATCH", &format!("{path}?mode=force"), Some(&json!({ "max_bytes": before })));
-            let stock = |name: &str| number(&serve.show(name), "memory.stat.stock_bytes");
-            (stock("goes") == 0 && stock("asks") < MIB && usage() == before).then_some(())
+            let stock = || ["goes", "asks"].map(|name| number(&serve.show(name), "memory.stat.stock_bytes"));
+            let max = usage() - stock().iter().sum::<u64>();
+            good(&serve, "PATCH", &format!("{path}?mode=force"), Some(&json!({ "max_bytes": max })));
+            (stock() == [0, 0] && usage() == max).then_some(())
         });
         let vcpu = vcpu_of(pid(&view));
         asks.send("mark 7");
