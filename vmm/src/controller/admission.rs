@@ -228,6 +228,7 @@ impl Actor {
             heard_at: None,
             reported_at: None,
             evicted_told: (0, None),
+            resume_seq: None,
             failed_told: 0,
             balloon_sent: None,
             balloon_due: false,

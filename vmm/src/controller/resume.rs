@@ -183,6 +183,7 @@ impl Actor {
         // It is a candidate like any other.
         self.victims.forget(vm.node);
         vm.state = VmState::Running;
+        vm.resume_seq = Some(seq);
         (vm.paused_by, vm.kept_paused) = (None, false);
         vm.grant_due = true;
         vm.report.paused = false;

@@ -16,9 +16,12 @@ use super::vm::VmId;
 impl Actor {
     /// A worker has reported: pauses its VM when the host had no memory for it more than `before` times.
     pub fn stop_unfilled(&mut self, id: VmId, before: u64) {
-        let vm = &self.vms[&id];
+        let vm = self.vms.get_mut(&id).expect("checked");
+        // What it met before it heard that it may go on is what it was paused for.
+        let is_old = vm.resume_seq.is_some();
+        vm.resume_seq.take_if(|seq| vm.report.answers == Some(*seq));
         let times = vm.report.faults.unfilled.saturating_sub(before);
-        if times == 0 || vm.state != VmState::Running || vm.cause.is_some() {
+        if times == 0 || is_old || vm.state != VmState::Running || vm.cause.is_some() {
             return;
         }
         let name = vm.name.clone();

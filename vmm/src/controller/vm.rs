@@ -262,6 +262,8 @@ pub(super) struct Vm {
     pub reported_at: Option<Instant>,
     /// How many evicted pages the events have told of, and when.
     pub evicted_told: (u64, Option<Instant>),
+    /// Number of the message by which it may go on, until its worker has answered that.
+    pub resume_seq: Option<u32>,
     /// Writes to its swap file that had failed when that was told last.
     pub failed_told: u64,
     /// The balloon target last sent.

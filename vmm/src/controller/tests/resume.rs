@@ -170,10 +170,18 @@ async fn a_vm_for_which_the_host_has_no_memory_is_paused_and_goes_on_when_it_is_
     assert!(worker.aim < 1000, "it is emptied: {}", worker.aim);
     let asked = resuming(&worker, 0);
     worker.report.held = false;
+    // It met this before it heard that it was paused at all.
+    worker.report.faults.unfilled = 4;
     go_on(&mut worker).await;
     assert_eq!(asked.await.expect("no panic").expect("it goes on").state, VmState::Running);
-    let events = worker.events().await;
-    assert_eq!(events.iter().filter(|event| event.event == EventKind::HostOutOfMemory).count(), 1);
+    let told = async |worker: &FakeWorker| {
+        let events = worker.events().await;
+        events.iter().filter(|event| event.event == EventKind::HostOutOfMemory).count()
+    };
+    assert_eq!(told(&worker).await, 1);
+    worker.report.faults.unfilled = 5;
+    worker.tell().await;
+    assert_eq!(told(&worker).await, 2, "there is none now either");
 }
 
 /// A guest that was emptied hears nothing of a stop: it goes on as soon as there is room, to hear of it, or is killed, and that is
