@@ -4,6 +4,7 @@ mod accounting;
 mod audit;
 mod cases;
 mod charge;
+mod clock;
 mod events;
 mod evict;
 mod frame;

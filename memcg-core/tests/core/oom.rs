@@ -478,6 +478,7 @@ enum Op {
     Return { vm: prop::sample::Index, pages: u64 },
     Fail { vm: prop::sample::Index },
     Later { secs: u64 },
+    Earlier { secs: u64 },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -487,6 +488,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (index(), 0u64..600).prop_map(|(vm, pages)| Op::Return { vm, pages }),
         1 => index().prop_map(|vm| Op::Fail { vm }),
         2 => (1u64..8).prop_map(|secs| Op::Later { secs }),
+        1 => (1u64..80).prop_map(|secs| Op::Earlier { secs }),
     ]
 }
 
@@ -550,7 +552,7 @@ proptest! {
         }
     }
 
-    /// Whatever happens, in whatever order: nobody outside the level and nobody spared is chosen, nobody at all while
+    /// Whatever happens, in whatever order, and whatever the clock says: nobody outside the level and nobody spared is chosen, nobody at all while
     /// the memory of one that ends is coming back to the level in time, and nobody twice for the same.
     /// Semantics: 47, B40, B42.
     #[test]
@@ -568,6 +570,7 @@ proptest! {
         for op in ops {
             match op {
                 Op::Later { secs: more } => now += secs(more),
+                Op::Earlier { secs: less } => now = now.saturating_sub(secs(less)),
                 Op::Return { vm, pages } => {
                     let id = *vm.get(&vms);
                     tree.uncharge(id, Pages(pages).min(tree.usage(id)));
