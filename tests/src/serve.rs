@@ -1,6 +1,7 @@
 //! A `ballast serve` of its own for a test: started in a temporary directory, asked over HTTP or by verbs, killed, started
 //! again, and cleared away at the end.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::random::Random;
 use crate::small::SmallHost;
-use crate::{ballast, deadline, http, number, payload, wait_until};
+use crate::{ballast, deadline, hide, http, number, payload, wait_until};
 
 /// A `ballast serve` with a directory of its own. When dropped, it and its workers are killed.
 #[derive(Debug)]
@@ -241,6 +242,11 @@ fn launch(words: &[String], place: &Path, host: Option<&SmallHost>) -> Child {
     if let Some(mut door) = host.map(|host| File::options().write(true).open(host.door()).expect("a cgroup")) {
         // SAFETY: writing to a descriptor is one system call, with memory that there was before.
         unsafe { command.pre_exec(move || door.write_all(b"0")) };
+    }
+    if let Some(path) = host.and_then(SmallHost::hidden).map(CStr::to_owned) {
+        // SAFETY: `hide` only makes system calls, with memory that it was given.
+        unsafe { command.pre_exec(move || hide(&path)) };
+        command.stderr(File::create(place.join("log")).expect("a file"));
     }
     command.args(words).spawn().expect("ballast starts")
 }

@@ -1,5 +1,6 @@
 //! A small host: a cgroup with a limit that a controller and its VMs live in. To them it is all the memory that there is.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ pub struct SmallHost {
     limit: &'static str,
     usage: &'static str,
     cache: &'static str,
+    hidden: Option<CString>,
 }
 
 impl SmallHost {
@@ -46,9 +48,24 @@ impl SmallHost {
         };
         let refused = |error: io::Error| format!("no cgroup with a limit can be made here ({error})");
         fs::create_dir(&directory).map_err(refused)?;
-        let host = Self { directory, limit, usage, cache };
+        let host = Self { directory, limit, usage, cache, hidden: None };
         fs::write(host.directory.join(limit), bytes.to_string()).map_err(refused)?;
         Ok(host)
+    }
+
+    /// Puts `/dev/null` in the place of a file of this host, for the controller and its VMs. What the controller logs is in the file
+    /// `log` in its directory. Needs to be root.
+    ///
+    /// # Panics
+    /// When the path has a NUL in it.
+    pub fn without(mut self, path: &str) -> Self {
+        self.hidden = Some(CString::new(path).expect("a path"));
+        self
+    }
+
+    /// The file that it does not have.
+    pub fn hidden(&self) -> Option<&CStr> {
+        self.hidden.as_deref()
     }
 
     /// The file by which a process enters it.

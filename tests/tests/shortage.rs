@@ -128,3 +128,24 @@ fn a_host_that_stays_short_loses_the_vm_that_the_rules_choose() {
     spared.1.ok("verify 16M 180M seed=1");
     assert_eq!(serve.told("victim_selected").len(), 1, "one was enough");
 }
+
+/// A kernel that does not say how long tasks wait for memory: what is available decides alone, and the log says so.
+/// Semantics: 47.
+#[test]
+fn without_psi_available_memory_decides_alone() {
+    let Some(small) = SmallHost::make_or_skip("shortage-psi", HOST) else { return };
+    let serve = Serve::start_on(small.without("/proc/pressure/memory"), &["--log", "info"]);
+    let log = fs::read_to_string(serve.place().join("log")).expect("a log");
+    assert_eq!(log.matches("available memory decides alone").count(), 1, "{log}");
+    let none = json!({ "swap_max_bytes": 0 });
+    let mut spared = guest(&serve, "spared", &none, &json!({ "preference": "omit" }));
+    let mut chosen = guest(&serve, "chosen", &none, &json!({ "action": "kill" }));
+    spared.1.ok("touch 16M 150M seed=1");
+    fill(&serve, &mut chosen.1, || !serve.told("victim_selected").is_empty());
+    let entered = serve.told("pressure_entered").pop().expect("told");
+    assert_eq!(entered["short"], "available", "{entered}");
+    wait_until("the host has memory again", 60, || serve.told("pressure_left").pop());
+    assert_eq!(serve.told("victim_selected").len(), 1, "one was enough");
+    assert!(!is_alive(chosen.0) && is_alive(spared.0));
+    spared.1.ok("verify 16M 150M seed=1");
+}
