@@ -17,6 +17,9 @@ use super::error::{Code, Refusal};
 use super::floor::in_mib;
 use super::vm::{Vm, VmEnd, VmId};
 
+/// Names that a sentence lists, at most.
+const NAMES: usize = 3;
+
 impl Actor {
     /// There is no room for `cost`, what a VM costs beside its pages. The limit would have to cover `others`, who are there,
     /// and what this one needs `alone`.
@@ -56,16 +59,24 @@ impl Actor {
         // One without a store evicts nothing, whatever it is allowed.
         let evict: Vec<_> = vms.filter(|vm| vm.accounted() && vm.store.bytes > 0).collect();
         let filed = |vm: &Vm| !vm.swap_file.is_zero();
-        let swap_full = evict.iter().any(|vm| vm.report.swapped >= vm.leases.swap);
-        let store_full = evict.iter().any(|vm| vm.report.store >= vm.leases.store && !filed(vm));
-        let unshrunk = evict.iter().any(|vm| vm.report.cold.incompressible > 0 && !filed(vm));
+        // Of one VM alone nobody asks which.
+        let alone = matches!(stuck, [Target::Vm(_)]);
+        let whose = |is: &dyn Fn(&Vm) -> bool| {
+            let names: Vec<_> = evict.iter().filter(|vm| is(vm)).map(|vm| vm.name.as_str()).collect();
+            let more = if names.len() > NAMES { format!(" and {} more", names.len() - NAMES) } else { String::new() };
+            let first = names[..names.len().min(NAMES)].join(", ");
+            (!names.is_empty()).then(|| if alone { String::new() } else { format!(" of {first}{more}") })
+        };
+        let swap = whose(&|vm| vm.report.swapped >= vm.leases.swap);
+        let store = whose(&|vm| vm.report.store >= vm.leases.store && !filed(vm));
+        let unshrunk = whose(&|vm| vm.report.cold.incompressible > 0 && !filed(vm));
         let helps = [
-            (swap_full, "raise swap.max, which is full"),
-            (store_full, "raise store.max, which is full"),
-            (unshrunk, "give a VM with pages that do not shrink a file for them (--swap-dir, when it is made)"),
+            swap.map(|whose| format!("raise swap.max{whose}, which is full")),
+            store.map(|whose| format!("raise store.max{whose}, which is full")),
+            unshrunk
+                .map(|whose| format!("give pages{whose} that do not shrink a file (--swap-dir, when the VM is made)")),
         ];
-        let helps: Vec<_> =
-            helps.into_iter().filter(|(true_of_one, _)| *true_of_one).map(|(_, advice)| advice).collect();
+        let helps: Vec<_> = helps.into_iter().flatten().collect();
         let emptied = |target: &Target| self.vms_of(*target).iter().all(|id| self.is_emptied(*id));
         let helps = match helps.as_slice() {
             [] if stuck.iter().all(emptied) => return "all has been given that could be had".to_owned(),

@@ -497,6 +497,29 @@ async fn a_limit_out_of_reach_is_refused_with_what_would_help() {
     assert!(message.contains("raise swap.max, which is full"), "{message}");
 }
 
+/// In a group it is said whose limit of swap is in the way.
+#[tokio::test(start_paused = true)]
+async fn what_would_help_a_group_names_the_vms() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut banned = evicting(&controller, "banned", "/gold", Limit::Max, 1800).await;
+    let mut other = evicting(&controller, "other", "/gold", Limit::Max, 1800).await;
+    let patch = LimitPatch { swap_max: Some(pages(0)), ..LimitPatch::default() };
+    controller.change("banned", MemoryChange { patch, ..change(Limit::Max) }).await.expect("a limit");
+    let asked = controller.clone();
+    let answer = tokio::spawn(async move { asked.change_group("/gold", change(pages(3000))).await });
+    for _ in 0..30 {
+        for worker in [&mut banned, &mut other] {
+            worker.obey_for(250).await;
+            worker.report.cold.stuck = true;
+            worker.tell().await;
+        }
+    }
+    banned.obey_for(4000).await;
+    let message = answer.await.expect("no panic").expect_err("not reached").message;
+    assert!(message.contains("raise swap.max of banned, which is full"), "{message}");
+}
+
 type Reclaimed = JoinHandle<Result<ReclaimedView, Refusal>>;
 
 fn reclaim(worker: &FakeWorker, wanted: u64, wait: u64) -> Reclaimed {
