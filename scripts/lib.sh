@@ -119,15 +119,17 @@ pack() {
     (cd "$1" && find . | LC_ALL=C sort | busybox cpio -o -H newc 2>/dev/null) | gzip -1n >"$2.new" && mv "$2.new" "$2"
 }
 
-# ensure_busybox puts a static busybox at $CACHE/busybox and makes it known to `pack`.
-ensure_busybox() {
-    if [ ! -x "$CACHE/busybox" ]; then
-        local tmp name
-        tmp=$(scratch busybox)
-        name=$(find_package '^busybox-static$') || die "no package busybox-static in apt's lists"
-        unpack_package "$name" "$tmp"
-        mv "$(find "$tmp" -path '*bin/busybox' -type f | head -1)" "$CACHE/busybox"
-        rm -rf "$tmp"
-    fi
+# ensure_program NAME PACKAGE puts a program of a Debian package at $CACHE/NAME, without installing it: nothing of it is started.
+ensure_program() {
+    local tmp package
+    [ -x "$CACHE/$1" ] && return
+    package=$(find_package "^$2\$") || die "no package $2 in apt's lists"
+    tmp=$(scratch "$1")
+    unpack_package "$package" "$tmp"
+    mv "$(find "$tmp" -path "*bin/$1" -type f | head -1)" "$CACHE/$1"
+    rm -rf "$tmp"
 }
+
+# ensure_busybox puts a static busybox at $CACHE/busybox and makes it known to `pack`.
+ensure_busybox() { ensure_program busybox busybox-static; }
 busybox() { "$CACHE/busybox" "$@"; }

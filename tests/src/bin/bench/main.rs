@@ -19,6 +19,7 @@ mod many;
 mod memcg;
 mod neighbour;
 mod oom;
+mod overload;
 mod plot;
 mod qemu;
 mod report;
@@ -89,7 +90,7 @@ impl Outcome {
 type Family = (&'static [&'static str], fn(&str) -> Result<Outcome, String>);
 
 /// All but those of the core, which are measured together.
-const FAMILIES: [Family; 11] = [
+const FAMILIES: [Family; 12] = [
     (&fault::IDS, fault::measure),
     (&discard::IDS, discard::measure),
     (&limit::IDS, limit::measure),
@@ -101,6 +102,7 @@ const FAMILIES: [Family; 11] = [
     (&cost::IDS, cost::measure),
     (&many::IDS, |id| Ok(many::measure(id))),
     (&qemu::IDS, qemu::measure),
+    (&overload::IDS, overload::measure),
 ];
 
 fn main() -> ExitCode {
@@ -109,7 +111,11 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|a| a == "child") {
         let words = &arguments[1..];
         return ExitCode::from(u8::from(
-            !(cost::child(words) || many::child(words) || memcg::child(words) || oom::child(words)),
+            !(cost::child(words)
+                || many::child(words)
+                || memcg::child(words)
+                || oom::child(words)
+                || overload::child(words)),
         ));
     }
     // The baselines are 4 KiB pages: no huge pages for this process and all that it starts.
