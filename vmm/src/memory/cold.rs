@@ -108,6 +108,8 @@ pub struct Reclaim {
     emptied: u64,
     /// Nothing could be evicted; until when that is believed, in nanoseconds.
     stuck_until: Option<u64>,
+    /// Its thread rests for that, and wakes by itself.
+    retries: bool,
     /// Pages that could not be evicted since one was.
     refused: u64,
     /// The VM is near its limit: the margin is kept in stock instead of being given back, so that what is touched next
@@ -138,6 +140,7 @@ impl Reclaim {
             full_until: None,
             emptied: 0,
             stuck_until: None,
+            retries: false,
             refused: 0,
             pressed: false,
             yields: false,
@@ -199,15 +202,15 @@ impl Reclaim {
     /// The controller's aim. A lower one is worth another try of who is stuck; a higher one, as each grant brings it, is not.
     pub fn set_aim(&mut self, aim: u64) {
         if aim < self.aim && self.counts.stuck {
-            (self.stuck_until, self.counts.stuck, self.refused) = (None, false, 0);
+            (self.stuck_until, self.retries, self.counts.stuck, self.refused) = (None, false, false, 0);
         }
         (self.aim, self.counts.aim) = (aim, aim);
     }
 
     /// What could not be evicted before may be evicted now.
     fn try_again(&mut self) {
-        (self.stuck_until, self.full_until, self.counts.stuck, self.refused) = (None, None, false, 0);
-        self.counts.hard = 0;
+        (self.stuck_until, self.retries, self.full_until) = (None, false, None);
+        (self.counts.stuck, self.counts.hard, self.refused) = (false, 0, 0);
     }
 }
 
@@ -274,7 +277,7 @@ impl Pages {
                 || large
                 || self.ageing_is_due()
                 || self.refill_is_due()
-                || self.need() > 0 && self.reclaim.stuck_until.is_none())
+                || self.need() > 0 && !self.reclaim.retries)
         {
             self.reclaim.resting = false;
             // Fails only when the counter is full: it is awake already.
@@ -416,6 +419,7 @@ impl Pages {
     fn next_work(&mut self, load: &mut Load) -> Work {
         let (now, store_max) = (monotonic_ns(), self.reclaim.store_max);
         self.reclaim.stuck_until = self.reclaim.stuck_until.filter(|until| now < *until);
+        self.reclaim.retries = false;
         load.claimed.clear();
         if !self.reclaim.wants.is_empty() {
             load.fetched.pages.clear();
@@ -446,6 +450,7 @@ impl Pages {
             return Work::Age;
         }
         if let Some(until) = self.reclaim.stuck_until {
+            self.reclaim.retries = true;
             return Work::Rest(Some(Duration::from_nanos(until - now)));
         }
         if std::mem::take(&mut self.reclaim.yields) {
@@ -478,7 +483,7 @@ impl Pages {
         }
         self.reclaim.counts.stuck = true;
         self.reclaim.refused = 0;
-        self.reclaim.stuck_until = Some(now + RETRY.as_nanos() as u64);
+        (self.reclaim.stuck_until, self.reclaim.retries) = (Some(now + RETRY.as_nanos() as u64), true);
         Work::Rest(Some(RETRY))
     }
 
