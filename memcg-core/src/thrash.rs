@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::progress::BRISK;
-use crate::tree::NodeId;
+use crate::tree::{NodeId, Tree};
 
 /// Time that a guest loses for a page that comes back, at least: the fault alone takes 60 to 85 µs where it was measured.
 pub const COST: Duration = Duration::from_micros(50);
@@ -41,6 +41,16 @@ const AT_LEAST: usize = 2;
 
 /// How long they must.
 pub const LASTS: Duration = Duration::from_secs(10);
+
+/// Whether the limit of `level` is what leaves the guest at `guest` no more: no nearer one is in the way. A host that is short
+/// is in the way like a limit of the root, of all guests that are not above their own.
+pub fn is_in_the_way(tree: &Tree, level: NodeId, guest: NodeId, host_is_short: bool) -> bool {
+    let of_host = host_is_short && level == tree.root();
+    match tree.narrowest(guest) {
+        Some(at) => at == level || of_host && !tree.above_high(at),
+        None => of_host,
+    }
+}
 
 /// The guests below one limit. Time is since any fixed start.
 #[derive(Clone, Debug, Default)]

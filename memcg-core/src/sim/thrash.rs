@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::guest::{Guest, State};
 use super::host::Host;
 use crate::ladder::Rung;
-use crate::thrash::Watch;
+use crate::thrash::{self, Watch};
 use crate::tree::NodeId;
 
 /// Time between two looks at a group.
@@ -39,14 +39,10 @@ impl Host {
 
     /// Whether the VMs that run and have no nearer limit in the way than this group's, or the host's end, thrash.
     fn thrashes(&self, group: NodeId, watch: &mut Watch) -> bool {
-        let of_host = group == self.tree.root() && self.verdict.short.is_some();
-        let concerned = |vm: &&Guest| match self.tree.narrowest(vm.node) {
-            Some(at) => at == group || of_host && !self.tree.above_high(at),
-            None => of_host,
-        };
+        let is_short = self.verdict.short.is_some();
+        let runs = |vm: &&Guest| vm.state == State::Runs && thrash::is_in_the_way(&self.tree, group, vm.node, is_short);
         let members = self.members.get(&group).map_or(&[][..], Vec::as_slice);
-        let runs = members.iter().map(|at| &self.vms[*at]).filter(|vm| vm.state == State::Runs);
-        let theirs = runs.filter(concerned);
+        let theirs = members.iter().map(|at| &self.vms[*at]).filter(runs);
         let guests: Vec<_> = theirs.map(|vm| (vm.node, vm.refaulted)).collect();
         // What a guest does not wait for it runs.
         let ran = |node| Some(Duration::from_millis(self.vms[*self.owners.get(&node)?].lived));

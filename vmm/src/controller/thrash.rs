@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use memcg_core::thrash::Watch;
+use memcg_core::thrash::{self, Watch};
 use memcg_core::tree::NodeId;
 use tokio::time::Instant;
 
@@ -66,12 +66,9 @@ impl Actor {
 
     /// Whether the VMs that run and have no nearer limit in the way than this group's, or the host's end, thrash.
     fn thrashes(&self, group: NodeId, watch: &mut Watch) -> bool {
-        let of_host = group == self.root && self.is_short();
-        let concerned = |vm: &Vm| match self.tree.narrowest(vm.node) {
-            Some(at) => at == group || of_host && !self.tree.above_high(at),
-            None => of_host,
-        };
-        let runs = |vm: &Vm| vm.state == VmState::Running && concerned(vm);
+        let is_short = self.is_short();
+        let runs =
+            |vm: &Vm| vm.state == VmState::Running && thrash::is_in_the_way(&self.tree, group, vm.node, is_short);
         let vms = self.vms_of(Target::Group(group)).into_iter().map(|id| &self.vms[&id]).filter(|vm| runs(vm));
         let by_node: BTreeMap<NodeId, &Vm> = vms.map(|vm| (vm.node, vm)).collect();
         let guests = by_node.iter().map(|(node, vm)| (*node, vm.report.cold.refaulted));
