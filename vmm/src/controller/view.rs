@@ -116,7 +116,7 @@ pub struct VmView {
 impl VmView {
     /// It stands still for others, and gives all that it has.
     pub fn is_emptied(&self) -> bool {
-        self.state == VmState::Paused && matches!(self.paused_by, Some(PausedBy::Host | PausedBy::Group))
+        self.state == VmState::Paused && self.paused_by.is_some_and(PausedBy::is_for_others)
     }
 
     /// Whether `path` is its own, not that of a group.
@@ -151,6 +151,14 @@ pub enum PausedBy {
 }
 
 impl PausedBy {
+    /// Whether it stands still so that others have its memory: then all that it has is evicted.
+    pub fn is_for_others(self) -> bool {
+        match self {
+            Self::Host | Self::Group => true,
+            Self::User | Self::Policy => false,
+        }
+    }
+
     /// As events name it.
     pub fn word(self) -> &'static str {
         match self {

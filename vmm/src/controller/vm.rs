@@ -390,7 +390,7 @@ impl Vm {
 
     /// It stands still for others, and gives all that it has.
     pub fn is_emptied(&self) -> bool {
-        self.state == VmState::Paused && matches!(self.paused_by, Some(PausedBy::Host | PausedBy::Group))
+        self.state == VmState::Paused && self.paused_by.is_some_and(PausedBy::is_for_others)
     }
 
     /// Sends a message, unless the worker has not read its last ones. Never waits.
