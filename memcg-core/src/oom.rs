@@ -63,7 +63,7 @@ use std::fmt;
 
 pub use decision::{Answer, Decision, DecisionError, Resolved};
 pub use standing::standing;
-pub use victims::{Choice, Nobody, Report, Victims, Waiting};
+pub use victims::{Choice, Nobody, RETURNS, Report, Victims, Waiting};
 
 use crate::protection::{Protection, protections};
 use crate::tree::{Counter, Mode, NodeId, Refused, Tree};

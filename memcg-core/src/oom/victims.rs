@@ -8,6 +8,9 @@ use super::{Action, Ranked, Spared};
 use crate::tree::{NodeId, NodeSnapshot, Tree};
 use crate::units::{Pages, human};
 
+/// How long the memory of one who was chosen may take to come back before the next one is chosen.
+pub const RETURNS: Duration = Duration::from_secs(10);
+
 /// The victims whose memory is not back yet.
 ///
 /// ```text

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::guest::{Guest, State};
-use super::host::{Host, RETURNS};
+use super::host::Host;
 use super::outcome::What;
 use super::setup::Answers;
 use crate::hold::Verdict;
 use crate::ladder::{Rung, STEP};
-use crate::oom::{self, Action, Answer, Attributes, Choice, Decision, Nobody, Preference, Resolved};
+use crate::oom::{self, Action, Answer, Attributes, Choice, Decision, Nobody, Preference, RETURNS, Resolved};
 use crate::tree::{Event, Mode, NodeId, Tree};
 use crate::units::Pages;
 

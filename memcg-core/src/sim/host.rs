@@ -10,16 +10,13 @@ use super::outcome::{Event, Outcome, Sample, Sums, VmOutcome, What};
 use super::setup::{Client, Policy, Setup, SetupError};
 use super::thrash::Thrashing;
 use crate::host::{Reading, Verdict, Watch};
-use crate::oom::Victims;
+use crate::oom::{RETURNS, Victims};
 use crate::pressure::{Member, Pressure};
 use crate::tree::{Accounting, LimitPatch, NodeId, Tree};
 use crate::units::{Limit, Pages};
 
 /// Length of a step while something is under way, and while all is quiet, in milliseconds.
 const STEPS: [u64; 2] = [250, 1000];
-
-/// How long the memory of one who was chosen may take to come back before the next one is chosen.
-pub(super) const RETURNS: Duration = Duration::from_secs(10);
 
 /// A host with its VMs. See [`super`].
 #[derive(Debug)]

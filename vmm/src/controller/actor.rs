@@ -35,7 +35,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use memcg_core::oom::Victims;
+use memcg_core::oom::{RETURNS, Victims};
 use memcg_core::tree::{NodeId, Tree};
 use memcg_core::units::Limit;
 use serde_json::json;
@@ -64,7 +64,7 @@ use super::spawn::Death;
 use super::squeeze::Squeeze;
 use super::strays::Stray;
 use super::thrash::Thrashing;
-use super::victim::{Choices, RETURNS};
+use super::victim::Choices;
 use super::view::{PausedBy, VmState, VmView};
 use super::vm::{Awaited, KilledBy, Reply, VmEnd, VmId, Waiting};
 use super::vms::Vms;

@@ -30,7 +30,7 @@
 use std::time::Duration;
 
 use memcg_core::hold::Verdict;
-use memcg_core::oom;
+use memcg_core::oom::{self, RETURNS};
 use memcg_core::reclaim::{self, FIRST_STOCK, finds_room};
 use memcg_core::tree::{Charge, Mode, Refused, Tree};
 use memcg_core::units::{Limit, Pages};
@@ -45,7 +45,7 @@ use super::host;
 use super::oom_log::Reason;
 use super::overhead;
 use super::shortage;
-use super::victim::{Outcome, RETURNS};
+use super::victim::Outcome;
 use super::view::VmState;
 use super::vm::{Awaited, Hold, Vm, VmId};
 use crate::worker::protocol::{Report, ToWorker};

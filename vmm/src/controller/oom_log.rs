@@ -18,7 +18,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use memcg_core::oom::{self, Ranked};
+use memcg_core::oom::{self, RETURNS, Ranked};
 use memcg_core::tree::NodeId;
 use memcg_core::units::Pages;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,6 @@ use super::events;
 use super::host;
 use super::rank::RankedView;
 use super::shortage::{Shortage, ShortageSign};
-use super::victim::RETURNS;
 use super::view::{OomAction, VmState};
 use super::vm::VmId;
 

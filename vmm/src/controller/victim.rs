@@ -24,7 +24,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use memcg_core::oom::{self, Choice, Nobody, Ranked, Waiting};
+use memcg_core::oom::{self, Choice, Nobody, RETURNS, Ranked, Waiting};
 use memcg_core::tree::{Event, NodeId};
 use memcg_core::units::{Pages, exact, human};
 use serde_json::{Value, json};
@@ -40,9 +40,6 @@ use super::host;
 use super::oom_log::{DecidedBy, How, Reason};
 use super::view::{AheadView, OomAction, OomPreference, PausedBy};
 use super::vm::{KilledBy, Vm, VmEnd, VmId};
-
-/// How long the memory of one who was chosen may take to come back before the next one is chosen.
-pub const RETURNS: Duration = Duration::from_secs(10);
 
 /// That nobody can be chosen for a level is told again only after this, unless there is another reason.
 const QUIET: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@ use super::super::actor::Actor;
 use super::super::error::Code;
 use super::super::journal::{Entry, Journal, Remembered, Store};
 use super::super::view::{GroupView, VmState};
-use super::super::{MemoryChange, victim, view::PausedBy};
+use super::super::{MemoryChange, view::PausedBy};
 use super::*;
 use memcg_core::limit_change::Mode;
 use std::io;
@@ -309,7 +309,7 @@ async fn one_that_was_emptied_goes_on_giving_and_goes_on_when_there_is_room() {
     worker.controller.change("vm", super::limits::change(pages(8192))).await.expect("raised");
     let at_once = messages(&mut worker).await;
     assert!(!goes_on(&at_once), "it may have been chosen a moment ago, and has given little yet: {at_once:?}");
-    tokio::time::sleep(victim::RETURNS).await;
+    tokio::time::sleep(memcg_core::oom::RETURNS).await;
     let after = messages(&mut worker).await;
     assert!(goes_on(&after), "{after:?}");
 }
