@@ -129,6 +129,59 @@ fn a_controller_that_dies_while_its_victim_does_kills_nobody_else() {
     sound(&serve);
 }
 
+/// A worker that cannot be asked is charged what is seen at it, and for what it may hold beside that nobody has to go.
+#[test]
+fn nobody_goes_for_memory_that_a_silent_worker_may_only_have() {
+    if skipped("faults-silent") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    group(&serve, "/full", 96 * MIB);
+    let config = json!({ "group": "/full", "memory": { "swap_max_bytes": 0 }, "oom": { "action": "kill", "deadline_ms": 1000 } });
+    let mut silent = guest(&serve, "silent", &config);
+    let mut asks = guest(&serve, "asks", &config);
+    silent.1.ok("touch 16M 24M seed=1");
+    asks.1.ok("touch 16M 10M seed=2");
+    let charged = number(&serve.show("silent"), "memory.current_bytes");
+    kill(silent.0, libc::SIGSTOP);
+    killed(&mut serve);
+    serve.again();
+    // It was charged with all that a guest of 128 MiB could have.
+    asks.1.ok("touch 26M 20M seed=3");
+    let (_, host) = serve.ask("GET", "/host", None);
+    let stray = &host["strays"][0];
+    assert_eq!(
+        (&stray["name"], &stray["group"], &stray["why"]),
+        (&json!("silent"), &json!("/full"), &json!("it says nothing"))
+    );
+    let assumed = number(stray, "charged_bytes");
+    assert!(assumed >= charged && assumed < charged + 32 * MIB, "{assumed} for {charged}");
+    let (_, check) = serve.ask("GET", "/check", None);
+    let said = format!("silent: its worker {} could not be taken over: it says nothing", silent.0);
+    assert!(check["ok"] == false && check.to_string().contains(&said), "{check}");
+    let (status, why) = serve.ask("GET", "/vms/silent/why", None);
+    assert!(
+        status == 409 && why["message"].as_str().is_some_and(|words| words.contains("could not be taken over")),
+        "{why}"
+    );
+    // There is room for this, if it has no more than is seen.
+    asks.1.send("touch 46M 26M seed=4");
+    let told = wait_until("nobody is chosen", 60, || serve.told("nobody_chosen").pop());
+    assert!(
+        told["why"].as_str().is_some_and(|why| why.starts_with("the worker of \"silent\" cannot be asked")),
+        "{told}"
+    );
+    assert!(is_alive(silent.0) && is_alive(asks.0));
+    kill(silent.0, libc::SIGCONT);
+    asks.1.expect("OK touch", 30);
+    assert_eq!(serve.told("victim_selected"), Vec::<Value>::new());
+    silent.1.ok("verify 16M 24M seed=1");
+    for verify in ["verify 16M 10M seed=2", "verify 26M 20M seed=3", "verify 46M 26M seed=4"] {
+        asks.1.ok(verify);
+    }
+    sound(&serve);
+}
+
 /// One that is paused for others stays so through the end of the controller, though its worker has not heard of it yet.
 #[test]
 fn a_controller_that_dies_before_its_victim_has_heard_chooses_nobody_else() {

@@ -7,6 +7,7 @@ use super::options::{group_path, name};
 use super::verbs::each;
 use super::vm_args::VmArgs;
 use super::{DONE, Failure, NamesArg, SocketArg, client, output, show, socket};
+use crate::controller::overview::{Overview, StrayView};
 use crate::controller::view::{VmState, VmView};
 
 /// `ballast create`.
@@ -83,23 +84,27 @@ pub struct PsArgs {
 
 /// Lists the VMs of `serve` and of every `run`.
 pub async fn ps(args: PsArgs) -> Result<u8, Failure> {
-    let (lists, status) = client::answers::<Vec<VmView>>(socket::all(&args.socket)?, "/vms").await;
-    if lists.is_empty() && status != DONE {
+    let (hosts, status) = client::answers::<Overview>(socket::all(&args.socket)?, "/overview?events=0").await;
+    if hosts.is_empty() && status != DONE {
         // That there are none is not known.
         return Ok(status);
     }
-    let mut vms: Vec<_> = lists.into_iter().flat_map(|(_, list)| list).collect();
+    let (mut vms, mut strays) = (Vec::new(), Vec::new());
+    for (_, overview) in hosts {
+        vms.extend(overview.vms);
+        strays.extend(overview.host.strays);
+    }
     vms.sort_by(|a, b| a.name.cmp(&b.name));
     if args.json {
         output::json(&vms)?
     } else {
-        output::print(table(&vms))?
+        output::print(table(&vms, &strays))?
     };
     Ok(status)
 }
 
-/// One line for each VM, in columns as wide as what is in them.
-fn table(vms: &[VmView]) -> String {
+/// One line for each VM, in columns as wide as what is in them; those of which nothing is known but what is charged come last.
+fn table(vms: &[VmView], strays: &[StrayView]) -> String {
     let header =
         ["NAME", "GROUP", "STATE", "CURRENT", "MAX", "%", "VMM", "BALLOON", "PRESSURE", "AGE"].map(str::to_owned);
     let rows = vms.iter().map(|vm| {
@@ -117,7 +122,12 @@ fn table(vms: &[VmView]) -> String {
             if vm.state == VmState::Ended { "-".to_owned() } else { show::age(vm.age_ms) },
         ]
     });
-    show::columns(&[header].into_iter().chain(rows).collect::<Vec<_>>(), 3)
+    let unknown = strays.iter().map(|stray| {
+        let known = [stray.name.clone(), stray.group.clone().unwrap_or("-".to_owned()), "unreachable".to_owned()];
+        let mut known = known.into_iter().chain([human(stray.charged_bytes)]);
+        std::array::from_fn(|_| known.next().unwrap_or("-".to_owned()))
+    });
+    show::columns(&[header].into_iter().chain(rows).chain(unknown).collect::<Vec<_>>(), 3)
 }
 
 #[cfg(test)]
@@ -126,6 +136,15 @@ mod tests {
 
     #[test]
     fn an_empty_list_has_a_header() {
-        assert_eq!(table(&[]), "NAME  GROUP  STATE  CURRENT  MAX  %  VMM  BALLOON  PRESSURE  AGE\n");
+        assert_eq!(table(&[], &[]), "NAME  GROUP  STATE  CURRENT  MAX  %  VMM  BALLOON  PRESSURE  AGE\n");
+    }
+
+    #[test]
+    fn who_could_not_be_taken_over_is_listed_with_what_is_charged() {
+        let (group, why) = (Some("/gold".to_owned()), "it says nothing".to_owned());
+        let stray = StrayView { name: "web".to_owned(), group, pid: Some(7), why, charged_bytes: 88 << 20 };
+        let table = table(&[], &[stray]);
+        let words: Vec<_> = table.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+        assert_eq!(words, ["web", "/gold", "unreachable", "88M", "-", "-", "-", "-", "-", "-"]);
     }
 }

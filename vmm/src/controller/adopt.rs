@@ -8,7 +8,7 @@
 //!                │ nobody there ───────► ended while nobody was there; its last words are in its log. Without a log
 //!                │                       there never was a worker, and the VM is forgotten
 //!                │ a stranger ─────────► the same; the stranger is left alone
-//!                │ another version ────► Stray: left alone, counted with the most it can hold
+//!                │ another version ────► Stray: left alone, counted with the most it can hold by what the host sees
 //!                │ silence, no socket ─► the same, and met again every few seconds
 //!                ▼
 //!             node, limits, overhead ─► recount: charge what Hello says ─► grant: a new epoch ─► one of the VMs

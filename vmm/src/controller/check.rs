@@ -30,6 +30,7 @@ use super::Controller;
 use super::actor::{Actor, answer};
 use super::error::{Code, Refusal};
 use super::host;
+use super::overview::StrayView;
 use super::view::{RamView, VmState, VmView};
 
 /// How often everything is looked at before something that is wrong is believed.
@@ -75,6 +76,7 @@ struct Known {
     nodes: Finding,
     vms: Vec<VmFacts>,
     workers: Vec<Worker>,
+    strays: Vec<StrayView>,
 }
 
 /// A worker that the actor believes to be there.
@@ -117,6 +119,7 @@ impl Actor {
             nodes: self.check_nodes(),
             vms: vms.collect(),
             workers: workers.collect(),
+            strays: self.stray_views(),
         }
     }
 
@@ -184,13 +187,13 @@ impl Controller {
                 vm.resident = Some(present);
             }
         }
-        let workers = known.workers;
+        let (workers, strays) = (known.workers, known.strays);
         let seen =
             tokio::task::spawn_blocking(move || Seen::on_host(state.as_deref(), &workers).map(|seen| (seen, workers)));
         let seen = seen.await.map_err(|error| Refusal::new(Code::Stopping, error.to_string()))?;
         let (seen, workers) =
             seen.map_err(|error| Refusal::new(Code::Busy, format!("/proc cannot be looked at: {error}")))?;
-        Ok([known.tree, vec![known.nodes], audit::vms(&known.vms), seen.findings(&workers)].concat())
+        Ok([known.tree, vec![known.nodes], audit::vms(&known.vms), seen.findings(&workers, &strays)].concat())
     }
 
     /// The pages charged to a guest and those present, counted while nothing moved. `None`: it never stood still, or its
@@ -295,8 +298,8 @@ impl Seen {
         Ok(seen)
     }
 
-    /// What is wrong with the processes.
-    fn findings(&self, known: &[Worker]) -> Vec<Finding> {
+    /// What is wrong with the processes. What a worker holds that could not be taken over is compared with nothing.
+    fn findings(&self, known: &[Worker], strays: &[StrayView]) -> Vec<Finding> {
         let (mut workers, mut strangers, mut sandbox, mut untracked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for Worker { name, pid, accounted, sandboxed } in known {
             let Some(process) = self.workers.get(pid) else {
@@ -319,7 +322,11 @@ impl Seen {
         }
         let pids: BTreeSet<_> = known.iter().map(|worker| worker.pid).collect();
         for (pid, process) in self.workers.iter().filter(|(pid, _)| !pids.contains(pid)) {
-            strangers.push(format!("process {pid} is a worker for {:?} that nobody knows", process.name));
+            let stray = strays.iter().find(|stray| stray.pid == Some(*pid));
+            strangers.push(match stray {
+                Some(stray) => format!("{}: its worker {pid} could not be taken over: {}", stray.name, stray.why),
+                None => format!("process {pid} is a worker for {:?} that nobody knows", process.name),
+            });
         }
         let count = known.len();
         let threads: usize = self.workers.values().map(|process| process.threads).sum();
@@ -407,9 +414,9 @@ mod tests {
     fn what_is_wrong_with_a_process_is_found_by_its_name() {
         let seen = |processes: &[(i32, Process)]| Seen { workers: processes.iter().cloned().collect() };
         let known = [worker("web", 7)];
-        assert_eq!(bad(&seen(&[(7, process("web"))]).findings(&known)), []);
+        assert_eq!(bad(&seen(&[(7, process("web"))]).findings(&known, &[])), []);
         let wrong = |processes: &[(i32, Process)]| {
-            let findings = seen(processes).findings(&known);
+            let findings = seen(processes).findings(&known, &[]);
             let [(name, message)] = bad(&findings)[..] else { panic!("{findings:?}") };
             format!("{name}: {message}")
         };
@@ -430,8 +437,8 @@ mod tests {
         // Without accounting it is the other way round, and before its guest runs a worker is not shut in.
         let early = [Worker { accounted: false, sandboxed: false, ..worker("web", 7) }];
         let loading = |userfaultfds| seen(&[(7, Process { userfaultfds, free_threads: 5, ..process("web") })]);
-        assert_eq!(bad(&loading(0).findings(&early)), []);
-        assert_eq!(bad(&loading(1).findings(&early)).len(), 1);
+        assert_eq!(bad(&loading(0).findings(&early, &[])), []);
+        assert_eq!(bad(&loading(1).findings(&early, &[])).len(), 1);
     }
 
     #[test]

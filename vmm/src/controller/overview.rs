@@ -37,6 +37,23 @@ pub struct HostView {
     pub last_event: u64,
     /// Whether the host runs short of memory; `null` where nobody watches that.
     pub shortage: Option<ShortageView>,
+    /// Workers that run and could not be taken over.
+    pub strays: Vec<StrayView>,
+}
+
+/// A worker that runs and could not be taken over from an earlier controller: what becomes of it is not known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StrayView {
+    /// Name of its VM.
+    pub name: String,
+    /// Path of the group that it is in; `null` when the journal does not know it.
+    pub group: Option<String>,
+    /// Its process, as far as that is known.
+    pub pid: Option<i32>,
+    /// Why it could not be taken over.
+    pub why: String,
+    /// What is charged for it: what is seen at it, and what it may hold beside that.
+    pub charged_bytes: u64,
 }
 
 /// The host with all that is on it, of one moment.

@@ -156,6 +156,7 @@ impl Actor {
             vms: self.vms.iter().filter(|(_, vm)| vm.state != VmState::Ended).count(),
             last_event: self.events.last(),
             shortage: self.shortage.as_ref().map(Shortage::view),
+            strays: self.stray_views(),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Workers that run and could not be taken over.
 //!
-//! A stray keeps its name and is charged with the most that it can hold. It is killed only when somebody removes it. One
-//! that may answer another time is met again every few seconds:
+//! A stray keeps its name and is charged with the most that it can hold: what the host finds at it, and what it may have been
+//! granted beyond that. The latter is *assumed*: nobody is chosen at a level that only an assumption makes full (`victim.rs`). A
+//! stray is killed only when somebody removes it. One that may answer another time is met again every few seconds:
 //!
 //! ```text
 //!   Stray ── says hello ──► one of the VMs, recounted as at the beginning
@@ -15,7 +16,7 @@ use std::time::Duration;
 use memcg_core::frame::Cost;
 use memcg_core::reclaim::STOCK_CAP;
 use memcg_core::tree::NodeId;
-use memcg_core::units::Limit;
+use memcg_core::units::{Limit, Pages, human};
 use serde_json::json;
 
 use super::Controller;
@@ -24,8 +25,11 @@ use super::adopt::{Found, Worker, meet};
 use super::cold;
 use super::error::{Code, Refusal};
 use super::events::EventKind;
+use super::grants::GO_ON;
 use super::host;
 use super::journal::{Entry, RememberedVm};
+use super::overview::StrayView;
+use super::residency::looseness;
 use super::spawn::{DeathWatch, WorkerHandle};
 use super::vm::{Reply, VmEnd};
 
@@ -38,6 +42,8 @@ pub(super) struct Stray {
     why: Why,
     /// Where the most that it can hold is charged, when the journal knows it.
     node: Option<NodeId>,
+    /// How much of that charge is not at it, as far as the host says.
+    assumed: Pages,
     vm: Option<RememberedVm>,
     removers: Vec<Reply<()>>,
 }
@@ -75,8 +81,12 @@ impl Controller {
     ) -> Result<(), Refusal> {
         let (handle, watch) = worker.unzip();
         let again = vm.clone().filter(|_| why.later).zip(handle.as_ref().map(|handle| handle.directory().to_owned()));
+        let residency = handle.as_ref().and_then(WorkerHandle::residency).cloned();
+        let held = tokio::task::spawn_blocking(move || Some(residency?.resident(&[]).ok()?.private));
+        // Of one that is ending the host says nothing, and its memory is there for some time.
+        let held = held.await.ok().flatten().filter(|held| !held.is_zero());
         let of = name.clone();
-        self.ask(move |actor, reply| answer(reply, actor.leave_alone(of, vm, handle, why))).await?;
+        self.ask(move |actor, reply| answer(reply, actor.leave_alone(of, vm, handle, held, why))).await?;
         let Some(watch) = watch else { return Ok(()) };
         let controller = self.clone();
         tokio::spawn(async move {
@@ -116,31 +126,35 @@ async fn meet_later(again: Option<&(RememberedVm, PathBuf)>) -> Box<Worker> {
 }
 
 impl Actor {
-    /// A worker runs that cannot be taken over.
+    /// A worker runs that cannot be taken over; the host says that it has `held` pages.
     fn leave_alone(
         &mut self,
         name: String,
         vm: Option<RememberedVm>,
         worker: Option<WorkerHandle>,
+        held: Option<Pages>,
         why: Why,
     ) -> Result<(), Refusal> {
-        let mut node = None;
+        let (mut node, mut assumed) = (None, Pages::ZERO);
         if let Some(vm) = &vm {
             let spec = vm.spec()?;
-            let beside = Cost::most(spec.size).total() + super::vm::reserve(spec.cpus) + STOCK_CAP;
-            let most = spec.size + beside + cold::most_dead(spec.size);
+            // What it was granted and has not used.
+            let unused = super::vm::reserve(spec.cpus) + STOCK_CAP + looseness();
+            let most = spec.size + Cost::most(spec.size).total() + unused + cold::most_dead(spec.size);
+            let most = held.map_or(most, |held| most.min(held + unused));
             let at = self.add_node(self.group_for(&spec.group)?, &spec)?;
             if spec.accounting {
                 self.charge_what_is_there(at, &spec.overhead);
                 let most = spec.limits.max.and_then(Limit::as_pages).map_or(most, |max| max.min(most));
                 self.charge_whatever(at, most);
+                assumed = most.saturating_sub(held.unwrap_or(Pages::ZERO));
             }
             node = Some(at);
         }
         let pid = worker.as_ref().map(WorkerHandle::pid);
         tracing::error!(vm = name, pid, "the worker runs and is not taken over: {}", why.words);
         self.event(EventKind::NotAdopted, Some(&name), json!({ "pid": pid, "reason": why.words }));
-        self.strays.insert(name, Stray { worker, why, node, vm, removers: Vec::new() });
+        self.strays.insert(name, Stray { worker, why, node, assumed, vm, removers: Vec::new() });
         Ok(())
     }
 
@@ -208,6 +222,36 @@ impl Actor {
              `ballast rm {name}`"
         );
         Refusal::new(Code::WrongState, message)
+    }
+
+    /// Whose charges alone leave no memory in `level`: they are assumed, and without them there is room.
+    pub fn assumed_full(&self, level: NodeId) -> Option<String> {
+        let within = |stray: &Stray| stray.node.is_some_and(|node| self.tree.is_within(node, level));
+        let within = || self.strays.iter().filter(|(_, stray)| within(stray) && !stray.assumed.is_zero());
+        let assumed: Pages = within().map(|(_, stray)| stray.assumed).sum();
+        let real = self.tree.usage(level).saturating_sub(assumed);
+        let room = self.tree.limits(level).max.as_pages()?.saturating_sub(real);
+        if assumed.is_zero() || room < Pages(GO_ON) {
+            return None;
+        }
+        let names: Vec<_> = within().map(|(name, _)| format!("{name:?}")).collect();
+        let of = if names.len() == 1 { "the worker" } else { "the workers" };
+        let (names, assumed) = (names.join(", "), human(assumed.bytes()));
+        Some(format!(
+            "{of} of {names} cannot be asked, and {assumed} are kept for what it may hold beside what is seen at it"
+        ))
+    }
+
+    /// All of them, by name.
+    pub fn stray_views(&self) -> Vec<StrayView> {
+        let view = |(name, stray): (&String, &Stray)| StrayView {
+            name: name.clone(),
+            group: stray.vm.as_ref().map(|vm| vm.group.clone()),
+            pid: stray.worker.as_ref().map(WorkerHandle::pid),
+            why: stray.why.words.clone(),
+            charged_bytes: stray.node.map_or(0, |node| self.tree.usage(node).bytes()),
+        };
+        self.strays.iter().map(view).collect()
     }
 
     /// Refuses the name of a stray to others.

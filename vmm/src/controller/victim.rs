@@ -102,8 +102,14 @@ impl Choices {
 }
 
 impl Actor {
-    /// Chooses somebody for a level that has no memory left, and does it; or asks who is to be chosen first.
+    /// Chooses somebody for a level that has no memory left, and does it; or asks who is to be chosen first. Nobody goes for
+    /// memory that is only assumed to be used: what the host says of itself is no assumption.
     pub fn choose(&mut self, level: NodeId, reason: Reason) -> Outcome {
+        if let Some(why) = self.assumed_full(level).filter(|_| reason != Reason::Host) {
+            let list = shown(&oom::rank(&self.candidates(level)));
+            self.tell_nobody(level, reason, DecidedBy::Policy, why, list);
+            return Outcome::Nobody;
+        }
         let until = self.choices.rests(level, Instant::now()).or_else(|| self.ask_first(level, reason));
         until.map_or_else(|| self.choose_by_policy(level, reason), Outcome::Wait)
     }

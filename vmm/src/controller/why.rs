@@ -145,7 +145,8 @@ impl Controller {
         self.ask(move |actor, reply| {
             let facts = actor.facts(name, vm);
             let known = facts.vm.is_some() || facts.events.iter().any(|event| event.vm.as_ref() == Some(&facts.name));
-            let refusal = unknown.filter(|_| !known);
+            // Of a worker that could not be taken over that is all there is to say, whatever was before.
+            let refusal = unknown.filter(|_| !known || actor.strays.contains_key(&facts.name));
             answer(reply, refusal.map_or_else(|| Ok(WhyView { story: story(&facts), facts }), Err));
         })
         .await

@@ -27,6 +27,7 @@ fn overview(vms: Vec<VmView>) -> Overview {
             vms: vms.len(),
             last_event: 9,
             shortage: None,
+            strays: Vec::new(),
         },
         groups: vec![group("/", 1024, Some(4096)), group("/gold", 300, None)],
         vms,
