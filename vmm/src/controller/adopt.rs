@@ -26,7 +26,8 @@
 //! the number it was given at its start ([`Hello::instance`]).
 //!
 //! *What is dropped*: a change of a limit that waited for memory, the deadline of a hold (a new one begins), peaks and
-//! failure counts, events. A pause stays, by the same hand.
+//! failure counts, events. A pause stays, by the same hand. Nobody knows whether somebody was chosen just before, so for as long
+//! as that one would have had to give its memory back nobody is.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -439,6 +440,10 @@ impl Actor {
             if self.vms.get(&id).is_some_and(|vm| vm.alive() && vm.cause.is_none()) {
                 self.greeted(id, &hello);
             }
+        }
+        if self.vms.iter().next().is_some() || !self.strays.is_empty() {
+            // Somebody may have been chosen just before.
+            self.choices.chosen(self.tree.ids());
         }
     }
 

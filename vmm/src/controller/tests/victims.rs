@@ -354,3 +354,20 @@ async fn of_guests_that_thrash_one_stands_still() {
     let text = "the VMs of /gold thrashed, they only took pages from each other";
     assert!(why.story.iter().any(|sentence| sentence.text.contains(text)), "{:#?}", why.story);
 }
+
+/// A controller that begins does not know whom the last one has chosen: that one has its time.
+#[tokio::test(start_paused = true)]
+async fn a_controller_that_has_taken_over_chooses_nobody_at_once() {
+    let mut full = Full::new(6000, &[("big", 3000, kill(KILL, 0)), ("asks", 500, kill(KILL, 0))]).await;
+    let took_over = full.controller.ask(|actor, reply| {
+        actor.begin_recount();
+        actor.end_recount();
+        super::super::actor::answer(reply, Ok(()));
+    });
+    took_over.await.expect("the controller is there");
+    full.fill_with(1, 200).await;
+    full.pass(9000).await;
+    assert_eq!(full.killed(), [false, false]);
+    full.pass(3000).await;
+    assert_eq!(full.killed(), [true, false]);
+}
