@@ -211,6 +211,7 @@ fn table(vm: &VmView) -> String {
     if vm.reclaim.rung != ReclaimRung::Rest {
         let goal = vm.reclaim.goal_bytes.unwrap_or_default();
         let text = match &vm.reclaim.stuck {
+            _ if vm.is_emptied() && vm.stale => " to be emptied: its worker does not answer".to_owned(),
             _ if vm.is_emptied() && vm.reclaim.stuck.is_some() => " emptied: it has given what could be had".to_owned(),
             _ if vm.is_emptied() => format!(" {}, until nothing is left", vm.reclaim.rung.doing()),
             Some(why) => format!(" stuck above {}: {why}", human(goal)),

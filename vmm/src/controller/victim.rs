@@ -249,12 +249,14 @@ impl Actor {
         (name, format!(": `{}` gives it more", self.words_to_raise(level, missing)))
     }
 
-    /// The words that raise the limit of a VM or a group by what is `missing`; zero: nobody knows how much that is.
+    /// The words that raise the limit of a VM or a group by what is `missing`; zero: nobody knows how much that is. A VM's own by
+    /// a quarter at least, or it would be at it again at once.
     pub fn words_to_raise(&self, level: NodeId, missing: Pages) -> String {
-        let enough =
-            self.tree.limits(level).max.as_pages().filter(|_| !missing.is_zero()).map(|max| in_mib(max + missing));
-        let enough = enough.map_or("…".to_owned(), |enough| exact(enough.bytes()));
-        match self.owners().remove(&level) {
+        let owner = self.owners().remove(&level);
+        let least = |max: Pages| if owner.is_some() { missing.max(Pages(max.0.div_ceil(4))) } else { missing };
+        let max = self.tree.limits(level).max.as_pages().filter(|_| !missing.is_zero());
+        let enough = max.map_or("…".to_owned(), |max| exact(in_mib(max + least(max)).bytes()));
+        match owner {
             Some(id) => format!("ballast set {} memory.max={enough}", self.vms[&id].name),
             None => format!("ballast group set {} memory.max={enough}", self.tree.path(level)),
         }

@@ -146,6 +146,9 @@ fn asked(vm: &VmView, facts: &Facts) -> Option<String> {
     let groups = facts.groups.iter().map(|group| (group.path.as_str(), &group.reclaim));
     let busy = |(_, reclaim): &(&str, &super::super::view::ReclaimView)| reclaim.rung != ReclaimRung::Rest;
     if vm.is_emptied() {
+        if vm.stale {
+            return Some("it is to give all that it has, and its worker does not answer".to_owned());
+        }
         let rung = vm.reclaim.rung;
         return Some(match rung >= ReclaimRung::Stuck || rung == ReclaimRung::Rest {
             true => "it has given what could be had of it".to_owned(),
@@ -219,8 +222,9 @@ fn raise(vm: &VmView, facts: &Facts) -> Option<String> {
         narrow.push((used, max, nearest));
     }
     let words = narrow.into_iter().map(|(used, max, whose)| {
-        // Where it is known what is missing, that is enough.
-        let least = if vm.resume_bytes.is_some() { max } else { with_quarter(max.max(used)) };
+        // Where it is known what is missing, that is enough. Who was paused at its own limit would be soon again.
+        let known = vm.resume_bytes.is_some() && vm.paused_by != Some(PausedBy::Policy);
+        let least = if known { max } else { with_quarter(max.max(used)) };
         let more = typed(least.max(used.saturating_add(with_quarter(needs(vm)))));
         match whose {
             Limited::Own => format!("`ballast set {} memory.max={more}`", facts.name),
