@@ -10,6 +10,7 @@
 //! question: one that comes too late must not be taken for the next.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -23,13 +24,13 @@ use super::client::Lines;
 use super::options::duration;
 use super::signals::Signals;
 use super::{DONE, Failure, SocketArg, client, output, socket, usage};
-use crate::controller::questions::{AnswerWord, DecisionAnswer, QuestionView, command};
+use crate::controller::questions::{AnswerWord, DecisionAnswer, QuestionView, WAITS, command};
 
 /// `ballast oom policy`.
 #[derive(Debug, clap::Args)]
 pub struct PolicyArgs {
     /// How long an answer is waited for before the policy decides, 100ms to 60s
-    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "2s")]
+    #[arg(long, value_name = "TIME", value_parser = wait, default_value = "2s")]
     wait: Duration,
     /// Command that decides: it is run for each question, has it as JSON at its standard input, and prints kill NAME, pause
     /// NAME, raise or ignore
@@ -41,8 +42,26 @@ pub struct PolicyArgs {
     socket: SocketArg,
 }
 
+/// How long an answer may be waited for.
+fn wait(text: &str) -> Result<Duration, String> {
+    let wait = duration(text)?;
+    let fits = (WAITS[0]..=WAITS[1]).contains(&wait);
+    fits.then_some(wait).ok_or_else(|| "an answer is waited for between 100ms and 60s".to_owned())
+}
+
+/// Whether there is such a program, as the shell looks for one.
+fn is_there(program: &OsString) -> bool {
+    if program.as_bytes().contains(&b'/') {
+        return Path::new(program).is_file();
+    }
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|below| below.join(program).is_file()))
+}
+
 /// Decides until a signal comes, nobody reads the questions or gives answers any more, or the controller has gone.
 pub async fn policy(args: PolicyArgs) -> Result<u8, Failure> {
+    if let Some(program) = args.command.first().filter(|program| !is_there(program)) {
+        return Err(Failure::usage(format!("there is no program {}", program.display())));
+    }
     let socket = socket::the_only(&args.socket)?;
     let mut signals = Signals::new().map_err(|error| Failure::error(format!("signals cannot be taken: {error}")))?;
     let wait_ms = u64::try_from(args.wait.as_millis()).unwrap_or(u64::MAX);

@@ -1,7 +1,7 @@
 //! `ballast record`: what the VMs of a controller use, as a trace for `ballast sim`.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const SHORTEST: Duration = Duration::from_millis(100);
 /// `ballast record`.
 #[derive(Debug, clap::Args)]
 pub struct RecordArgs {
-    /// Where to write it
+    /// Where to write it, - for stdout
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Time between two moments
@@ -38,7 +38,10 @@ pub async fn record(args: RecordArgs) -> Result<u8, Failure> {
     let socket = socket::the_only(&args.socket)?;
     let unwritten = |error| Failure::error(format!("{} cannot be written: {error}", args.file.display()));
     let mut signals = Signals::new().map_err(|error| Failure::error(format!("signals cannot be taken: {error}")))?;
-    let mut file = File::create(&args.file).map_err(unwritten)?;
+    let mut file: Box<dyn Write> = match args.file.as_os_str() == "-" {
+        true => Box::new(std::io::stdout()),
+        false => Box::new(File::create(&args.file).map_err(unwritten)?),
+    };
     let mut recorder = Recorder::default();
     let mut clock = tokio::time::interval(args.every.max(SHORTEST));
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -56,7 +59,11 @@ pub async fn record(args: RecordArgs) -> Result<u8, Failure> {
             text.push_str(&serde_json::to_string(&line).map_err(|error| Failure::error(error.to_string()))?);
             text.push('\n');
         }
-        file.write_all(text.as_bytes()).map_err(unwritten)?;
+        match file.write_all(text.as_bytes()).and_then(|()| file.flush()) {
+            // Whoever reads it has enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(DONE),
+            written => written.map_err(unwritten)?,
+        }
         if args.lasts.is_some_and(|lasts| begun.elapsed() + args.every > lasts) {
             return Ok(DONE);
         }

@@ -37,7 +37,7 @@ pub struct SimArgs {
         conflicts_with = "trace")]
     vms: u64,
     /// How long [default: 1h, or as long as the trace]
-    #[arg(long, value_name = "TIME", value_parser = duration)]
+    #[arg(long, value_name = "TIME", value_parser = lasting)]
     duration: Option<Duration>,
     /// How a need is spread; several, with commas, are compared
     #[arg(long, value_name = "NAME", value_delimiter = ',', default_value = "proportional", value_parser = policy())]
@@ -60,6 +60,13 @@ pub struct SimArgs {
     /// Draw all hosts together over time, a line for each policy
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+}
+
+/// How long a simulation may last: between a second and a year.
+fn lasting(text: &str) -> Result<Duration, String> {
+    let lasts = duration(text)?;
+    let fits = (Duration::from_secs(1)..=trace::LONGEST).contains(&lasts);
+    fits.then_some(lasts).ok_or_else(|| "a simulation lasts a second at least, and a year at most".to_owned())
 }
 
 /// The names of policies.

@@ -32,6 +32,9 @@ const VERSION: u32 = 1;
 /// Longest line that is read: a moment of 100 000 VMs fits.
 const MOST: u64 = 16 << 20;
 
+/// Longest time that is simulated: nobody waits for the end of more.
+pub const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+
 /// Evicted memory from which it is known how far a guest's pages shrink.
 const SEEN: u64 = 1 << 20;
 
@@ -298,7 +301,11 @@ pub fn read(mut from: impl BufRead) -> Result<(Setup, Duration), TraceError> {
         if text.trim_ascii().is_empty() {
             continue;
         }
-        let parsed = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        let parsed = match serde_json::from_slice(&text) {
+            // The end of a recording that was cut off while it was written.
+            Err(_) if !text.ends_with(b"\n") && read.now.is_some() => break,
+            parsed => parsed.map_err(|error| wrong(error.to_string()))?,
+        };
         read.take(parsed).map_err(wrong)?;
     }
     read.setup().ok_or(TraceError::Empty)
@@ -324,6 +331,9 @@ impl Read {
 
     fn moment(&mut self, line: AtLine) -> Result<(), String> {
         let at = Duration::from_millis(line.ms);
+        if at > LONGEST {
+            return Err(format!("{} ms is more than a year", line.ms));
+        }
         if self.now.is_some_and(|now| at <= now) {
             return Err(format!("{} ms is not after the moment before it", line.ms));
         }
@@ -428,11 +438,23 @@ mod tests {
             (format!("{host}\n{}", at(0, r#""web":[1,1]"#)), "line 2: there is no line about the VM \"web\""),
             (format!("{host}\n{}\n{}", at(5, ""), at(5, "")), "line 3: 5 ms is not after"),
             (format!("{host}\nnonsense"), "line 2: expected"),
+            (format!("{host}\n{}\nnonsense\n", at(5, "")), "line 3: expected"),
+            (format!("{host}\n{}", at(u64::MAX, "")), "line 2: 18446744073709551615 ms is more than a year"),
             (format!("{host}\n{{\"vm\":{{\"name\":\"a\",\"colour\":\"red\"}}}}"), "line 2: unknown field `colour`"),
         ] {
             let error = parsed(&text).expect_err(&text);
             assert!(error.contains(expected), "{text:?}: {error}");
         }
+    }
+
+    #[test]
+    fn a_trace_that_was_cut_off_in_a_line_is_played_as_far_as_it_goes() {
+        let whole = parsed(TRACE).unwrap();
+        let cut = |by: usize| {
+            parsed(&format!("{TRACE}{}", &TRACE.trim_end().lines().last().unwrap().replace("1000", "2000")[..by]))
+        };
+        assert_eq!(cut(40).unwrap(), whole);
+        assert_eq!(cut(0).unwrap(), whole);
     }
 
     #[test]
