@@ -151,12 +151,12 @@ impl Actor {
         }
     }
 
-    /// What can be taken from a VM that stands still: its stock, and what all of its pages free that may be evicted then.
+    /// What can be taken from a VM that stands still: what it has ahead of need, and what all of its pages free that may be evicted
+    /// then.
     pub fn freed_by_pause(&self, id: VmId) -> Pages {
         let vm = &self.vms[&id];
-        let stock = vm.report.stock + vm.in_flight();
         let evicts = vm.store.bytes > 0;
-        Pages(stock + if evicts { emptied(&vm.report, self.leases(id), vm.swap_file.0, vm.tried) } else { 0 })
+        Pages(vm.spare() + if evicts { emptied(&vm.report, self.leases(id), vm.swap_file.0, vm.tried) } else { 0 })
     }
 
     /// All that a VM's own limit allows, and of each group's what it has and a part of half of what is left. Of a group that

@@ -115,7 +115,7 @@ impl Actor {
             preference: vm.oom.preference.into(),
             priority: vm.oom.priority,
             ending: vm.state == VmState::Ended || vm.cause.is_some(),
-            stock: Pages(vm.report.stock + vm.in_flight()),
+            stock: Pages(vm.spare()),
             given: self.is_emptied(id).then(|| self.comes_back(id)),
         }
     }

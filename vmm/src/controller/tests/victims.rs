@@ -231,6 +231,26 @@ async fn who_is_paused_for_its_group_is_emptied_and_goes_on_when_there_is_room()
     assert_eq!(all(&full.controller, EventKind::VictimSelected).await.len(), 1);
 }
 
+/// What is granted and not taken yet pays for what faults have taken before: a pause would not give that back, so nobody is
+/// paused for it.
+#[tokio::test(start_paused = true)]
+async fn nobody_is_paused_for_a_grant_that_faults_wait_for() {
+    let mut full = Full::new(6000, &[]).await;
+    for name in ["gives", "asks"] {
+        let oom = policy(OomAction::Pause, KILL);
+        let setup = Setup { max: Limit::Max, group: "/gold", oom, queue: 512, ..Setup::default() };
+        full.workers.push(holding(&full.controller, name, setup, 1000).await);
+    }
+    full.fill(23).await;
+    full.workers[0].free(17).await;
+    // The other one is granted that, and says nothing of it: it is held as before.
+    pass(&mut full.workers[..1], 10_000).await;
+    assert_eq!(all(&full.controller, EventKind::VictimSelected).await, []);
+    let said = all(&full.controller, EventKind::NobodyChosen).await;
+    assert_eq!(said.len(), 1);
+    assert_eq!(said[0].details["why"], "nobody can be chosen: 2 with nothing to free");
+}
+
 /// Two that were paused for their group go on one after the other, the one first that was paused first.
 /// Semantics: T7.
 #[tokio::test(start_paused = true)]
