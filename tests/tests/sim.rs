@@ -99,7 +99,8 @@ fn a_recorded_controller_is_played_again() {
     moments(2);
     console.send("touch 16M 100M seed=1");
     console.expect("OK", 60);
-    // What is recorded of a VM is what its worker last said.
+    // What is recorded of a VM is what its worker last said, and it says nothing of what it takes from its stock. Here it is asked.
+    serve.show("grows");
     let footprint = |line: &str| serde_json::from_str::<Value>(line).ok()?["at"]["vms"]["grows"][0].as_u64();
     ballast_tests::wait_until("all of it is recorded", 20, || {
         let text = fs::read_to_string(&trace).unwrap_or_default();
