@@ -23,10 +23,6 @@ fn guest(serve: &Serve, name: &str, memory: &Value, oom: &Value) -> (u32, Consol
     (pid(&view), console)
 }
 
-fn is_short(serve: &Serve) -> bool {
-    !serve.ask("GET", "/host", None).1["shortage"]["short"].is_null()
-}
-
 /// Lets a guest touch memory from 16 MiB on, as much as the host has, until it is `enough`.
 fn fill(serve: &Serve, console: &mut Console, enough: impl Fn() -> bool) {
     let mut from = 16;
@@ -68,8 +64,8 @@ fn a_host_that_runs_short_gets_the_cold_memory_of_its_vms() {
     let swap = json!({ "swap_max_bytes": null });
     let mut guests: Vec<_> = ["a", "b"].map(|name| guest(&serve, name, &swap, &json!({}))).into();
     guests[0].1.ok("touch 16M 150M seed=1");
-    fill(&serve, &mut guests[1].1, || is_short(&serve));
-    wait_until("the host is short", 60, || serve.told("pressure_entered").pop());
+    // It may be over again before the guest has touched what it was told to.
+    fill(&serve, &mut guests[1].1, || !serve.told("pressure_entered").is_empty());
     let left = wait_until("it is not any more", 60, || serve.told("pressure_left").pop());
     assert!(number(&left, "available_bytes") >= number(&left, "leave_bytes"), "{left}");
     let swapped: u64 = ["a", "b"].map(|name| number(&serve.show(name), "swap.current_bytes")).iter().sum();
