@@ -218,6 +218,7 @@ impl Actor {
             missing: 0,
             refused_since: None,
             refused_at: None,
+            refused_told: None,
             grant_due: false,
             balloon: BalloonAsking::default(),
             leases: Leases::default(),

@@ -52,7 +52,7 @@ pub enum EventKind {
     Reclaimed,
     /// The VM's cold pages are evicted; told once a minute.
     Evicted,
-    /// A charge was refused at `max` and the VM is held.
+    /// A charge was refused at `max` and the VM is held; the same limit is told of once a minute.
     MaxHit,
     /// The guest gives nothing of what its balloon is asked for: it is told that what it has given is enough, and asked
     /// again later.

@@ -42,6 +42,7 @@ use super::changes::Target;
 use super::cold;
 use super::events::{EventKind, merged};
 use super::host;
+use super::ladders::QUIET;
 use super::oom_log::Reason;
 use super::overhead;
 use super::shortage;
@@ -168,12 +169,9 @@ impl Actor {
         if asked || got + ahead > 0 || refused != was_refused {
             self.send_grant(id, refused);
         }
-        if refused && fresh && !was_refused {
-            let at = self.vms[&id].refused_at.map(|at| self.tree.path(at));
-            let missing = json!({ "missing_bytes": Pages(need - got).bytes(), "limit_of": at });
-            let details = self.account(id, missing);
-            let name = self.vms[&id].name.clone();
-            self.event(EventKind::MaxHit, Some(&name), details);
+        // One that stands still for others meets no limit: it is not to have anything.
+        if refused && fresh && !was_refused && !self.is_emptied(id) {
+            self.tell_refused(id, Pages(need - got));
             // What those who share the limit hold ahead of need is needed here, now.
             let mut neighbours = self.neighbours(id);
             neighbours.retain(|id| !self.is_recalled(*id));
@@ -182,6 +180,20 @@ impl Actor {
         if !refused && self.vms[&id].stopped_by_policy() && !self.vms[&id].kept_paused {
             self.resume(id, "policy", None);
         }
+    }
+
+    /// Says that so much is `missing` below a limit, unless that was said of the same limit lately.
+    fn tell_refused(&mut self, id: VmId, missing: Pages) {
+        let now = Instant::now();
+        let vm = self.vms.get_mut(&id).expect("checked");
+        let lately = |(at, told): (_, Instant)| at == vm.refused_at && now < told + QUIET;
+        if vm.refused_told.is_some_and(lately) {
+            return;
+        }
+        vm.refused_told = Some((vm.refused_at, now));
+        let (at, name) = (vm.refused_at.map(|at| self.tree.path(at)), vm.name.clone());
+        let details = self.account(id, json!({ "missing_bytes": missing.bytes(), "limit_of": at }));
+        self.event(EventKind::MaxHit, Some(&name), details);
     }
 
     /// Whether so many pages could be charged.

@@ -57,8 +57,9 @@ const GROUP_LOOK: Duration = Duration::from_millis(100);
 /// Time between two questions to workers that evict and say nothing.
 const ASK: Duration = Duration::from_millis(250);
 
-/// A rung of a target is told as an event again only after this.
-const QUIET: Duration = Duration::from_secs(60);
+/// What comes again and again where memory is short is told as an event again only after this: a rung of a target, what was evicted,
+/// a limit that was met.
+pub const QUIET: Duration = Duration::from_secs(60);
 
 /// Free pages that came back by reports so long ago are just now.
 pub(super) const REPORTING: Duration = Duration::from_secs(1);

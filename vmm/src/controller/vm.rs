@@ -243,6 +243,8 @@ pub(super) struct Vm {
     pub refused_since: Option<Instant>,
     /// The node whose limit was in its way.
     pub refused_at: Option<NodeId>,
+    /// Where and when the events have told of that last.
+    pub refused_told: Option<(Option<NodeId>, Instant)>,
     /// A grant was dropped because the worker did not read, or its room has changed: send one.
     pub grant_due: bool,
     /// What its balloon is asked for.

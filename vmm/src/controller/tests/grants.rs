@@ -247,6 +247,23 @@ async fn a_hold_names_the_limit_that_leaves_no_room() {
     assert_eq!(in_group.has_event(EventKind::MaxHit).await.expect("told").details["limit_of"], "/gold");
 }
 
+/// A guest that is at its limit again and again is told of once a minute, however often it was refused something.
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_is_met_again_and_again_is_told_once_a_minute() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    for told in 1..=3 {
+        for _ in 0..60 {
+            worker.touch(100).await;
+            (worker.report.want, worker.report.want_now) = (0, 0);
+            worker.tell().await;
+        }
+        let hits = super::shortage::all(&worker.controller, EventKind::MaxHit).await;
+        assert_eq!(hits.len(), told);
+        assert!(worker.view().await.memory.events.max > told as u64 * 10);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    }
+}
+
 /// Semantics: 42, B34, T11.
 #[tokio::test(start_paused = true)]
 async fn a_hold_has_one_deadline_that_repeating_does_not_put_off() {

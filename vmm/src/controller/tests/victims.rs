@@ -231,6 +231,26 @@ async fn who_is_paused_for_its_group_is_emptied_and_goes_on_when_there_is_room()
     assert_eq!(all(&full.controller, EventKind::VictimSelected).await.len(), 1);
 }
 
+/// One that is being emptied is to have nothing, so no limit is in its way: what it owes now and then is not told.
+#[tokio::test(start_paused = true)]
+async fn who_is_being_emptied_meets_no_limit() {
+    let pause = |priority| OomPolicy { priority, ..policy(OomAction::Pause, KILL) };
+    let mut full = Full::new(6000, &[("big", 3000, pause(0)), ("asks", 500, pause(9))]).await;
+    full.fill(200).await;
+    full.pass(10_000).await;
+    assert_eq!(full.state("big").await, VmState::Paused);
+    for debt in [5, 0, 7, 0, 9] {
+        let report = &mut full.workers[0].report;
+        report.guest = report.guest + debt - report.debt;
+        report.reserve = RESERVE - debt;
+        report.debt = debt;
+        full.workers[0].tell().await;
+        full.pass(500).await;
+    }
+    let told = all(&full.controller, EventKind::MaxHit).await;
+    assert!(told.iter().all(|event| event.vm.as_deref() == Some("asks")), "{told:?}");
+}
+
 /// What is granted and not taken yet pays for what faults have taken before: a pause would not give that back, so nobody is
 /// paused for it.
 #[tokio::test(start_paused = true)]
