@@ -67,10 +67,15 @@ impl Actor {
             let first = names[..names.len().min(NAMES)].join(", ");
             (!names.is_empty()).then(|| if alone { String::new() } else { format!(" of {first}{more}") })
         };
-        let swap = whose(&|vm| vm.report.swapped >= vm.leases.swap);
+        let banned = |vm: &Vm| {
+            self.tree.ancestry(vm.node).any(|at| self.tree.coming_limits(at).swap_max == Limit::Pages(Pages::ZERO))
+        };
+        let forbidden = whose(&banned);
+        let swap = whose(&|vm| vm.report.swapped >= vm.leases.swap && !banned(vm));
         let store = whose(&|vm| vm.report.store >= vm.leases.store && !filed(vm));
         let unshrunk = whose(&|vm| vm.report.cold.incompressible > 0 && !filed(vm));
         let helps = [
+            forbidden.map(|whose| format!("raise swap.max{whose} above 0, at which nothing is evicted")),
             swap.map(|whose| format!("raise swap.max{whose}, which is full")),
             store.map(|whose| format!("raise store.max{whose}, which is full")),
             unshrunk

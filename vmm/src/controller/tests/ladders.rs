@@ -453,7 +453,7 @@ async fn a_ban_on_swap_comes_before_the_need_to_evict() {
     assert_eq!(worker.leases.0, 0);
     let reclaim = worker.view().await.reclaim;
     assert_eq!(reclaim.rung, Stuck);
-    assert!(reclaim.stuck.is_some_and(|why| why.contains("raise swap.max, which is full")));
+    assert!(reclaim.stuck.is_some_and(|why| why.contains("raise swap.max above 0, at which nothing is evicted")));
 }
 
 /// A limit is not reached because nothing more can be had: to wait longer would not help, and what would is said.
@@ -491,10 +491,12 @@ async fn a_limit_out_of_reach_is_refused_with_what_would_help() {
     worker.report.cold.incompressible = 900;
     let message = told(&mut worker, 600).await;
     assert!(message.contains("do not shrink") && !message.contains("--wait"), "{message}");
-    let patch = LimitPatch { swap_max: Some(pages(0)), ..LimitPatch::default() };
-    worker.controller.change("vm", MemoryChange { patch, ..change(Limit::Max) }).await.expect("a limit");
-    let message = told(&mut worker, 600).await;
-    assert!(message.contains("raise swap.max, which is full"), "{message}");
+    for (swap_max, helps) in [(1000, ", which is full"), (0, " above 0, at which nothing is evicted")] {
+        let patch = LimitPatch { swap_max: Some(pages(swap_max)), ..LimitPatch::default() };
+        worker.controller.change("vm", MemoryChange { patch, ..change(Limit::Max) }).await.expect("a limit");
+        let message = told(&mut worker, 600).await;
+        assert!(message.contains(&format!("nothing more can be had: raise swap.max{helps}, ")), "{message}");
+    }
 }
 
 /// In a group it is said whose limit of swap is in the way.
@@ -517,7 +519,7 @@ async fn what_would_help_a_group_names_the_vms() {
     }
     banned.obey_for(4000).await;
     let message = answer.await.expect("no panic").expect_err("not reached").message;
-    assert!(message.contains("raise swap.max of banned, which is full"), "{message}");
+    assert!(message.contains("raise swap.max of banned above 0, at which nothing is evicted"), "{message}");
 }
 
 type Reclaimed = JoinHandle<Result<ReclaimedView, Refusal>>;
