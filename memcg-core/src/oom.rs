@@ -254,10 +254,15 @@ impl fmt::Display for Ranked<'_> {
             }
             None => {}
         }
-        if let Action::Pause { .. } = attributes.action {
-            write!(f, "a pause frees {} of ", size(self.frees))?;
+        let above = size(self.candidate.above());
+        match attributes.action {
+            Action::Pause { .. } if self.frees > self.score => {
+                write!(f, "a pause frees {}, {above} of it", size(self.frees))?;
+            }
+            Action::Pause { .. } => write!(f, "a pause frees {} of {above}", size(self.frees))?,
+            Action::Kill => f.write_str(&above)?,
         }
-        write!(f, "{} above its protection of {}", size(self.candidate.above()), size(protection.soft()))?;
+        write!(f, " above its protection of {}", size(protection.soft()))?;
         write!(f, ", priority {}", attributes.priority)?;
         if attributes.preference == Preference::Avoid { f.write_str(", to be avoided") } else { Ok(()) }
     }

@@ -169,7 +169,11 @@ fn the_order_and_its_sentences() {
         (of(3000, 0, 0, pause(700)), None, "x: a pause frees 700M of 2.9G above its protection of 0, priority 0"),
         (of(650, 0, 0, kill), None, "x: 650M above its protection of 0, priority 0"),
         // A pause frees 900M, but what is above its protection counts.
-        (of(1000, 400, 0, pause(900)), None, "x: a pause frees 900M of 600M above its protection of 400M, priority 0"),
+        (
+            of(1000, 400, 0, pause(900)),
+            None,
+            "x: a pause frees 900M, 600M of it above its protection of 400M, priority 0",
+        ),
         (of(600, 0, 0, kill), None, "x: 600M above its protection of 0, priority 0"),
         // Within its low, though not within its min: the last of its class, and no reason to spare it.
         (of(700, 100, 700, kill), None, "x: 0 above its protection of 700M, priority 0"),
