@@ -119,9 +119,9 @@ pub const RULES: &[Rule] = &[
     },
     Rule {
         id: "exactly-at-min",
-        says: "A VM that uses exactly its memory.min is not chosen, though it is the biggest.",
-        vms: &[VmLine { min: 2200, ..big("big") }, grows("small")],
-        expects: &[at(25, 35, Kill("small", "/", "above its protection of 0"))],
+        says: "A VM that uses exactly its memory.min is not chosen, though it is the biggest and has the lowest priority.",
+        vms: &[VmLine { min: 2200, priority: -10, ..big("big") }, grows("small")],
+        expects: &[at(25, 35, Kill("small", "/", "priority 0"))],
         ..LINE
     },
     Rule {
