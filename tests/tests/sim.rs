@@ -81,7 +81,7 @@ fn a_recorded_controller_is_played_again() {
     serve.ask("PUT", "/groups/gold", Some(&json!({ "max_bytes": 512 * MIB })));
     let config = json!({
         "kernel": payload(), "cmdline": "shell", "debug_port": true, "group": "/gold",
-        "memory": { "size_bytes": 256 * MIB, "max_bytes": 200 * MIB },
+        "memory": { "size_bytes": 256 * MIB, "max_bytes": 200 * MIB, "track": true, "ageing_s": 1 },
         "oom": { "action": "kill", "priority": 7 },
     });
     let view = serve.create_with("grows", &config);
@@ -99,12 +99,16 @@ fn a_recorded_controller_is_played_again() {
     moments(2);
     console.send("touch 16M 100M seed=1");
     console.expect("OK", 60);
-    // What is recorded of a VM is what its worker last said, and it says nothing of what it takes from its stock. Here it is asked.
-    serve.show("grows");
-    let footprint = |line: &str| serde_json::from_str::<Value>(line).ok()?["at"]["vms"]["grows"][0].as_u64();
-    ballast_tests::wait_until("all of it is recorded", 20, || {
+    // Its worker has nothing to say any more: neither what it has taken from its stock nor that its guest rests.
+    let used = |line: &str| {
+        let line = serde_json::from_str::<Value>(line).ok()?;
+        let used = &line["at"]["vms"]["grows"];
+        Some([used[0].as_u64()?, used[1].as_u64()?])
+    };
+    ballast_tests::wait_until("all of it is recorded, and that it is idle", 20, || {
         let text = fs::read_to_string(&trace).unwrap_or_default();
-        text.lines().filter_map(footprint).any(|bytes| bytes >= 100 * MIB).then_some(())
+        let is_idle = |[bytes, hot]: [u64; 2]| bytes >= 100 * MIB && hot < 16 * MIB;
+        text.lines().filter_map(used).any(is_idle).then_some(())
     });
     ballast_tests::serve::kill(record.id(), libc::SIGTERM);
     assert!(record.wait().expect("it ends").success());

@@ -38,6 +38,7 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
         content_type = "application/openmetrics-text")),
 )]
 pub(super) async fn metrics(State(shared): State<Shared>) -> Result<Response, Refusal> {
+    shared.controller.ask_idle().await;
     let (overview, tally) = shared.controller.tally().await?;
     let text = text(overview, tally)
         .map_err(|error| Refusal::new(Code::Busy, format!("the numbers cannot be written down: {error}")))?;

@@ -54,7 +54,8 @@ fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, Refusal> 
     Ok(query)
 }
 
-/// Everything at one moment: the host, all groups and VMs, and the newest events.
+/// Everything at one moment: the host, all groups and VMs, and the newest events. Of a VM it is what its worker said last; one that
+/// has been silent for a second is asked, and has answered when you look again.
 #[utoipa::path(
     get, path = "/overview", params(OverviewQuery),
     responses((status = 200, body = Overview), (status = 400, body = Refusal)),
@@ -63,7 +64,9 @@ pub(super) async fn overview(
     State(shared): State<Shared>,
     query: Result<Query<OverviewQuery>, QueryRejection>,
 ) -> Result<Json<Overview>, Refusal> {
-    shared.controller.overview(understood(query)?.events).await.map(Json)
+    let events = understood(query)?.events;
+    shared.controller.ask_idle().await;
+    shared.controller.overview(events).await.map(Json)
 }
 
 /// Whether the invariants hold on this host now. Takes as long as counting the pages of all guests does.

@@ -228,6 +228,7 @@ impl Actor {
             reclaim_due: false,
             heard_at: None,
             reported_at: None,
+            asked_at: None,
             evicted_told: (0, None),
             resume_seq: None,
             failed_told: 0,

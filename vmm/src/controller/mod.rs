@@ -23,6 +23,7 @@ mod floor;
 mod grants;
 pub mod groups;
 pub mod host;
+mod idle;
 pub mod journal;
 pub mod ladders;
 mod lifecycle;

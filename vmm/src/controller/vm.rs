@@ -262,6 +262,8 @@ pub(super) struct Vm {
     /// When a report was last heard, and when one said that free pages had come back.
     pub heard_at: Option<Instant>,
     pub reported_at: Option<Instant>,
+    /// When it was asked for one because it was silent.
+    pub asked_at: Option<Instant>,
     /// How many evicted pages the events have told of, and when.
     pub evicted_told: (u64, Option<Instant>),
     /// Number of the message by which it may go on, until its worker has answered that.

@@ -287,3 +287,24 @@ async fn the_budget_of_all_vms_is_kept() {
     assert!(host.current_bytes <= 1000 * 4096);
     assert_eq!(host.budget_bytes, Some(1000 * 4096));
 }
+
+/// Whoever looks at all VMs has those asked that were silent for a second: once until they answer, and nobody when nobody looks.
+#[tokio::test(start_paused = true)]
+async fn who_was_silent_is_asked_when_somebody_looks() {
+    let mut worker = FakeWorker::running(Setup::default()).await;
+    let controller = worker.controller.clone();
+    controller.ask_idle().await;
+    assert_eq!(worker.try_next().await, None, "it has just said something");
+    for _ in 0..2 {
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(worker.try_next().await, None, "nobody has looked");
+        controller.ask_idle().await;
+        let Some(ToWorker::Query { seq }) = worker.try_next().await else { panic!("not asked") };
+        tokio::time::advance(Duration::from_secs(9)).await;
+        controller.ask_idle().await;
+        assert_eq!(worker.try_next().await, None, "it has not answered");
+        worker.answer(seq).await;
+        controller.ask_idle().await;
+        assert_eq!(worker.try_next().await, None, "it has answered");
+    }
+}
