@@ -142,7 +142,8 @@ mod tests {
     #[test]
     fn who_could_not_be_taken_over_is_listed_with_what_is_charged() {
         let (group, why) = (Some("/gold".to_owned()), "it says nothing".to_owned());
-        let stray = StrayView { name: "web".to_owned(), group, pid: Some(7), why, charged_bytes: 88 << 20 };
+        let stray =
+            StrayView { name: "web".to_owned(), group, pid: Some(7), why, is_ending: false, charged_bytes: 88 << 20 };
         let table = table(&[], &[stray]);
         let words: Vec<_> = table.lines().nth(1).unwrap_or_default().split_whitespace().collect();
         assert_eq!(words, ["web", "/gold", "unreachable", "88M", "-", "-", "-", "-", "-", "-"]);

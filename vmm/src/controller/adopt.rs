@@ -285,11 +285,11 @@ pub(super) async fn meet(directory: &Path, name: &str, instance: u64) -> Found {
             Err(Silence::TimeOver) => Why::for_now("it says nothing"),
             Err(Silence::Garbage(error)) => Why::for_ever(format!("it is of another build ({error})")),
         };
+        if is_ending(pid) {
+            return Found::Stray { worker: Some((handle, watch)), why: Why::ending() };
+        }
         if is_worker(pid, name) {
             return Found::Stray { worker: Some((handle, watch)), why };
-        }
-        if is_ending(pid) {
-            return Found::Stray { worker: Some((handle, watch)), why: Why::for_ever("it is ending") };
         }
         return stranger("listens");
     }
@@ -329,9 +329,14 @@ fn is_worker(pid: i32, name: &str) -> bool {
     words == format!("ballast\0worker\0{name}\0").into_bytes()
 }
 
-/// Whether a process has no memory any more, not even its command line: it was killed, and is not gone yet.
+/// Whether a process was killed, and is not gone yet: it has not seen the signal, or has no memory any more, not even its command
+/// line.
 fn is_ending(pid: i32) -> bool {
-    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.is_empty())
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+    pending.filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok()).any(|mask| mask & SIGKILL != 0)
+        || std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.is_empty())
 }
 
 /// How a VM ended that was told to nobody, by the end of its worker's log.

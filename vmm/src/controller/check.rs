@@ -324,6 +324,7 @@ impl Seen {
         for (pid, process) in self.workers.iter().filter(|(pid, _)| !pids.contains(pid)) {
             let stray = strays.iter().find(|stray| stray.pid == Some(*pid));
             strangers.push(match stray {
+                Some(stray) if stray.is_ending => continue,
                 Some(stray) => format!("{}: its worker {pid} could not be taken over: {}", stray.name, stray.why),
                 None => format!("process {pid} is a worker for {:?} that nobody knows", process.name),
             });

@@ -52,6 +52,8 @@ pub struct StrayView {
     pub pid: Option<i32>,
     /// Why it could not be taken over.
     pub why: String,
+    /// It was killed, and is not gone yet.
+    pub is_ending: bool,
     /// What is charged for it: what is seen at it, and what it may hold beside that.
     pub charged_bytes: u64,
 }

@@ -6,12 +6,20 @@
 //! by a thread that does nothing else, and never by the actor. It is there before anybody is killed: when memory is out is no
 //! time to start one.
 //!
+//! A worker whose threads run sees the signal by itself, and the call would take a CPU from the very threads that have to: a vCPU
+//! went on for 2 ms because of it. So it is made for those that are still there after [`PATIENCE`].
+//!
 //! Nothing depends on it. A kernel that refuses leaves everything to the end of the process, and charges are released when the
 //! memory is seen to be back, either way.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock, mpsc};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long a killed worker has to end by itself.
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
 
 /// How often the call is made where the kernel says that it has to be made again.
 const TRIES: usize = 3;
@@ -41,6 +49,10 @@ pub fn after_kill(pidfd: &Arc<OwnedFd>) {
 }
 
 fn release(pidfd: &OwnedFd) {
+    // It is readable when the process has ended.
+    if poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&PATIENCE)).is_ok_and(|ended| ended > 0) {
+        return;
+    }
     for _ in 0..TRIES {
         match mrelease(pidfd) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}

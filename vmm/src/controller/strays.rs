@@ -53,17 +53,24 @@ pub(super) struct Why {
     words: String,
     /// It may be possible later.
     later: bool,
+    /// It was killed, and is not gone yet: all that it has is on its way back.
+    is_ending: bool,
 }
 
 impl Why {
     /// It will never be.
     pub fn for_ever(words: impl Into<String>) -> Self {
-        Self { words: words.into(), later: false }
+        Self { words: words.into(), later: false, is_ending: false }
     }
 
     /// It may be possible later.
     pub fn for_now(words: impl Into<String>) -> Self {
-        Self { words: words.into(), later: true }
+        Self { words: words.into(), later: true, is_ending: false }
+    }
+
+    /// It was killed.
+    pub fn ending() -> Self {
+        Self { words: "it is ending".to_owned(), later: false, is_ending: true }
     }
 }
 
@@ -83,8 +90,8 @@ impl Controller {
         let again = vm.clone().filter(|_| why.later).zip(handle.as_ref().map(|handle| handle.directory().to_owned()));
         let residency = handle.as_ref().and_then(WorkerHandle::residency).cloned();
         let held = tokio::task::spawn_blocking(move || Some(residency?.resident(&[]).ok()?.private));
-        // Of one that is ending the host says nothing, and its memory is there for some time.
-        let held = held.await.ok().flatten().filter(|held| !held.is_zero());
+        // Of one that is ending the host says little, and nobody has to go for what is on its way.
+        let held = held.await.ok().flatten().filter(|_| !why.is_ending);
         let of = name.clone();
         self.ask(move |actor, reply| answer(reply, actor.leave_alone(of, vm, handle, held, why))).await?;
         let Some(watch) = watch else { return Ok(()) };
@@ -215,7 +222,7 @@ impl Actor {
             return Refusal::new(Code::NotFound, format!("there is no VM named {name:?} here"));
         };
         let pid = stray.worker.as_ref().map_or("unknown".to_owned(), |worker| worker.pid().to_string());
-        let Why { words, later } = &stray.why;
+        let Why { words, later, .. } = &stray.why;
         let help = if *later { "it is tried again until that is possible" } else { "start the ballast that made it" };
         let message = format!(
             "the worker of the VM {name:?} (process {pid}) could not be taken over: {words}; {help}, or end it with \
@@ -238,7 +245,7 @@ impl Actor {
         let of = if names.len() == 1 { "the worker" } else { "the workers" };
         let (names, assumed) = (names.join(", "), human(assumed.bytes()));
         Some(format!(
-            "{of} of {names} cannot be asked, and {assumed} are kept for what it may hold beside what is seen at it"
+            "{of} of {names} cannot be asked, and {assumed} are kept for what may be there beside what is seen"
         ))
     }
 
@@ -249,6 +256,7 @@ impl Actor {
             group: stray.vm.as_ref().map(|vm| vm.group.clone()),
             pid: stray.worker.as_ref().map(WorkerHandle::pid),
             why: stray.why.words.clone(),
+            is_ending: stray.why.is_ending,
             charged_bytes: stray.node.map_or(0, |node| self.tree.usage(node).bytes()),
         };
         self.strays.iter().map(view).collect()
