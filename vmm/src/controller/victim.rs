@@ -179,10 +179,6 @@ impl Actor {
             hold.acted = true;
         }
         let (node, name) = (vm.node, vm.name.clone());
-        // Whoever looks at its console sees a guest that has stopped.
-        let (limit, advice) = self.advice(level, Pages::ZERO);
-        let reason = how.reason.word();
-        tracing::warn!(vm = name, ?action, reason, "no memory is left in {limit}{advice}");
         self.tell_victim(id, level, how, details);
         match action {
             OomAction::Pause => {
@@ -203,6 +199,10 @@ impl Actor {
                 self.kill(id, VmEnd::Killed(by));
             }
         }
+        // Whoever looks at its console sees a guest that has stopped. Said when that is done: whoever reads this may be slow.
+        let (limit, advice) = self.advice(level, Pages::ZERO);
+        let reason = how.reason.word();
+        tracing::warn!(vm = name, ?action, reason, "no memory is left in {limit}{advice}");
         true
     }
 
