@@ -9,7 +9,8 @@
 //! where an error ends nothing, and ends with 0 when the power button is pressed. Numbers are decimal or `0x`, with K, M, G, T.
 //!
 //! ```text
-//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1] [cpus=all]
+//! touch START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1] [cpus=all] [mark=N]
+//!                    mark: one before each page
 //! verify START SIZE [stride=4K] [seed=1] [full=1] [zero=ok|only]     every page holds its pattern (or zeroes)
 //!                    fill=ends|half|mixed|same|full: what of a page is written, and how much of that differs
 //! random START SIZE count=N [seed=1]                                 like touch, N pages drawn at random

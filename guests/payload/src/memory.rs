@@ -41,10 +41,12 @@ struct Work {
     passes: u64,
     fill: Fill,
     read: bool,
+    /// The mark that comes before each page.
+    mark: Option<u32>,
 }
 
 impl Work {
-    /// `START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1 | fill=ends|half|mixed|same|full]`
+    /// `START SIZE [stride=4K] [seed=1] [passes=1] [mode=write|read] [full=1 | fill=ends|half|mixed|same|full] [mark=N]`
     fn parse(arguments: Arguments<'_>) -> Result<Self, Error> {
         let start = arguments.number(0, "START")?;
         let size = arguments.number(1, "SIZE")?;
@@ -59,7 +61,8 @@ impl Work {
             Some(_) => return Err(Error::Other("mode must be read or write")),
         };
         let (seed, passes) = (arguments.number_or("seed", 1)?, arguments.number_or("passes", 1)?);
-        Ok(Self { start, end, stride, seed, passes, fill: arguments.fill()?, read })
+        let mark = arguments.option("mark").map(|_| arguments.number_or("mark", 0).map(io::dword)).transpose()?;
+        Ok(Self { start, end, stride, seed, passes, fill: arguments.fill()?, read, mark })
     }
 
     fn pages(&self) -> u64 {
@@ -81,6 +84,9 @@ impl Work {
     fn run(&self) {
         for _ in 0..self.passes {
             for page in self.addresses() {
+                if let Some(mark) = self.mark {
+                    io::mark(mark);
+                }
                 if self.read {
                     peek(page);
                 } else {
@@ -114,7 +120,16 @@ pub fn storm(arguments: Arguments<'_>, ram: u64, cpus: u64, answer: &mut Line) -
         Work::parse(arguments)?
     } else {
         let end = ram.min(LOW_RAM_END);
-        Work { start: STORM_START.min(end), end, stride: PAGE_SIZE, seed: 1, passes: 1, fill: Fill::Ends, read: false }
+        Work {
+            start: STORM_START.min(end),
+            end,
+            stride: PAGE_SIZE,
+            seed: 1,
+            passes: 1,
+            fill: Fill::Ends,
+            read: false,
+            mark: None,
+        }
     };
     work.passes = arguments.number_or("passes", u64::MAX)?;
     if work.passes == u64::MAX {
