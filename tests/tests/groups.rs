@@ -59,6 +59,38 @@ fn guest(group: &str, cmdline: &str, memory: Value) -> Value {
     json!({ "kernel": payload(), "cmdline": cmdline, "debug_port": true, "group": group, "memory": all })
 }
 
+/// A VM that stays within what it is promised loses no page because others fill its group, nor when another controller takes
+/// it over.
+/// Semantics: T2.
+#[test]
+fn a_promise_is_kept_in_a_full_group() {
+    if skipped("groups-promise") {
+        return;
+    }
+    let mut serve = Serve::start(&[]);
+    serve.good("PUT", "/groups/gold", json!({ "max_bytes": 64 * MIB }));
+    let create = |serve: &Serve, name: &str, min: u64| {
+        let memory = json!({ "size_bytes": 128 * MIB, "swap_max_bytes": null, "min_bytes": min });
+        let console = Console::of(&serve.create_with(name, &guest("/gold", "shell", memory)));
+        console.expect("READY", 20);
+        console
+    };
+    let mut promised = create(&serve, "promised", 32 * MIB);
+    promised.ok("touch 16M 16M");
+    let mut busy = create(&serve, "busy", 0);
+    busy.ok("touch 16M 80M seed=7");
+    let swapped = |serve: &Serve, name: &str| number(&serve.show(name), "swap.current_bytes");
+    assert!(swapped(&serve, "busy") > 30 * MIB, "the group is full");
+    assert_eq!(swapped(&serve, "promised"), 0, "{}", serve.show("promised"));
+    for _ in 0..2 {
+        serve.signal(libc::SIGKILL);
+        serve.wait(10);
+        serve.again();
+        busy.ok("verify 16M 80M seed=7");
+        assert_eq!(swapped(&serve, "promised"), 0, "{}", serve.show("promised"));
+    }
+}
+
 /// Semantics: 13, 73.
 #[test]
 fn groups_are_made_changed_listed_and_removed() {

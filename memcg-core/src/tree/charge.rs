@@ -256,6 +256,25 @@ impl Tree {
         self.ancestry(id).filter_map(|at| self.node(at).room(Counter::Memory)).min()
     }
 
+    /// [`Self::margin`] as the VM `id` is told it, which keeps a part of its room free by giving up pages of its own. Where
+    /// that would be of what `min` promises it, or a group that it is in, the limits that it shares with others always
+    /// leave it [`reclaim::HIGH_MARGIN`], for as much as it may know. `spare` pages of its usage nobody uses.
+    pub fn room_to_keep(&self, id: NodeId, spare: Pages) -> Option<Pages> {
+        if self.node(id).accounting == Accounting::Off {
+            return None;
+        }
+        let mut is_promised = false;
+        let room = |at: NodeId| {
+            let room = self.node(at).room(Counter::Memory);
+            let room = room.map(|room| if is_promised { room.max(reclaim::HIGH_MARGIN) } else { room });
+            let keeps = reclaim::effective_high(Limit::Max, Limit::Pages(self.usage(at).saturating_sub(spare)));
+            let min = self.limits(at).min;
+            is_promised |= min != Limit::ZERO && keeps <= min;
+            room
+        };
+        self.ancestry(id).filter_map(room).min()
+    }
+
     /// Whose limit leaves `id` the least room, the nearest of those that leave the same; `None` as for [`Self::margin`].
     pub fn narrowest(&self, id: NodeId) -> Option<NodeId> {
         if self.node(id).accounting == Accounting::Off {

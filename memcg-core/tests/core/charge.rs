@@ -1,6 +1,6 @@
 //! Charges, rule by rule. Sequences of everything are in `model`.
 
-use memcg_core::reclaim::STOCK_CAP;
+use memcg_core::reclaim::{HIGH_MARGIN, STOCK_CAP};
 use memcg_core::tree::{Counter, Kind, LimitPatch, Mode, NodeId, Overhead, Tree};
 use memcg_core::units::{Limit, Pages};
 
@@ -82,6 +82,37 @@ fn the_narrowest_limit_is_found_at_any_level_and_the_nearest_of_several() {
     assert_eq!(f.tree.narrowest(f.vm), Some(f.vm));
     let _ = f.tree.try_charge(f.sibling, Pages(40), Mode::Wait).unwrap();
     assert_eq!(f.tree.narrowest(f.vm), Some(f.group), "what others use counts");
+}
+
+/// A VM keeps room by giving up pages of its own: not those that are promised to it, or to a group that it is in, for the sake
+/// of a limit that it shares with others. From its own limit nothing protects it.
+/// Semantics: T2.
+#[test]
+fn who_is_within_what_it_is_promised_keeps_no_room_for_others() {
+    let at_least = HIGH_MARGIN;
+    let mut f = family();
+    let (root, group, vm) = (f.tree.root(), f.group, f.vm);
+    let told = |f: &Family, spare| f.tree.room_to_keep(f.vm, Pages(spare));
+    let min = |f: &mut Family, at, min| f.patch(at, LimitPatch { min: pages(min), ..LimitPatch::default() });
+    f.max(f.group, 9000);
+    let _ = f.tree.try_charge(f.vm, Pages(6000), Mode::Wait).unwrap();
+    let _ = f.tree.try_charge(f.sibling, Pages(2990), Mode::Wait).unwrap();
+    assert_eq!(told(&f, 0), Some(Pages(10)), "nothing is promised");
+    min(&mut f, vm, 6000);
+    assert_eq!(told(&f, 0), Some(at_least));
+    min(&mut f, vm, 6000 - at_least.0);
+    assert_eq!(told(&f, 0), Some(at_least), "what it keeps free would be of that");
+    min(&mut f, vm, 6000 - at_least.0 - 1);
+    assert_eq!((told(&f, 0), told(&f, 1)), (Some(Pages(10)), Some(at_least)), "so would it be of what nobody uses");
+    min(&mut f, vm, 0);
+    min(&mut f, group, 9000);
+    assert_eq!(told(&f, 0), Some(Pages(10)), "no group is protected from its own limit");
+    f.max(root, 8995);
+    assert_eq!(told(&f, 0), Some(Pages(10)), "of the group");
+    f.max(f.group, 12_000);
+    assert_eq!(told(&f, 0), Some(at_least), "of the root");
+    f.max(f.vm, 6007);
+    assert_eq!((told(&f, 0), f.tree.margin(f.vm)), (Some(Pages(7)), Some(Pages(5))), "its own");
 }
 
 /// After a forced change usage may be above the limit: that leaves no room, rather than a huge one.

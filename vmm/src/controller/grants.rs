@@ -305,7 +305,7 @@ impl Actor {
         vm.report.cold.stuck &= !finds_room(vm.report.swapped, vm.leases.swap, leases.swap)
             && !finds_room(vm.report.store, vm.leases.store, leases.store);
         vm.leases = leases;
-        let room = self.tree.margin(vm.node).map_or(u64::MAX, |room| room.0);
+        let room = self.tree.room_to_keep(vm.node, Pages(vm.spare())).map_or(u64::MAX, |room| room.0);
         let granted_total = vm.granted_total;
         // A grant that was not taken is sent again with the next totals. Without accounting there is nothing to grant.
         vm.grant_due = vm.accounted()

@@ -389,6 +389,28 @@ async fn a_promise_ends_what_a_group_wants_evicted_below_it() {
     assert_eq!(worker.aim, 5300);
 }
 
+/// A worker near a limit evicts by itself to keep some room. That others fill its group is no reason to do so within what its VM
+/// is promised.
+/// Semantics: T2.
+#[tokio::test(start_paused = true)]
+async fn a_full_group_looks_roomy_to_who_is_within_its_promise() {
+    let (controller, _) = Controller::start(Limit::Max);
+    controller.put_group("/gold", change(pages(6000))).await.expect("made");
+    let mut promised = evicting(&controller, "promised", "/gold", Limit::Max, 1500).await;
+    let mut busy = evicting(&controller, "busy", "/gold", Limit::Max, 1500).await;
+    let patch = LimitPatch { min: Some(pages(2500)), ..LimitPatch::default() };
+    controller.change("promised", MemoryChange { patch, ..change(Limit::Max) }).await.expect("it fits");
+    busy.touch(4000).await;
+    for worker in [&mut promised, &mut busy] {
+        worker.obey().await;
+        worker.touch(1).await;
+    }
+    assert!(busy.grant.2 < 64, "{:?}", busy.grant);
+    assert!(promised.grant.2 >= 1024, "{:?}", promised.grant);
+    // No page more is there for that.
+    assert_eq!(controller.group("/gold").await.expect("shown").memory.current_bytes, 6000 * 4096);
+}
+
 /// A VM of a group that evicts may be gone before the need is divided anew: the others are asked all the same.
 /// Semantics: 41.
 #[tokio::test(start_paused = true)]
