@@ -647,7 +647,7 @@ fn one_whose_group_has_no_room_is_told_to_raise_the_group_s_limit() {
     serve.wait_state("web", "paused");
     let (status, said) = serve.words(&["resume", "web"]);
     assert_eq!(status, Some(1), "{said}");
-    assert!(said.contains("more than its limit leaves: raise it with `ballast set web memory.max=17M`"), "{said}");
+    assert!(said.contains("more than its limit leaves: raise it with `ballast set web memory.max=20M`"), "{said}");
     // With room below its own, the group's is the one to raise.
     serve.good("PATCH", "/groups/p?mode=force", json!({ "max_bytes": 15 * MIB }));
     serve.good("PATCH", "/vms/web/memory", json!({ "max_bytes": null }));
