@@ -212,14 +212,18 @@ fn a_controller_that_is_stopped_holds_nobody_up() {
     let stopped = UnixListener::bind(place.path("one.sock")).expect("a socket can be made");
     rustix::net::listen(&stopped, 1).expect("a short queue");
     let other = UnixListener::bind(place.path("two.sock")).expect("a socket can be made");
-    // Answers everybody the same, for as long as this test runs.
+    // Answers that it has no VMs, for as long as this test runs.
+    let host = r#"{"version":"","pid":1,"kernel":"","total_bytes":0,"available_bytes":0,"budget_bytes":null,"current_bytes":0,"vms":0,"last_event":0,"shortage":null}"#;
+    let overview = format!(r#"{{"host":{host},"groups":[],"vms":[],"events":[]}}"#);
     std::thread::spawn(move || {
         for stream in other.incoming() {
             use std::io::{Read, Write};
             let mut stream = stream.expect("a connection");
-            if stream.read(&mut [0; 1024]).is_ok_and(|length| length > 0) {
+            let mut request = [0; 1024];
+            if stream.read(&mut request).is_ok_and(|length| length > 0) {
+                let body = if request.starts_with(b"GET /overview") { overview.as_str() } else { "[]" };
                 // Whoever has hung up does not mind.
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]");
+                let _ = write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
             }
         }
     });

@@ -38,6 +38,7 @@ pub struct HostView {
     /// Whether the host runs short of memory; `null` where nobody watches that.
     pub shortage: Option<ShortageView>,
     /// Workers that run and could not be taken over.
+    #[serde(default)]
     pub strays: Vec<StrayView>,
 }
 
