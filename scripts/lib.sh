@@ -44,14 +44,24 @@ need() {
         die "missing: ${missing[*]} (Debian's names); this system has no apt-get, so install them its own way"
     [ "$(id -u)" -eq 0 ] || die "missing packages; run: sudo apt-get install --no-install-recommends ${missing[*]}"
     say "installing ${missing[*]}"
-    have_package_lists || update_package_lists
+    ensure_package_lists
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null ||
         die "apt-get could not install ${missing[*]}; its message is above"
 }
 
-have_package_lists() { [ -n "$(apt-cache search --names-only '^linux-image-.*amd64$' 2>/dev/null | head -1)" ]; }
-
-update_package_lists() {
+# ensure_package_lists fetches apt's lists unless they were fetched today: old ones name packages that the mirrors no longer
+# have and none of the new kernels. Who may not fetch them, or cannot, goes on with those that are there.
+ensure_package_lists() {
+    if [ -n "$(apt-cache search --names-only '^linux-image-.*amd64$' 2>/dev/null | head -1)" ]; then
+        [ -z "$(find /var/lib/apt/lists/partial -maxdepth 0 -mtime -1 2>/dev/null)" ] || return 0
+        if [ "$(id -u)" -ne 0 ]; then
+            say "the package lists are older than a day; if a package is not found: sudo apt-get update"
+        else
+            say "the package lists are older than a day (apt-get update)"
+            apt-get update -qq >&2 || say "apt-get update failed, its message is above; going on with the old lists"
+        fi
+        return 0
+    fi
     [ "$(id -u)" -eq 0 ] || die "the package lists are missing; run: sudo apt-get update"
     say "fetching the package lists (apt-get update)"
     apt-get update -qq >&2 || die "apt-get update failed; its message is above"
