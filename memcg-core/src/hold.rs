@@ -6,7 +6,9 @@
 //!
 //! * *Time held* goes on from one hold to the next. Time in which the guest runs pays for as much.
 //! * *Progress* is a rate, as everywhere ([`crate::progress`]): what came over the last one or two windows, against what
-//!   faults wait for and [`STEP`] more, because whoever goes on with the one page that it owes is held at the next.
+//!   faults wait for and [`STEP`] more, because whoever goes on with the one page that it owes is held at the next. When
+//!   nothing has come for a window, or for the deadline where that is shorter, it is past: the neighbours' stock comes at
+//!   the begin of a hold, and once.
 //!
 //! ```text
 //!  held  ├─────────────── deadline ───────────────┼────────────── LATE ──────────────┤
@@ -48,6 +50,8 @@ pub struct Account {
     looked: Duration,
     is_held: bool,
     now: Given,
+    /// When pages were last seen to come.
+    came: Duration,
     /// The last two windows' begins.
     windows: [Given; 2],
 }
@@ -65,9 +69,12 @@ impl Account {
     pub fn look(&mut self, now: Duration, is_held: bool, granted: Pages) {
         self.held = self.held(now);
         (self.looked, self.is_held) = (now, is_held);
+        if granted > self.now.pages {
+            self.came = now;
+        }
         self.now = Given { at: now, pages: granted };
         if self.held.is_zero() {
-            self.windows = [self.now; 2];
+            (self.windows, self.came) = ([self.now; 2], now);
         } else if now.saturating_sub(self.windows[1].at) >= WINDOW {
             self.windows = [self.windows[1], self.now];
         }
@@ -87,13 +94,16 @@ impl Account {
         };
         let passed = self.now.at.saturating_sub(self.windows[0].at);
         let came = self.now.pages.saturating_sub(self.windows[0].pages);
-        // However many are missing.
-        let is_brisk = judge(came.0, u64::MAX, passed) != State::Stalled;
-        let helps = evicts || judge(came.0, (missing + STEP).0, passed) != State::Stalled;
-        if is_brisk {
-            Verdict::Wait(AGAIN)
-        } else if helps && over < LATE {
+        // For how long it counts yet.
+        let counts = WINDOW.min(deadline).saturating_sub(self.now.at.saturating_sub(self.came));
+        let at_rate = |missing| !counts.is_zero() && judge(came.0, missing, passed) != State::Stalled;
+        if at_rate(u64::MAX) {
+            // However many are missing.
+            Verdict::Wait(AGAIN.min(counts))
+        } else if evicts && over < LATE {
             Verdict::Wait(AGAIN.min(LATE - over))
+        } else if at_rate((missing + STEP).0) && over < LATE {
+            Verdict::Wait(AGAIN.min(counts).min(LATE - over))
         } else {
             Verdict::Act
         }

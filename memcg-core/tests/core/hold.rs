@@ -96,6 +96,24 @@ fn a_rate_is_that_of_late() {
     assert!((9000..=12_000).contains(&now), "{now}");
 }
 
+/// What comes at the begin of a hold, and then no more, puts a short deadline off by a moment, however much it was, and a long
+/// one not at all.
+#[test]
+fn what_came_once_is_no_rate() {
+    for (deadline, acts) in [(500, 500..=510), (5000, 5000..=5000)] {
+        for came in [1, 50, 5000] {
+            let (mut account, mut now) = (Account::default(), 10);
+            account.look(ms(0), true, Pages(0));
+            account.look(ms(now), true, Pages(came));
+            while let Verdict::Wait(wait) = account.verdict(Pages(100), ms(deadline), false) {
+                now += u64::try_from(wait.as_millis()).expect("short");
+                account.look(ms(now), true, Pages(came));
+            }
+            assert!(acts.contains(&now), "{now} ms, {came} pages came");
+        }
+    }
+}
+
 /// A guest that ran long enough owes nothing, and its next hold has the whole deadline.
 /// Semantics: 51.
 #[test]

@@ -249,6 +249,9 @@ impl Actor {
         };
         let vm = self.vms.get_mut(&id).expect("checked");
         vm.granted_total += charge.pages.0;
+        if vm.hold.is_some() {
+            vm.count_hold(self.start.elapsed());
+        }
         let (node, name) = (vm.node, vm.name.clone());
         // A VM that is evicted from crosses the one that `max` implies all the time. The tree counts that.
         let is_set = |tree: &Tree, at| tree.limits(at).high != Limit::Max;
@@ -472,6 +475,8 @@ impl Actor {
             let Some(hold) = vm.hold.as_mut().filter(|hold| hold.since == since && !hold.acted && running) else {
                 return;
             };
+            // What has come since is that stock, and comes once: for whom it was too little it is no progress.
+            let verdict = if gives { verdict } else { Verdict::Act };
             match more_time(refused, verdict) {
                 Some(wait) => (hold.recalled, hold.deadline) = (false, now + wait),
                 None => actor.act_on_hold(id, now),

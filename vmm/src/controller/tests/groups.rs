@@ -366,6 +366,42 @@ async fn the_stock_of_neighbours_is_recalled_before_the_policy_acts() {
     assert_eq!(vm(&controller, "a").await.state, VmState::Running);
 }
 
+/// The stock of neighbours that is too little puts nothing off, neither what comes at the begin of a hold nor what they have
+/// again at its deadline.
+/// Semantics: 42, B34.
+#[tokio::test(start_paused = true)]
+async fn the_policy_acts_at_its_deadline_though_neighbours_gave_their_stock() {
+    for (deadline, late) in [(500, 600), (5000, 5100)] {
+        let controller = groups(4096, 4096).await;
+        let oom =
+            OomPolicy { deadline: Duration::from_millis(deadline), action: OomAction::Kill, ..OomPolicy::default() };
+        let setup = Setup { max: Limit::Max, group: "/gold", oom, ..Setup::default() };
+        let mut a = super::ladders::holding(&controller, "a", setup, 100).await;
+        let mut b = member(&controller, "b", "/gold", 100).await;
+        assert!(b.report.stock > 100, "{:?}", b.report);
+        a.touch(4096).await;
+        assert!(a.grant.3, "refused");
+        a.report.held = true;
+        a.tell().await;
+        let began = tokio::time::Instant::now();
+        b.answer_recall().await;
+        while a.try_next().await.is_some() {}
+        assert!(a.fresh() > 100 && a.grant.3, "it has got some");
+        while a.has_event(EventKind::VictimSelected).await.is_none() && began.elapsed() < Duration::from_secs(20) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            if began.elapsed() == Duration::from_millis(deadline - 10) {
+                b.book();
+                b.report.guest -= 20;
+                b.report.stock += 20;
+                b.tell().await;
+            }
+            b.obey().await;
+        }
+        let acted = u64::try_from(began.elapsed().as_millis()).expect("short");
+        assert!((deadline..=late).contains(&acted), "{acted} ms instead of {deadline}");
+    }
+}
+
 /// Out of memory is recorded where the limit was met, what was done about it at the VM, and a group shows both.
 /// Semantics: 47, 48, 63.
 #[tokio::test(start_paused = true)]
