@@ -43,7 +43,7 @@ fn table(view: &OomLogView, now_ms: u64) -> String {
     let rows = view.decisions.iter().map(|decision| row(decision, now_ms));
     let rows: Vec<_> = [header.map(str::to_owned)].into_iter().chain(rows).collect();
     let columns = show::columns(&rows, 8);
-    let why = std::iter::once("WHY").chain(view.decisions.iter().map(|decision| decision.why.as_str()));
+    let why = std::iter::once("WHY".to_owned()).chain(view.decisions.iter().map(why));
     let lines = columns.lines().zip(why).map(|(line, why)| format!("{line}  {why}\n"));
     dropped + &lines.collect::<String>()
 }
@@ -63,6 +63,11 @@ fn row(decision: &DecisionView, now_ms: u64) -> [String; 10] {
         or_none(decision.action.map(|_| human(decision.freed_bytes))),
         or_none(decision.took_ms.map(took)),
     ]
+}
+
+/// Why it was this one, and what came of asking somebody else.
+fn why(decision: &DecisionView) -> String {
+    decision.in_vain.iter().fold(decision.why.clone(), |why, in_vain| format!("{why}; {in_vain}"))
 }
 
 /// How the level was seen to be without memory.
@@ -120,6 +125,7 @@ mod tests {
             id: vm.map(|_| 3),
             action: vm.map(|_| OomAction::Kill),
             by: DecidedBy::Policy,
+            in_vain: None,
             why: "because".to_owned(),
             ranked: Vec::new(),
             not_shown: 0,
@@ -143,12 +149,14 @@ mod tests {
             ..decision(1, Some("web"), Outcome::Freed)
         };
         let thrashing = DecisionView { reason: Reason::Thrash, ..decision(3, Some("db"), Outcome::UnderWay) };
-        let decisions = vec![host, decision(2, None, Outcome::Nobody), thrashing];
+        let in_vain = Some("the hook was asked in vain: it said \"\"".to_owned());
+        let nobody = DecisionView { in_vain, ..decision(2, None, Outcome::Nobody) };
+        let decisions = vec![host, nobody, thrashing];
         let view = OomLogView { dropped: 0, decisions };
         let expected = "\
             #  AGO  LEVEL  SHORT OF MEMORY          WHO  ACTION  BY      NOW        FREED  TOOK  WHY\n\
             1  20s  /      30M available            web  pause   policy  freed         8M  2.3s  because\n\
-            2  40s  /gold  256M of 256M             -    -       policy  nobody         -     -  because\n\
+            2  40s  /gold  256M of 256M             -    -       policy  nobody         -     -  because; the hook was asked in vain: it said \"\"\n\
             3  60s  /gold  thrashing, 256M of 256M  db   kill    policy  under way     8M  40ms  because\n";
         assert_eq!(table(&view, 1_000_000), expected);
         let none = OomLogView { dropped: 7, decisions: Vec::new() };

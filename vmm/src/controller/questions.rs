@@ -52,6 +52,9 @@ const RANKED: usize = 100;
 /// Questions that may wait for a client that does not read.
 const QUEUE: usize = 16;
 
+/// Characters of a refusal that are kept.
+const SAID: usize = 300;
+
 /// A question whose deadline has passed for so long is of the past: nobody has to be chosen any more.
 const STALE: Duration = Duration::from_secs(2);
 
@@ -126,11 +129,25 @@ pub struct Hook {
 struct Question {
     id: u64,
     decision: Decision,
+    wait: Duration,
     deadline: Instant,
     by: DecidedBy,
     reason: Reason,
+    /// Why the last answer was none.
+    refused: Option<String>,
     /// The command that works at it, which ends with it.
     command: Option<AbortHandle>,
+}
+
+impl Question {
+    /// What came of it when the policy decided after all.
+    fn in_vain(&self) -> String {
+        let why = match &self.refused {
+            Some(why) => why.chars().filter(|c| !c.is_control()).take(SAID).collect(),
+            None => format!("no answer within {} ms", self.wait.as_millis()),
+        };
+        format!("the {} was asked in vain: {why}", self.by.word())
+    }
 }
 
 impl Drop for Question {
@@ -149,6 +166,20 @@ pub struct Questions {
     client: Option<Client>,
     hook: Option<Hook>,
     open: BTreeMap<NodeId, Question>,
+    /// The level that the policy is deciding about, and what came of asking somebody else.
+    in_vain: Option<(NodeId, String)>,
+}
+
+impl Questions {
+    /// Whether the policy decides about a level because somebody else did not.
+    pub fn was_asked(&self, level: NodeId) -> bool {
+        self.in_vain.as_ref().is_some_and(|(at, _)| *at == level)
+    }
+
+    /// What came of asking somebody else, before the policy decided about a level.
+    pub fn in_vain(&mut self, level: NodeId) -> Option<String> {
+        self.in_vain.take_if(|(at, _)| *at == level).map(|(_, why)| why)
+    }
 }
 
 impl Actor {
@@ -157,8 +188,11 @@ impl Actor {
         let now = Instant::now();
         let tree = &self.tree;
         self.questions.open.retain(|at, question| tree.contains(*at) && now < question.deadline + host::scaled(STALE));
+        self.questions.in_vain = None;
         if self.questions.open.get(&level).is_some_and(|question| question.deadline <= now) {
-            self.questions.open.remove(&level);
+            let why = self.questions.open.remove(&level).expect("seen").in_vain();
+            tracing::warn!("{why}: the policy decides");
+            self.questions.in_vain = Some((level, why));
             return None;
         }
         let concerns = |at: &NodeId| tree.is_within(*at, level) || tree.is_within(level, *at);
@@ -207,7 +241,9 @@ impl Actor {
         let deadline = now + wait;
         let ranked = oom::rank(&self.candidates(level));
         let ranked: Vec<_> = ranked.iter().take(SHOWN).map(ToString::to_string).collect();
-        self.questions.open.insert(level, Question { id, decision, deadline, by, reason, command });
+        self.questions
+            .open
+            .insert(level, Question { id, decision, wait, deadline, by, reason, refused: None, command });
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         let details = json!({
             "id": id, "asked": by.word(), "reason": reason.word(), "wait_ms": wait_ms, "ranked": ranked,
@@ -268,6 +304,7 @@ impl Actor {
         self.questions.client = None;
         let asked = self.questions.open.iter().filter(|(_, question)| question.by == DecidedBy::Client);
         for level in asked.map(|(level, _)| *level).collect::<Vec<_>>() {
+            self.refuse(level, "it has gone".to_owned());
             self.hurry(level);
         }
     }
@@ -278,8 +315,16 @@ impl Actor {
         let done =
             said.and_then(|said| self.answered_by(id, &said, DecidedBy::Hook).map_err(|refusal| refusal.message));
         if let Err(why) = done {
-            tracing::warn!(why, "the --oom-hook was asked in vain: the policy decides");
+            self.refuse(level, why);
             self.hurry(level);
+        }
+    }
+
+    /// Notes why an answer about a level was none, while there is time for another.
+    fn refuse(&mut self, level: NodeId, why: String) {
+        let now = Instant::now();
+        if let Some(question) = self.questions.open.get_mut(&level).filter(|question| now < question.deadline) {
+            question.refused = Some(why);
         }
     }
 
@@ -319,8 +364,16 @@ impl Actor {
             || self.vms_of(Target::Group(level)).into_iter().any(|id| self.held_at(id, level))
     }
 
-    /// Does what somebody has answered.
+    /// Does what somebody has answered, or keeps why not.
     fn answered_by(&mut self, id: u64, said: &DecisionAnswer, by: DecidedBy) -> Result<(), Refusal> {
+        let done = self.do_as_answered(id, said, by);
+        if let (Err(refusal), Some(level)) = (&done, self.level_of(id)) {
+            self.refuse(level, refusal.message.clone());
+        }
+        done
+    }
+
+    fn do_as_answered(&mut self, id: u64, said: &DecisionAnswer, by: DecidedBy) -> Result<(), Refusal> {
         let wrong = |code, message: String| Err(Refusal::new(code, message));
         let level = self
             .level_of(id)

@@ -76,6 +76,27 @@ async fn a_client_that_is_late_decides_nothing() {
     assert_eq!(late.code, Code::NotFound);
     let logged = full.controller.oom_log(0).await.expect("shown").decisions.pop().expect("one");
     assert_eq!(logged.by, DecidedBy::Policy);
+    assert_eq!(logged.in_vain.as_deref(), Some("the client was asked in vain: no answer within 2000 ms"));
+}
+
+/// Why an answer was none, and that the client has gone, is on record with what the policy decided instead.
+/// Semantics: 51, 63.
+#[tokio::test(start_paused = true)]
+async fn what_was_refused_is_on_record() {
+    for (leaves, in_vain) in [(false, "there is no VM named \"unknown\" here"), (true, "it has gone")] {
+        let (mut full, mut questions) = decided().await;
+        full.pass(5600).await;
+        let asked = question(&mut questions);
+        full.controller.answer_question(asked.id, says(AnswerWord::Kill, "unknown")).await.expect_err("unknown");
+        if leaves {
+            drop(questions);
+        }
+        full.pass(2500).await;
+        assert_eq!(full.killed(), [true, false, false, false]);
+        let logged = full.controller.oom_log(0).await.expect("shown").decisions.pop().expect("one");
+        let said = logged.in_vain.expect("said");
+        assert!(said.starts_with("the client was asked in vain: ") && said.contains(in_vain), "{said}");
+    }
 }
 
 /// When its connection ends the policy decides at once, and is asked no more.

@@ -83,6 +83,7 @@ fn decision(ago: u64, vm: &str) -> DecisionView {
         id: Some(1),
         action: Some(OomAction::Pause),
         by: DecidedBy::Policy,
+        in_vain: None,
         why: format!("{vm}: a pause frees 100M"),
         ranked: vec![
             ranked(1, "web", None, "a pause frees 100M"),
