@@ -111,7 +111,16 @@ impl Actor {
             return Outcome::Nobody;
         }
         let until = self.choices.rests(level, Instant::now()).or_else(|| self.ask_first(level, reason));
-        until.map_or_else(|| self.choose_by_policy(level, reason), Outcome::Wait)
+        if let Some(until) = until {
+            return Outcome::Wait(until);
+        }
+        let was_asked = self.questions.was_asked(level);
+        let outcome = self.choose_by_policy(level, reason);
+        if was_asked && outcome == Outcome::Nobody {
+            // Each of those who are held would ask again at once, and one that fails in no time would be asked without end.
+            self.choices.rest(level);
+        }
+        outcome
     }
 
     /// Chooses the first of the list, and does it. Whoever does not listen is passed over.

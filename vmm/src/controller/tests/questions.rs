@@ -155,6 +155,29 @@ async fn a_client_may_leave_everybody_alone() {
     assert_eq!(full.killed(), [false; 4]);
 }
 
+/// Where nobody may be chosen, whoever is asked in vain is asked again after ten seconds, however many are held, and though its
+/// answers are refused.
+/// Semantics: 50, 51.
+#[tokio::test(start_paused = true)]
+async fn nobody_is_asked_without_end() {
+    let omit = kill(OomPreference::Omit, 0);
+    let mut full = Full::new(6000, &[("a", 2000, omit), ("b", 1000, omit), ("c", 500, omit)]).await;
+    let mut questions = full.controller.decide(WAIT).await.expect("registered");
+    for held in [0, 1, 2] {
+        full.fill_with(held, 100).await;
+    }
+    let mut asked = 0;
+    for _ in 0..60 {
+        full.pass(1000).await;
+        if let Ok(question) = questions.try_recv() {
+            asked += 1;
+            full.controller.answer_question(question.id, says(AnswerWord::Kill, "none")).await.expect_err("refused");
+        }
+    }
+    assert!((4..=6).contains(&asked), "{asked} questions in a minute");
+    assert_eq!(full.killed(), [false; 3]);
+}
+
 /// There is one client that decides, and there may be another one when it is gone.
 #[tokio::test(start_paused = true)]
 async fn a_second_client_is_refused() {
