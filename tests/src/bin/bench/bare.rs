@@ -138,7 +138,9 @@ pub fn serve(words: &[String]) {
         [what, task, work] if what == "bare-task" => {
             // Dirty tracking is another userfaultfd's: there can be only one.
             let handler = if age::Way::parse(task) == Some(age::Way::Raw) { Handler::Small } else { Handler::Around };
-            let machine = Machine::new(handler, true, 1, work);
+            // Discards meet a second vCPU that polls, as that of a guest does which waits for its balloon.
+            let cpus = if discard::Raw::parse(task).is_some() { 2 } else { 1 };
+            let machine = Machine::new(handler, true, cpus, work);
             let (ram, uffd) = (machine.ram.clone(), machine.uffd.clone());
             machine.run(1);
             let ns = match (discard::Raw::parse(task), age::Way::parse(task)) {

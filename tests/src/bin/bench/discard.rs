@@ -2,7 +2,8 @@
 //!
 //! The guest puts all page numbers into its ring and rings the bell once: from then until everything is returned, the host
 //! reads, checks, claims, discards and uncharges. The baseline is the system call alone, on the memory of a guest that has
-//! touched as much.
+//! touched as much, and of which a vCPU polls meanwhile as that of the other does: each discard interrupts whatever CPU it ran
+//! on, and where that is dear it costs more than all else.
 
 use ballast::memory::Ram;
 use ballast::worker::gate::monotonic_ns;
