@@ -369,7 +369,6 @@ impl Actor {
     /// Records that `id` is chosen because `level` has no room, and returns the number of the decision.
     pub fn log_decision(&mut self, id: VmId, level: NodeId, how: How) -> u64 {
         let How { action, by, reason } = how;
-        let in_vain = self.questions.in_vain(level).filter(|_| by == DecidedBy::Policy);
         let (vm, owners) = (&self.vms[&id], self.owners());
         let candidates = self.candidates(level);
         let ranked = oom::rank(&candidates);
@@ -380,7 +379,6 @@ impl Actor {
             id: Some(id.0),
             action: Some(action),
             by,
-            in_vain,
             why: match chosen {
                 // Also one that the policy would have spared, or would have done something else with.
                 Some(chosen) if level != vm.node => chosen.chosen(self.effect(id, action)).to_string(),
@@ -402,10 +400,9 @@ impl Actor {
 
     /// Records that nobody can be chosen though `level` has no room.
     pub fn log_nobody(&mut self, level: NodeId, reason: Reason, by: DecidedBy, why: &str) -> u64 {
-        let in_vain = self.questions.in_vain(level).filter(|_| by == DecidedBy::Policy);
         let candidates = self.candidates(level);
         let decision = self.decision(level, reason, &oom::rank(&candidates), &self.owners());
-        self.decisions.push(DecisionView { by, in_vain, why: why.to_owned(), ..decision })
+        self.decisions.push(DecisionView { by, why: why.to_owned(), ..decision })
     }
 
     /// A decision that nobody is to go, as it is when nothing is said.
@@ -434,7 +431,7 @@ impl Actor {
             id: None,
             action: None,
             by: DecidedBy::Policy,
-            in_vain: None,
+            in_vain: self.questions.in_vain.clone(),
             why: String::new(),
             ranked: shown.map(|(at, entry)| self.ranked_view(owners, at, entry)).collect(),
             not_shown: ranked.len().saturating_sub(RANKED),

@@ -166,20 +166,8 @@ pub struct Questions {
     client: Option<Client>,
     hook: Option<Hook>,
     open: BTreeMap<NodeId, Question>,
-    /// The level that the policy is deciding about, and what came of asking somebody else.
-    in_vain: Option<(NodeId, String)>,
-}
-
-impl Questions {
-    /// Whether the policy decides about a level because somebody else did not.
-    pub fn was_asked(&self, level: NodeId) -> bool {
-        self.in_vain.as_ref().is_some_and(|(at, _)| *at == level)
-    }
-
-    /// What came of asking somebody else, before the policy decided about a level.
-    pub fn in_vain(&mut self, level: NodeId) -> Option<String> {
-        self.in_vain.take_if(|(at, _)| *at == level).map(|(_, why)| why)
-    }
+    /// While the policy decides about a level: what came of asking somebody else first.
+    pub in_vain: Option<String>,
 }
 
 impl Actor {
@@ -188,11 +176,10 @@ impl Actor {
         let now = Instant::now();
         let tree = &self.tree;
         self.questions.open.retain(|at, question| tree.contains(*at) && now < question.deadline + host::scaled(STALE));
-        self.questions.in_vain = None;
         if self.questions.open.get(&level).is_some_and(|question| question.deadline <= now) {
             let why = self.questions.open.remove(&level).expect("seen").in_vain();
             tracing::warn!("{why}: the policy decides");
-            self.questions.in_vain = Some((level, why));
+            self.questions.in_vain = Some(why);
             return None;
         }
         let concerns = |at: &NodeId| tree.is_within(*at, level) || tree.is_within(level, *at);

@@ -114,8 +114,8 @@ impl Actor {
         if let Some(until) = until {
             return Outcome::Wait(until);
         }
-        let was_asked = self.questions.was_asked(level);
         let outcome = self.choose_by_policy(level, reason);
+        let was_asked = self.questions.in_vain.take().is_some();
         if was_asked && outcome == Outcome::Nobody {
             // Each of those who are held would ask again at once, and one that fails in no time would be asked without end.
             self.choices.rest(level);
